@@ -1,0 +1,75 @@
+# `make demo` and `make test` do all their set-up: Python >= 3.10 with its venv module is all they need.
+.PHONY: setup demo test lint format bench-env bench arviz1-env clean
+.DELETE_ON_ERROR:
+
+PY := .venv/bin/python
+stamp = $(1)/.stamp-$(shell cat $(2) | cksum | cut -d' ' -f1)
+SETUP := $(call stamp,.venv,constraints.txt pyproject.toml)
+BENCH := $(call stamp,.venv-bench,constraints-bench.txt)
+ARVIZ1 := $(call stamp,.venv-arviz1,constraints-arviz1.txt)
+
+# The first of these that runs (a shim may be there and not run) and is a supported Python with venv.
+CANDIDATES := python3.11 python3.12 python3.13 python3.10 python3 python
+RUNS = import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
+FIND = $$(for p in $(CANDIDATES); do $$p -c '$(RUNS)' >/dev/null 2>&1 && { echo $$p; break; }; done)
+# The same for the one Python that ArviZ 1.x is tested on; pyenv keeps its versions beside each other.
+FIND312 = $$(for p in python3.12 "$$(pyenv root 2>/dev/null)"/versions/3.12.*/bin/python3.12; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+setup: $(SETUP)
+
+# torch first and by its pin, so that nothing later in the list brings another build of it.
+$(SETUP):
+	@python=$(FIND); test -n "$$python" || { echo "No python3 >= 3.10, < 3.14 with venv and ensurepip found (Debian: install python3-venv)."; exit 1; }; \
+	test -x $(PY) || { echo "Making .venv with $$python"; $$python -m venv .venv; }
+	$(PY) -m pip install -q torch -c constraints.txt
+	$(PY) -m pip install -q -e '.[dev]' -c constraints.txt
+	@rm -f .venv/.stamp-*
+	@touch $@
+
+demo: setup
+	$(PY) -m demo
+
+# The whole suite, doctests and notebooks (CI=1 shortens the notebooks).
+test: setup arviz1-env
+	CI=1 $(PY) -m pytest -q --nbmake --nbmake-timeout=300 --durations=10 tests pyro_sb $(wildcard tutorials)
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# NumPyro and JAX live apart: the package does not need them, the benchmarks compare with them.
+bench-env: $(BENCH)
+
+$(BENCH): constraints-bench.txt
+	@python=$(FIND); test -n "$$python" || { echo "No python3 >= 3.10, < 3.14 with venv found."; exit 1; }; \
+	test -x .venv-bench/bin/python || $$python -m venv .venv-bench
+	.venv-bench/bin/python -m pip install -q numpyro jax 'arviz<1' -c constraints-bench.txt
+	@rm -f .venv-bench/.stamp-*
+	@touch $@
+
+bench: setup bench-env
+	$(PY) -m benchmarks.posteriors
+
+# ArviZ 1.x needs Python 3.12 and no torch: the tests run its half of the converter there, where a python3.12 is found.
+arviz1-env:
+	@if test ! -f constraints-arviz1.txt; then echo "constraints-arviz1.txt is not there: ArviZ 1.x is not set up."; \
+	elif test ! -f $(ARVIZ1); then \
+		python=$(FIND312); \
+		if test -z "$$python"; then echo "No python3.12 found: ArviZ 1.x is not tested here."; \
+		else test -x .venv-arviz1/bin/python || $$python -m venv .venv-arviz1; \
+			.venv-arviz1/bin/python -m pip install -q -r constraints-arviz1.txt && rm -f .venv-arviz1/.stamp-* && touch $(ARVIZ1); fi; \
+	fi
+
+clean:
+	rm -rf .venv .venv-bench .venv-arviz1 build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
