@@ -164,6 +164,16 @@ def test_the_unordered_log_joint_is_mirror_symmetric():
     torch.testing.assert_close(log_joint(task, left), log_joint(task, right), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["arK", "logearn_interaction", "kidscore_interaction"])
+def test_under_a_flat_prior_the_posterior_mean_is_least_squares(name):
+    task = posterior_task(name)
+    x, y = task.args
+    if name == "arK":  # its prior is flat for all purposes: sd 10 against .1
+        x = torch.cat([torch.ones(len(x), 1, dtype=x.dtype), x], -1)
+    estimate = torch.linalg.lstsq(x, y[:, None], driver="gelsd").solution[:, 0]
+    assert ((estimate - task.reference_mean[:-1]) / task.reference_mcse[:-1]).abs().max() < 4
+
+
 def test_the_lags_are_the_series_before_each_observation():
     lags, y = posterior_task("arK").args
     assert lags.shape == (195, 5)
