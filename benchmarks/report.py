@@ -1,0 +1,61 @@
+"""What every benchmark prints: a header that says where the figures come from, and a copy under results/."""
+
+import datetime
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pyro
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def header(title: str, seed: int) -> str:
+    """Title, date, seed, versions, processor and threads. No host name."""
+    versions = f"python {platform.python_version()}, torch {torch.__version__}, pyro {pyro.__version__}"
+    date = datetime.date.today().isoformat()
+    return "\n".join([title, "=" * len(title), f"{date}, seed {seed}, {versions}", f"{processor()}, {threads()}", ""])
+
+
+def processor() -> str:
+    """The CPU's model name, and the accelerator's if there is one."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    cpu = f"{names[0] if names else platform.machine()} ({len(names) or '?'} cores)"
+    return f"{cpu}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cpu
+
+
+def threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread" if count == 1 else f"{count} threads"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Right-aligned columns, the first left-aligned; floats to four figures."""
+    cells = [list(columns)] + [[_cell(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def write(name: str, text: str) -> None:
+    """Print ``text`` and keep it as ``results/<name>.txt``."""
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.txt").write_text(text.rstrip() + "\n")
+
+
+def _cell(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    if value != value:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
