@@ -1,0 +1,112 @@
+r"""The draws of a run as they arrive: blocks of steps of every chain."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from pyro.ops import stats
+from torch import Tensor
+
+__all__ = ["Block", "Record", "floating", "in_chunks", "per_chain", "site_diagnostics"]
+
+
+class Block(NamedTuple):
+    r"""Consecutive states of every chain, as ``sample_block`` returns them.
+
+    Attributes:
+        draws: Unconstrained sites, each of shape ``(num_steps, num_chains, *site)``.
+        stats: One value a step and chain, such as ``acceptance_rate``, ``energy``, ``step_size``, ``diverging``,
+            ``move``, ``lp``. Each of shape ``(num_steps, num_chains)``.
+    """
+
+    draws: dict[str, Tensor]
+    stats: dict[str, Tensor]
+
+
+class Record:
+    """Draws as they arrive: blocks of the sites to keep, their deterministic sites and statistics."""
+
+    def __init__(self, save_params: Sequence[str] | None) -> None:
+        self.num_draws = 0
+        self.num_diverging = 0
+        self._wanted = save_params
+        self._log_joint: Any = None
+        self._blocks: list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]] = []
+
+    def open(self, log_joint: Any) -> None:
+        """Learn the model's sites; refuse unknown names before any work is done."""
+        self._log_joint = log_joint
+        if self._wanted is None:
+            return
+        known = set(log_joint.site_shapes) | set(log_joint.deterministic(log_joint.start(1)))
+        unknown = sorted(set(self._wanted) - known)
+        if unknown:
+            raise ValueError(f"save_params must name sites of the model, got {unknown}. Known sites: {sorted(known)}.")
+
+    def add(self, block: Block) -> None:
+        """Keep a block, with the deterministic sites at its states."""
+        deterministic = {}
+        if self._wanted is None or set(self._wanted) - set(block.draws):
+            deterministic = in_chunks(self._log_joint.deterministic, self._log_joint.pack(block.draws))
+        self._blocks.append((self._kept(block.draws), self._kept(deterministic), block.stats))
+        self.num_draws += next(iter(block.draws.values())).shape[0]
+        self.num_diverging += int(block.stats["diverging"].sum()) if "diverging" in block.stats else 0
+
+    def _kept(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: values[name].detach() for name in sorted(values) if self._wanted is None or name in self._wanted}
+
+    def sites(self) -> dict[str, Tensor]:
+        """Unconstrained draws, each of shape (chains, draws, *site)."""
+        return _joined([sites for sites, _, _ in self._blocks])
+
+    def deterministic(self) -> dict[str, Tensor]:
+        """Deterministic sites, each of shape (chains, draws, *site)."""
+        return _joined([deterministic for _, deterministic, _ in self._blocks])
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Statistics, each of shape (chains, draws)."""
+        return _joined([statistics for _, _, statistics in self._blocks])
+
+
+def _joined(blocks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Blocks of (steps, chains, ...) to (chains, draws, ...)."""
+    return {name: torch.cat([block[name] for block in blocks]).transpose(0, 1).contiguous() for name in blocks[0]}
+
+
+def in_chunks(function: Callable[[Tensor], dict[str, Tensor]], z: Tensor, rows: int = 4096) -> dict[str, Tensor]:
+    """Apply a row-wise function to (*batch, dim) in pieces that fit in memory."""
+    pieces = [function(piece) for piece in z.reshape(-1, z.shape[-1]).split(rows)]
+    return {name: torch.cat([piece[name] for piece in pieces]).unflatten(0, z.shape[:-1]) for name in pieces[0]}
+
+
+def site_diagnostics(value: Tensor) -> OrderedDict[str, Tensor]:
+    """Effective sample size and split R-hat over (chains, draws, ...)."""
+    value = floating(value)
+    if value.shape[1] < 4:
+        nan = value.new_full(value.shape[2:], float("nan"))
+        return OrderedDict(n_eff=nan, r_hat=nan)
+    return OrderedDict(n_eff=stats.effective_sample_size(value), r_hat=stats.split_gelman_rubin(value))
+
+
+def per_chain(diagnostics: dict[str, Any], diverging: Tensor | None, num_chains: int) -> list[dict[str, Any]]:
+    """Diagnostics of each chain, with its diverging draws as indices.
+
+    A list, tuple or tensor with one entry a chain is dealt out; anything else belongs to every chain.
+    """
+    chains = [{key: _entry(value, i, num_chains) for key, value in diagnostics.items()} for i in range(num_chains)]
+    for i, chain in enumerate(chains):
+        chain.setdefault("divergences", [])
+        if diverging is not None:
+            chain["divergences"] = diverging[i].nonzero().flatten().tolist()
+    return chains
+
+
+def _entry(value: Any, i: int, num_chains: int) -> Any:
+    value = value.tolist() if isinstance(value, Tensor) else value
+    return value[i] if isinstance(value, list | tuple) and len(value) == num_chains else value
+
+
+def floating(value: Tensor) -> Tensor:
+    """Whole numbers and booleans as floats, for statistics."""
+    return value if value.is_floating_point() else value.to(torch.get_default_dtype())
