@@ -13,9 +13,9 @@ import torch
 from pyro.infer import Predictive
 from pyro.infer.mcmc import util
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
-from pyro_sb.infer.potential import log_joint
 
 from pyro_sb.infer.mcmc import MCMC
+from pyro_sb.infer.potential import log_joint
 
 F64 = torch.float64
 DATA = torch.tensor([0.3, -0.4, 1.2], dtype=F64)
