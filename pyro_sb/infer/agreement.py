@@ -1,4 +1,4 @@
-"""Which route is right: compared with the single chain's log joint, value and gradient, at points where both are finite."""
+"""Which route is right: value and gradient compared with the single chain's, at points where both are finite."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -66,7 +66,7 @@ class Packing:
         return torch.cat([column.to(self.device, self.dtype) for column in columns], -1)
 
     def unpack(self, z: Tensor) -> dict[str, Tensor]:
-        r"""Named tensors of shape ``(*batch, *shape)`` from vectors of shape ``(*batch, dim)``, each in its site's dtype."""
+        """``(*batch, dim)`` to named tensors of shape ``(*batch, *shape)``, each in its site's dtype."""
         if z.shape[-1:] != (self.dim,):
             raise ValueError(f"z must have {self.dim} numbers in its last dimension, got shape {tuple(z.shape)}.")
         columns = z.split([shape.numel() for shape in self.shapes.values()], -1)

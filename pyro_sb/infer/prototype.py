@@ -40,6 +40,7 @@ class Start:
         self.like = torch.empty(0) if like is None else like.new_empty(0)
 
     def __call__(self, site: Site) -> Tensor:
+        """A value for one site, as Pyro's init strategies give it."""
         fn = site["fn"]
         if is_discrete(fn):
             return fn.sample()
@@ -119,7 +120,7 @@ def prototype(
     if not continuous:
         found = f"only discrete ones, {list(discrete)}" if discrete else "none"
         raise ValueError(
-            f"The model must have a continuous latent site, got {found}. Leave out `obs=` where a value is unknown."
+            f"The model must have a continuous latent site, got {found}. Leave out obs= where a value is unknown."
         )
     chosen = complete(transforms, continuous)
     if transforms is None:
@@ -196,8 +197,8 @@ def bijection(name: str, fn: Any) -> Transform:
         return biject_to(fn.support)
     except NotImplementedError:
         raise NotImplementedError(
-            f"Site {name!r} must have a support with a bijection from R^n, got {type(fn).__name__} on "
-            f"{describe(fn)}. Pass transforms={{{name!r}: ...}} (constrained to unconstrained) or write the site in other terms."
+            f"Site {name!r} must have a support with a bijection from R^n, got {type(fn).__name__} on {describe(fn)}. "
+            f"Pass transforms={{{name!r}: ...}} (constrained to unconstrained), or write the site in other terms."
         ) from None
 
 
@@ -225,8 +226,8 @@ def refuse_subsampling(trace: poutine.Trace) -> None:
         fn = site["fn"] if site["type"] == "sample" else None
         if isinstance(fn, _Subsample) and fn.subsample_size is not None and fn.subsample_size < fn.size:
             raise NotImplementedError(
-                f"Plate {name!r} must hold all its data, got subsample_size {fn.subsample_size} of {fn.size}: the log joint "
-                "would be random and no exact kernel can target it. Leave out subsample_size, or use SVI."
+                f"Plate {name!r} must hold all its data, got subsample_size {fn.subsample_size} of {fn.size}: the log "
+                "joint would be random, and no exact kernel can target it. Leave out subsample_size, or use SVI."
             )
 
 
@@ -235,8 +236,9 @@ def refuse_nan_data(trace: poutine.Trace) -> None:
         value, site = trace.nodes[name]["value"], trace.nodes[name]
         if isinstance(value, Tensor) and not is_deterministic(site) and bool(torch.isnan(value).any()):
             raise ValueError(
-                f"Observed site {name!r} must not hold NaN, got {int(torch.isnan(value).sum())} in {value.numel()} values. Drop "
-                "them, or mask them out (obs_mask, poutine.mask) and write any finite number there: NaN spoils gradients even under a mask."
+                f"Observed site {name!r} must not hold NaN, got {int(torch.isnan(value).sum())} in {value.numel()} "
+                "values. Drop them, or mask them (obs_mask, poutine.mask) and write any finite number there: NaN "
+                "spoils gradients even under a mask."
             )
 
 
@@ -244,14 +246,14 @@ def refuse_unenumerable(name: str, site: Site) -> None:
     fn, infer = site["fn"], site["infer"]
     if not fn.has_enumerate_support:
         raise NotImplementedError(
-            f"Discrete site {name!r} must have a finite support to be summed out, got {type(fn).__name__}. Observe it, sum it "
-            "out by hand (pyro.factor), or replace it by a distribution with enumerate_support."
+            f"Discrete site {name!r} must have a finite support to be summed out, got {type(fn).__name__}. Observe it, "
+            "sum it out by hand (pyro.factor), or replace it by a distribution with enumerate_support."
         )
     how = infer.get("enumerate", "parallel")
     if how != "parallel" or infer.get("num_samples") is not None:
         asked = f"enumerate={how!r}, num_samples={infer.get('num_samples')}"
         raise NotImplementedError(
-            f"Discrete site {name!r} must be enumerated exactly and in parallel, got infer with {asked}. Leave out `infer`."
+            f"Discrete site {name!r} must be enumerated exactly and in parallel, got {asked}. Leave out infer."
         )
 
 
@@ -266,6 +268,6 @@ def refuse_moving_supports(transforms: dict[str, Transform], other: poutine.Trac
         u = torch.zeros(there.inverse_shape(value.shape), dtype=value.dtype, device=value.device)
         if not torch.equal(here(u), there(u)):
             raise NotImplementedError(
-                f"Site {name!r} must have a fixed support, got one that depends on another latent. Sample a standardised variable "
-                "and transform it, e.g. x = pyro.deterministic('x', low + (high - low) * u) with u ~ Uniform(0, 1)."
+                f"Site {name!r} must have a fixed support, got one that depends on another latent. Sample a "
+                "standardised variable and transform it, e.g. pyro.deterministic('x', low + (high - low) * u) with u ~ Uniform(0, 1)."
             )

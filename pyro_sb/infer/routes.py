@@ -1,26 +1,21 @@
 r"""Routes from a Pyro model to a batched log joint, ``(C, dim)`` to ``(C,)``, differentiable row by row.
 
-- :class:`Plate`: one run of the model with the chains as an outermost batch dimension. Fastest; asks that the model's own
-  tensor code broadcasts on the left.
-- :class:`EnumeratedPlate`: the same under a Pyro plate, with discrete sites summed out exactly.
-- :class:`Vmap`: ``torch.func.vmap`` over a single chain's run. Semantically safe, a little slower; no discrete sites.
-- :class:`Loop`: Pyro's single-chain potential, one chain after another. Always right, slow.
+- :class:`Plate`: one run of the model with the chains as an outermost batch dimension. Fastest; asks that the model's
+  own tensor code broadcasts from the left.
+- :class:`Vmap`: ``torch.func.vmap`` over a single chain's run. Semantically safe, a little slower.
+- :class:`Loop`: a single chain's log joint, chain after chain. Always right, slow.
+
+Models with discrete latents have their own two batched routes, in ``enumeration``.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import pyro
 import torch
-from opt_einsum import shared_intermediates
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import config_enumerate
 from pyro.infer.mcmc.util import initialize_model
-from pyro.ops.contract import contract_to_tensor
-from pyro.ops.rings import LogRing
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
@@ -28,10 +23,9 @@ from torch.distributions import Transform
 from torch.distributions.transforms import ComposeTransform, IndependentTransform
 
 from pyro_sb.infer.packing import Packing
-from pyro_sb.infer.prototype import Prototype, is_sample, latents
+from pyro_sb.infer.prototype import Prototype
 
 __all__ = [
-    "EnumeratedPlate",
     "Loop",
     "ModelPotential",
     "Plate",
@@ -41,10 +35,9 @@ __all__ = [
     "chain_values",
     "constrain",
     "density_terms",
-    "in_chain_plate",
+    "unknown_site",
 ]
 
-CHAINS = "_pyro_sb_chains"
 Potential = Callable[[dict[str, Tensor]], Tensor]
 
 
@@ -57,11 +50,9 @@ class Plate:
         self.prototype = prototype
 
     def __call__(self, z: Tensor) -> Tensor:
-        prototype = self.prototype
-        constrained, log_det = constrain(prototype, z)
-        values = {name: chain_values(prototype, name, x) for name, x in constrained.items()}
-        total = log_det
-        for term in density_terms(prototype, values):
+        """``(C, dim)`` to ``(C,)``."""
+        values, total = constrain(self.prototype, z)
+        for term in density_terms(self.prototype, chain_values(self.prototype, values)):
             total = total + self.per_chain(term)
         return total.expand(len(z))
 
@@ -76,49 +67,6 @@ class Plate:
         return term.sum(rest) if rest else term
 
 
-class EnumeratedPlate:
-    """One run under an outer chain plate, discrete sites enumerated and contracted down to that plate."""
-
-    name = "plate"
-
-    def __init__(self, prototype: Prototype) -> None:
-        self.prototype = prototype
-
-    def __call__(self, z: Tensor) -> Tensor:
-        if len(z) == 1:  # plates of size 1 vanish when Pyro packs tensors, so a lone chain runs with its copy
-            return self(z.expand(2, -1))[:1]
-        constrained, log_det = constrain(self.prototype, z)
-        trace = self.trace(constrained, len(z))
-        for name, site in latents(trace):
-            if site["infer"].get("_enumerate_dim") is None:
-                raise unknown_site(name)
-        trace.compute_log_prob()
-        trace.pack_tensors()
-        return log_det + self.contract(trace, len(z))
-
-    def trace(self, constrained: dict[str, Tensor], num_chains: int) -> poutine.Trace:
-        prototype = self.prototype
-        values = {name: chain_values(prototype, name, x) for name, x in constrained.items()}
-        model = partial(in_chain_plate, config_enumerate(prototype.model), num_chains, -prototype.max_plate_nesting - 1)
-        model = poutine.enum(model, first_available_dim=-prototype.max_plate_nesting - 2)
-        with poutine.block():
-            return poutine.trace(poutine.condition(model, values)).get_trace(*prototype.args, **prototype.kwargs)
-
-    @staticmethod
-    def contract(trace: poutine.Trace, num_chains: int) -> Tensor:
-        """Sum out enumerated dimensions and plates, all but the chains'. Shape ``(C,)``."""
-        symbols = trace.plate_to_symbol
-        factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()  # Pyro asks for this type
-        for site in filter(is_sample, trace.nodes.values()):
-            plates = frozenset(symbols[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized)
-            factors.setdefault(plates, []).append(site["packed"]["log_prob"])
-        enumerated = set(trace.symbol_to_dim) - set(symbols.values())
-        chains = symbols[CHAINS]
-        with shared_intermediates() as cache:
-            ring = LogRing(cache, dim_to_size={chains: num_chains})
-            return contract_to_tensor(factors, enumerated, target_ordinal=frozenset({chains}), ring=ring)
-
-
 class Vmap:
     """``torch.func.vmap`` of a single chain's log density."""
 
@@ -128,6 +76,7 @@ class Vmap:
         self.density = density
 
     def __call__(self, z: Tensor) -> Tensor:
+        """``(C, dim)`` to ``(C,)``."""
         return torch.func.vmap(self.density)(z)
 
 
@@ -140,18 +89,23 @@ class Loop:
         self.density = density
 
     def __call__(self, z: Tensor) -> Tensor:
+        """``(C, dim)`` to ``(C,)``."""
         return torch.stack([self.density(row) for row in z.unbind()]) if len(z) else z.new_zeros(0)
 
 
+# ---- one chain ----
+
+
 class SingleChain:
-    """Log joint of one chain by our own run of the model: no enumeration, refuses sites that come and go."""
+    """Log joint of one chain by our own run of the model, free of what vmap cannot do; no discrete latents."""
 
     def __init__(self, prototype: Prototype) -> None:
         self.prototype = prototype
 
     def __call__(self, z: Tensor) -> Tensor:
-        constrained, log_det = constrain(self.prototype, z)
-        return log_det + torch.stack([term.sum() for term in density_terms(self.prototype, constrained)]).sum()
+        """``(dim,)`` to ``()``."""
+        values, log_det = constrain(self.prototype, z)
+        return sum((term.sum() for term in density_terms(self.prototype, values)), log_det)
 
 
 class ModelPotential:
@@ -170,6 +124,7 @@ class ModelPotential:
         )
 
     def __call__(self, z: Tensor) -> Tensor:
+        """``(dim,)`` to ``()``."""
         return -self.potential(self.packing.unpack(z))
 
 
@@ -180,11 +135,10 @@ class UserPotential:
         self.potential, self.packing = potential, packing
 
     def __call__(self, z: Tensor) -> Tensor:
+        """``(dim,)`` to ``()``."""
         value = torch.as_tensor(self.potential(self.packing.unpack(z)))
         if value.numel() != 1:
-            raise ValueError(
-                f"potential_fn must return one number for one chain's parameters, got shape {tuple(value.shape)}."
-            )
+            raise ValueError(f"potential_fn must return one number for one chain, got shape {tuple(value.shape)}.")
         return -value.reshape(())
 
 
@@ -215,13 +169,11 @@ class DensityMessenger(Messenger):
         self.terms.append(scale_and_mask(log_prob, msg["scale"], msg["mask"]))
 
 
-class StructureError(ValueError):
-    """The model's latent sites are not the same at every run."""
-
-
-def unknown_site(name: str) -> StructureError:
-    return StructureError(
-        f"The model must have the same latent sites at every run, got a new one, {name!r}. Sample it always and ignore it where unused."
+def unknown_site(name: str) -> ValueError:
+    """What to say of a latent that the first run did not have."""
+    return ValueError(
+        f"The model must have the same latent sites at every run, got a new one, {name!r}. Sample it always and ignore "
+        "it where it is not used."
     )
 
 
@@ -234,8 +186,9 @@ def density_terms(prototype: Prototype, values: dict[str, Tensor], *, enumerate_
         model(*prototype.args, **prototype.kwargs)
     missing = sorted(values.keys() - messenger.seen)
     if missing:
-        raise StructureError(
-            f"The model must have the same latent sites at every run, missed {missing}. Sample them always."
+        raise ValueError(
+            f"The model must have the same latent sites at every run, got one without {missing}. Sample them always "
+            "and ignore them where they are not used."
         )
     return messenger.terms
 
@@ -269,13 +222,7 @@ def is_identity(transform: Transform) -> bool:
     return isinstance(inner, ComposeTransform) and not inner.parts
 
 
-def chain_values(prototype: Prototype, name: str, x: Tensor) -> Tensor:
+def chain_values(prototype: Prototype, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """``(C, *batch, *event)`` with the chains moved left of all plates: ``(C, 1, ..., 1, *batch, *event)``."""
-    gap = prototype.depth - len(prototype.batch_shapes[name])
-    return x.reshape(x.shape[:1] + (1,) * gap + x.shape[1:])
-
-
-def in_chain_plate(model: Callable[..., Any], num_chains: int, plate_dim: int, *args: Any, **kwargs: Any) -> Any:
-    """``model`` inside the outer plate of chains."""
-    with pyro.plate(CHAINS, num_chains, dim=plate_dim):
-        return model(*args, **kwargs)
+    gaps = {name: prototype.depth - len(batch) for name, batch in prototype.batch_shapes.items()}
+    return {name: x.reshape(x.shape[:1] + (1,) * gaps[name] + x.shape[1:]) for name, x in values.items()}

@@ -41,6 +41,7 @@ def explain_no_start(prototype: Prototype) -> str:
     ]
     culprits = ", ".join(bad) if bad else "no single site in the last run; perhaps the gradient"
     return (
-        f"The log joint and its gradient must be finite at some start, got none in 100 tries. Not finite: {culprits}. Check the "
-        "data for NaN and infinity and the parameters for their range, or pass init_strategy or initial_params inside the support."
+        "The log joint and its gradient must be finite at some start, got none in 100 tries. Not finite: "
+        f"{culprits}. Check the data for NaN and infinity and the parameters for their range, or pass init_strategy or "
+        "initial_params inside the support."
     )
