@@ -3,7 +3,7 @@
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
-stamp = $(1)/.stamp-$(shell cat $(2) | cksum | cut -d' ' -f1)
+stamp = $(1)/.stamp-$(shell cat $(2) 2>/dev/null | cksum | cut -d' ' -f1)
 SETUP := $(call stamp,.venv,constraints.txt pyproject.toml)
 BENCH := $(call stamp,.venv-bench,constraints-bench.txt)
 ARVIZ1 := $(call stamp,.venv-arviz1,constraints-arviz1.txt)

@@ -46,9 +46,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def write(name: str, text: str) -> None:
-    """Print ``text`` and keep it as ``results/<name>.txt``."""
-    print(text)
+def write(name: str, text: str, *, echo: bool = True) -> None:
+    """Print ``text`` (unless it was printed as it came) and keep it as ``results/<name>.txt``."""
+    if echo:
+        print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.txt").write_text(text.rstrip() + "\n")
 

@@ -1,7 +1,6 @@
 """One sampler's run on one posterior, in figures: time, effective sample sizes, agreement with the reference."""
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import arviz as az
@@ -40,22 +39,22 @@ def score(
     task: PosteriorTask, sampler: str, draws: np.ndarray, seconds: float, evaluations: int, note: str = ""
 ) -> Row:
     """The row of ``draws``, of shape (chain, draw, p) in the order of ``task.parameters``."""
-    chains, length, _ = draws.shape
+    chains, length, size = draws.shape
     counts = {"seconds": seconds, "draws": chains * length, "evaluations": evaluations, "note": note}
+    draws = draws[:, length % 2 :]
     if length < 20:
         return Row(task.name, sampler, bulk=math.nan, tail=math.nan, rhat=math.nan, error=math.nan, **counts)
-    quantities = [draws[:, :, j] for j in range(draws.shape[-1])]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ArviZ warns of a single chain
-        return Row(
-            task.name,
-            sampler,
-            bulk=min(float(az.ess(x, method="bulk")) for x in quantities),
-            tail=min(float(az.ess(x, method="tail")) for x in quantities),
-            rhat=max(float(az.rhat(x)) for x in quantities),
-            error=float(np.abs(_standardised(task, draws)).max()),
-            **counts,
-        )
+    quantities = [draws[:, :, j] for j in range(size)]
+    halves = [x if chains > 1 else x.reshape(2, -1) for x in quantities]  # ArviZ has no R-hat for a single chain
+    return Row(
+        task.name,
+        sampler,
+        bulk=min(float(az.ess(x, method="bulk")) for x in quantities),
+        tail=min(float(az.ess(x, method="tail")) for x in quantities),
+        rhat=max(float(az.rhat(x)) for x in halves),
+        error=float(np.abs(_standardised(task, draws)).max()),
+        **counts,
+    )
 
 
 @dataclass(frozen=True)
