@@ -1,0 +1,223 @@
+"""The noun of the package: a bridge is fitted on draws and called on a context."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_sb.distributions import BridgeDistribution, Draws
+from pyro_sb.training import FitHistory
+
+FORMAT = 1
+
+
+class Bridge(nn.Module):
+    r"""A stochastic map from a source law at time 0 to a target law at time 1, possibly given a context.
+
+    Fit it on draws, call it, and hold a Pyro distribution: ``bridge.fit(draws)``, then ``bridge()`` or
+    ``bridge(context)``.
+
+    **A new bridge** supplies ``fit``, ``sample_rows``, ``transport``, ``paths``, ``drift`` and ``config`` (the
+    constructor's arguments as plain values or tensors, for `save`). According to ``density``, what ``log_q`` of its
+    draws means:
+
+    - ``"marginal"``: the density of the draw itself: supply ``log_prob_rows``; draws follow.
+    - ``"path"``: of the whole path, forwards less backwards: supply ``draws_rows``.
+    - ``None``: draws alone. `density_hint` says what has one.
+
+    All that was fitted lives in parameters and buffers; buffers may change their shape in ``fit`` and in loading.
+    Plain numbers go through ``get_extra_state`` and ``set_extra_state``.
+
+    Args:
+        dim: Event size, at least 1.
+        context_dim: Size of what is conditioned on; 0 for an unconditional bridge.
+    """
+
+    density: str | None = None
+    density_hint = "No choice of options gives it one."
+    has_rsample = False
+
+    def __init__(self, dim: int, context_dim: int = 0) -> None:
+        super().__init__()
+        if dim < 1 or context_dim < 0:
+            raise ValueError(f"dim must be at least 1 and context_dim at least 0, got {dim} and {context_dim}.")
+        self.dim, self.context_dim = dim, context_dim
+
+    def fit(
+        self,
+        target: Any,
+        source: Any = None,
+        *,
+        context: Any = None,
+        weights: Any = None,
+        progress: bool = True,
+        checkpoint: str | Path | None = None,
+    ) -> FitHistory:
+        """Learn from draws of the target: arrays, tensors or a distribution. Changes the bridge, returns the history."""
+        raise NotImplementedError(f"{type(self).__name__} has no fit.")
+
+    def forward(self, context: Any = None) -> BridgeDistribution:
+        """The law of the draws given a context of shape ``(*batch_shape, context_dim)``."""
+        like = self.like()
+        return BridgeDistribution(self, self.check_context(context), like=like)
+
+    def transport(self, x0: Tensor, context: Any = None) -> Tensor:
+        """Source points to draws of the target. Shapes ``(*, dim)`` to ``(*, dim)``."""
+        raise NotImplementedError(f"{type(self).__name__} has no transport.")
+
+    def paths(self, num_paths: int, num_steps: int, context: Any = None) -> tuple[Tensor, Tensor]:
+        """Times ``(num_steps + 1,)`` from 0 to 1, and states ``(num_steps + 1, num_paths, *batch_shape, dim)``."""
+        raise NotImplementedError(f"{type(self).__name__} has no paths.")
+
+    def drift(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
+        """Drift of the bridge at time t in [0, 1]. Shape of ``x``: ``(*, dim)``."""
+        raise NotImplementedError(f"{type(self).__name__} has no drift.")
+
+    def sample_rows(self, num: int, context: Tensor | None) -> Tensor:
+        """Draws, a row of context each. Shape ``(num, dim)``."""
+        return self.draws_rows(num, context).value
+
+    def draws_rows(self, num: int, context: Tensor | None) -> Draws:
+        """Draws with the log density that corrects them."""
+        if self.density != "marginal":
+            raise NotImplementedError(f"{self.describe()} has no density of its draws. {self.density_hint}")
+        value = self.sample_rows(num, context)
+        return Draws(value, self.log_prob_rows(value, context))
+
+    def log_prob_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Log density of points, where ``density`` is "marginal"."""
+        if self.density == "path":
+            cure = "Use draws(), which returns value and log_q."
+        else:
+            cure = f"draws() would return value and log_q, but has none here either. {self.density_hint}"
+        raise NotImplementedError(
+            f'{self.describe()} has no marginal log_prob, its density is "{self.density}". {cure}'
+        )
+
+    def describe(self) -> str:
+        """Name for messages."""
+        return type(self).__name__
+
+    def like(self) -> Tensor:
+        """A fitted tensor, for dtype and device; an error before ``fit``."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its dtype.")
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as plain values or tensors."""
+        return {"dim": self.dim, "context_dim": self.context_dim}
+
+    def save(self, path: str | Path) -> None:
+        """Write one file of tensors and plain values, read back by `Bridge.load`."""
+        state = {key: v.detach().clone() if isinstance(v, Tensor) else v for key, v in self.state_dict().items()}
+        torch.save({"format": FORMAT, "class": type(self).__name__, "config": self.config(), "state": state}, path)
+
+    @classmethod
+    def load(cls, path: str | Path, map_location: Any = None) -> Any:
+        """Rebuild a saved bridge, of this class or one derived from it.
+
+        Args:
+            path: What `save` wrote. Read with ``weights_only=True``: no code in the file is run.
+            map_location: As in `torch.load`.
+        """
+        saved = torch.load(path, map_location=map_location, weights_only=True)
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise ValueError(f"{path} must hold a bridge written by Bridge.save, format {FORMAT}.")
+        known = {c.__name__: c for c in _family(cls)}
+        if saved["class"] not in known:
+            raise ValueError(
+                f"{path} must hold one of {sorted(known)}, got {saved['class']}. Import its module, then Bridge.load(path)."
+            )
+        bridge = known[saved["class"]](**saved["config"])
+        bridge.load_state_dict(saved["state"])
+        return bridge
+
+    def check_context(self, context: Any) -> Tensor | None:
+        """The context as a tensor ``(*batch, context_dim)``; an error where it is missing, superfluous or misshapen."""
+        if self.context_dim == 0:
+            if context is not None:
+                raise ValueError(
+                    f"{type(self).__name__} has context_dim 0, got a context. Build it with context_dim=..."
+                )
+            return None
+        if context is None:
+            raise ValueError(
+                f"{type(self).__name__} has context_dim {self.context_dim}: call it on a context, bridge(context)."
+            )
+        like = self.like()
+        context = torch.as_tensor(context, dtype=like.dtype, device=like.device)
+        if context.dim() == 0 or context.shape[-1] != self.context_dim:
+            raise ValueError(f"context must have shape (*batch, {self.context_dim}), got {tuple(context.shape)}.")
+        if not bool(torch.isfinite(context).all()):
+            raise ValueError("context must be finite, got NaN or infinity.")
+        return context
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Buffers take the shape, dtype and device that were saved: what was fitted decides, not the constructor.
+        for name, buffer in self._buffers.items():
+            saved = state_dict.get(prefix + name)
+            if buffer is not None and isinstance(saved, Tensor):
+                self._buffers[name] = torch.empty_like(saved)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _family(cls: type["Bridge"]) -> list[type["Bridge"]]:
+    return [cls] + [c for child in cls.__subclasses__() for c in _family(child)]
+
+
+def as_draws(name: str, value: Any, dim: int, *, num_draws: int = 1024, like: Tensor | None = None) -> Tensor:
+    """Draws as a finite tensor ``(N, dim)``, from an array, a tensor or a distribution.
+
+    Args:
+        name: What it is, for messages.
+        value: Array or tensor of shape ``(N, dim)``, or a distribution whose event has this size.
+        dim: Expected number of columns.
+        num_draws: How many draws a distribution gives.
+        like: A tensor whose dtype and device are taken. Omitted: the value's own (integers become the default dtype).
+
+    Example:
+        >>> as_draws("target", [[0, 1], [2, 3]], 2)
+        tensor([[0., 1.],
+                [2., 3.]])
+    """
+    draws = value.sample((num_draws,)) if isinstance(value, Distribution) else torch.as_tensor(value)
+    if like is not None:
+        draws = draws.to(like)
+    elif not draws.is_floating_point():
+        draws = draws.to(torch.get_default_dtype())
+    if draws.dim() != 2 or draws.shape[1] != dim:
+        hint = f" Write {name}[:, None]." if draws.dim() == 1 and dim == 1 else ""
+        raise ValueError(f"{name} must have shape (draws, {dim}), got {tuple(draws.shape)}.{hint}")
+    if len(draws) < 2:
+        raise ValueError(f"{name} must hold at least 2 draws, got {len(draws)}.")
+    bad = int((~torch.isfinite(draws)).any(1).sum())
+    if bad:
+        raise ValueError(
+            f"{name} must be finite, got NaN or infinity in {bad} of {len(draws)} draws. Remove those rows."
+        )
+    return draws.detach()
+
+
+def as_weights(weights: Any, like: Tensor) -> Tensor:
+    """Normalised weights of the rows of ``like``; refused where negative, infinite, all zero or effectively one draw."""
+    if weights is None:
+        return like.new_full((len(like),), 1 / len(like))
+    weights = torch.as_tensor(weights, dtype=like.dtype, device=like.device).detach()
+    if weights.shape != like.shape[:1]:
+        raise ValueError(f"weights must have shape ({len(like)},), one a draw, got {tuple(weights.shape)}.")
+    if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
+        raise ValueError(
+            "weights must be finite and non-negative. Pass weights, not log weights: (log_w - log_w.max()).exp()."
+        )
+    if not bool((weights > 0).any()):
+        raise ValueError("weights must not all be zero. Pass (log_w - log_w.max()).exp() if they underflowed.")
+    weights = weights / weights.max()
+    weights = weights / weights.sum()
+    effective = 1 / float(weights.square().sum())
+    if effective < 1.5:
+        raise ValueError(
+            f"weights must be worth more than one draw, got 1 / sum w^2 = {effective:.3g} of {len(weights)}. "
+            "Use draws that overlap the target, or temper the weights: weights ** 0.1."
+        )
+    return weights

@@ -1,0 +1,118 @@
+"""The lazy distribution that a bridge becomes when it is called on a context."""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Size, Tensor
+from torch.distributions import constraints
+
+
+class Draws(NamedTuple):
+    r"""Draws with the log density that corrects them.
+
+    Attributes:
+        value: The draws. Shape ``(*sample_shape, *batch_shape, dim)``.
+        log_q: With it :math:`E_q[\exp(\log p(\text{value}) - \log q)]` is the normaliser of :math:`p`, exactly: the
+            log density of the draw where that is known, else that of its path forwards less that of the path
+            backwards given its end. Shape ``(*sample_shape, *batch_shape)``.
+    """
+
+    value: Tensor
+    log_q: Tensor
+
+
+class Law(Protocol):
+    """What `BridgeDistribution` asks of a bridge. ``context`` is flat, a row a draw; None without context."""
+
+    dim: int
+    density: str | None
+    has_rsample: bool
+
+    def sample_rows(self, num: int, context: Tensor | None) -> Tensor:
+        """Draws, shape ``(num, dim)``; differentiable if ``has_rsample``."""
+        ...
+
+    def draws_rows(self, num: int, context: Tensor | None) -> Draws:
+        """Draws with their log density, ``(num, dim)`` and ``(num,)``; or an error that says which choice has one."""
+        ...
+
+    def log_prob_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Log density of rows ``(num, dim)``, shape ``(num,)``; or an error that names `draws`."""
+        ...
+
+
+class BridgeDistribution(TorchDistribution):
+    r"""Law of a bridge's draws given a context: a Pyro distribution with ``event_shape == (dim,)``.
+
+    Bridges make it: write ``bridge()`` or ``bridge(context)``. A context of shape ``(*batch, context_dim)`` gives
+    ``batch_shape == batch``.
+
+    Args:
+        law: The bridge.
+        context: What is conditioned on. Shape ``(*batch_shape, context_dim)``; None for an unconditional bridge.
+        batch_shape: Independent copies, for plates. Omitted: that of the context.
+        like: A tensor with the dtype and device of the draws.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+
+    def __init__(
+        self, law: Law, context: Tensor | None = None, batch_shape: Size | None = None, *, like: Tensor
+    ) -> None:
+        self.law, self.context, self._like = law, context, like
+        if batch_shape is None:
+            batch_shape = Size() if context is None else context.shape[:-1]
+        super().__init__(Size(batch_shape), Size((law.dim,)), validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:
+        """Whether draws carry gradients."""
+        return self.law.has_rsample
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> "BridgeDistribution":
+        """The same law over a larger batch."""
+        context = self.context
+        if context is not None:
+            context = context.expand(*batch_shape, context.shape[-1])
+        return BridgeDistribution(self.law, context, Size(batch_shape), like=self._like)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws without gradients. Shape ``(*sample_shape, *batch_shape, dim)``."""
+        with torch.no_grad():
+            return self._sample(sample_shape)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws with gradients, where the bridge has them."""
+        if not self.has_rsample:
+            raise NotImplementedError(
+                f"{type(self.law).__name__} has no reparametrised draws, as some of its choices are discrete. Use sample()."
+            )
+        return self._sample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of a point, where `Bridge.density` is "marginal". Shape of ``value`` less its last axis."""
+        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        value = value.expand(*shape, self.law.dim)
+        return self.law.log_prob_rows(value.reshape(-1, self.law.dim), self._rows(shape)).reshape(shape)
+
+    def draws(self, sample_shape: Any = ()) -> Draws:
+        """Draws with the log density that corrects them, without gradients unless the bridge has them."""
+        shape = self._batch(sample_shape)
+        with torch.set_grad_enabled(self.has_rsample and torch.is_grad_enabled()):
+            value, log_q = self.law.draws_rows(shape.numel(), self._rows(shape))
+        return Draws(value.reshape(*shape, self.law.dim), log_q.reshape(shape))
+
+    def _sample(self, sample_shape: Any) -> Tensor:
+        shape = self._batch(sample_shape)
+        return self.law.sample_rows(shape.numel(), self._rows(shape)).reshape(*shape, self.law.dim)
+
+    def _batch(self, sample_shape: Any) -> Size:
+        return Size(sample_shape) + self.batch_shape
+
+    def _rows(self, shape: Size) -> Tensor | None:
+        """The context of every draw, flat."""
+        if self.context is None:
+            return None
+        return self.context.expand(*shape, self.context.shape[-1]).reshape(-1, self.context.shape[-1])
