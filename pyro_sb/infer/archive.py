@@ -1,0 +1,78 @@
+"""All draws of adaptive multiple importance sampling, weighted against the mixture of their proposals."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_sb.infer.potential import LogJoint
+from pyro_sb.ops.student_mixture import StudentMixture
+from pyro_sb.weights import effective_sample_size
+
+
+class Archive:
+    r"""Draws of T proposals :math:`\rho_t`, :math:`N_t` each, with balance-heuristic weights :math:`p / \sum_t (N_t / N) \rho_t`.
+
+    Every proposal is evaluated at every draw once.
+
+    Args:
+        log_joint: Target :math:`\log p`.
+
+    Attributes:
+        points: All draws. Shape ``(N, d)``.
+        log_density: :math:`\log p` there. Shape ``(N,)``.
+        log_proposals: :math:`\log \rho_t` there. Shape ``(T, N)``.
+        proposals: The T proposals.
+        cores: The same without their guards.
+        counts: Draws of each.
+
+    References:
+        Optimally combining sampling techniques for Monte Carlo rendering (Veach and Guibas, 1995); Adaptive multiple importance
+        sampling (Cornuet et al., 2012), https://arxiv.org/abs/0907.1254
+    """
+
+    def __init__(self, log_joint: LogJoint) -> None:
+        self.log_joint = log_joint
+        self.points = torch.zeros(0, log_joint.dim, dtype=torch.float64, device=log_joint.device)
+        self.log_density = self.points.new_zeros(0)
+        self.log_proposals = self.points.new_zeros(0, 0)
+        self.proposals: list[StudentMixture] = []
+        self.cores: list[StudentMixture] = []
+        self.counts: list[int] = []
+
+    def add(self, core: StudentMixture, num: int, guard: tuple[float, float, float] | None = None) -> float:
+        """Draw ``num`` points of a new proposal, evaluate the target, and return the effective share of those draws alone.
+
+        The proposal is ``core``, or ``core.with_guard(*guard)``.
+        """
+        proposal = core if guard is None else core.with_guard(*guard)
+        self.cores.append(core)
+        points = proposal.sample(num)
+        log_density = self.log_joint.log_prob(points)
+        here = proposal.log_prob(points)
+        earlier = [item.log_prob(points) for item in self.proposals]
+        columns = torch.stack([*earlier, here])
+        rows = torch.cat([self.log_proposals, proposal.log_prob(self.points)[None]])
+        self.points, self.log_density = torch.cat([self.points, points]), torch.cat([self.log_density, log_density])
+        self.log_proposals = torch.cat([rows, columns], 1)
+        self.proposals.append(proposal)
+        self.counts.append(num)
+        return effective_sample_size(log_density - here) / num
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Log of target over the mixture of all proposals, at all draws. Shape ``(N,)``."""
+        share = torch.tensor(self.counts, dtype=self.points.dtype, device=self.points.device) / len(self.points)
+        return self.log_density - torch.logsumexp(self.log_proposals + share.log()[:, None], 0)
+
+    def rows(self, index: int) -> slice:
+        """Rows of the draws of proposal ``index``."""
+        start = sum(self.counts[:index])
+        return slice(start, start + self.counts[index])
+
+    def shares(self) -> list[float]:
+        r"""Effective share :math:`(\int p)^2 / \int p^2 / \rho_t` of every proposal, each judged on all draws."""
+        log_weights = self.log_weights
+        log_mean = torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
+        second = torch.logsumexp(torch.log_softmax(log_weights, 0) + self.log_density - self.log_proposals, 1)
+        return torch.exp(log_mean - second).clamp_max(1.0).tolist()

@@ -1,0 +1,124 @@
+"""Choice of a Student-t mixture for weighted draws: size, tails and shrinkage by held-out density."""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from pyro_sb.ops.student_mixture import StudentMixture, em_fit, kernel_start, weighted_covariance
+from pyro_sb.weights import systematic_resample
+
+TAILS = (5.0, 15.0, float("inf"))
+MAX_COMPONENTS = 32
+MAX_POINTS = 4096
+STRENGTHS = (1.0, 16.0)
+
+
+def fit_mixture(
+    points: Tensor,
+    weights: Tensor,
+    log_density: Tensor,
+    num_components: int = 1,
+    previous: StudentMixture | None = None,
+) -> StudentMixture:
+    r"""Student-t mixture of a weighted sample, chosen on the half of it that was not fitted.
+
+    The number of components doubles while the held-out mean log density rises by more than .02 nats. At every size EM from k-means
+    clusters competes with EM from slices of the log density (which follow a funnel's neck, where k-means does not), at two strengths
+    of shrinkage towards the start; the tails are chosen at the first size. With ``previous`` the first size is its own, and EM from it
+    competes too.
+
+    Args:
+        points: Sample. Shape ``(M, d)``, M at least 4.
+        weights: Non-negative weights that sum to one. Shape ``(M,)``.
+        log_density: Target's log density at the points. Shape ``(M,)``.
+        num_components: Smallest number of components tried.
+        previous: A mixture to refine.
+
+    Example:
+        >>> points = torch.randn(400, 2, dtype=torch.float64)
+        >>> fit_mixture(points, torch.full_like(points[:, 0], 1 / 400), -0.5 * points.square().sum(-1)).locs.shape[1]
+        2
+    """
+    keep = _thinned(weights, points.shape[-1])
+    points, weights, log_density = points[keep], _share(weights[keep]), log_density[keep]
+    half = torch.rand(len(points), device=points.device) < 0.5
+    train, test = (points[half], _share(weights[half])), (points[~half], _share(weights[~half]))
+    size = max(1, num_components if previous is None else previous.num_components)
+    best = _contest(
+        [previous] if previous is not None else _starts(*train, log_density[half], size), TAILS, train, test
+    )
+    while 2 * size <= _largest_size(weights, points.shape[-1]):
+        size *= 2
+        rival = _contest(_starts(*train, log_density[half], size), (float(best.mixture.df[0]),), train, test)
+        if rival.score < best.score + 0.02:
+            break
+        best = rival
+    return em_fit(points, weights, best.mixture, float(best.mixture.df[0]), best.prior_count)
+
+
+class Fit(NamedTuple):
+    """A fitted mixture, the strength of its shrinkage, and its held-out mean log density."""
+
+    mixture: StudentMixture
+    prior_count: float
+    score: float
+
+
+def _contest(
+    starts: list[StudentMixture], tails: tuple[float, ...], train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
+) -> Fit:
+    """Best held-out fit over starts, tails and strengths of shrinkage."""
+    fits = []
+    for start, df, strength in itertools.product(starts, tails, STRENGTHS):
+        prior_count = strength * (train[0].shape[-1] + 2)
+        mixture = em_fit(*train, start, df, prior_count)
+        fits.append(Fit(mixture, prior_count, float(test[1] @ mixture.log_prob(test[0]))))
+    return max(fits, key=lambda fit: fit.score)
+
+
+def _starts(points: Tensor, weights: Tensor, log_density: Tensor, num: int) -> list[StudentMixture]:
+    if num == 1:
+        return [cluster_start(points, weights, 1)]
+    return [cluster_start(points, weights, num), slice_start(points, weights, log_density, num)]
+
+
+def cluster_start(points: Tensor, weights: Tensor, num: int) -> StudentMixture:
+    """K-means clusters (in whitened coordinates, seeded from torch's generator) that share their pooled within-cluster covariance."""
+    if num == 1:
+        return kernel_start((weights @ points)[None], weighted_covariance(points, weights)[None])
+    scale = torch.linalg.cholesky(weighted_covariance(points, weights))
+    chosen = points[systematic_resample(weights, min(len(points), 1024))]
+    white = torch.linalg.solve_triangular(scale, chosen.T, upper=False).T.cpu().numpy()
+    model = KMeans(num, n_init=2, max_iter=30, random_state=int(torch.randint(2**31 - 1, ()))).fit(white)
+    centres = torch.as_tensor(model.cluster_centers_, dtype=points.dtype, device=points.device) @ scale.T
+    residual = chosen - centres[torch.as_tensor(model.labels_, dtype=torch.long, device=points.device)]
+    uniform = torch.full_like(residual[:, 0], 1.0 / len(residual))
+    return kernel_start(centres, weighted_covariance(residual, uniform).expand(num, -1, -1))
+
+
+def slice_start(points: Tensor, weights: Tensor, log_density: Tensor, num: int) -> StudentMixture:
+    """Equal-weight slices of the sample sorted by log density, each with its own mean and covariance."""
+    order = log_density.argsort()
+    bounds = (torch.arange(1, num, dtype=weights.dtype, device=weights.device) / num) * (1 - 1e-12)
+    parts = torch.tensor_split(order, torch.searchsorted(weights[order].cumsum(0), bounds).cpu())
+    parts = [part for part in parts if len(part) > points.shape[-1]] or [order]
+    locs = torch.stack([_share(weights[part]) @ points[part] for part in parts])
+    return kernel_start(locs, torch.stack([weighted_covariance(points[part], _share(weights[part])) for part in parts]))
+
+
+def _thinned(weights: Tensor, dim: int) -> Tensor:
+    """Rows that the fit uses: those with weight, the heaviest ``MAX_POINTS`` or what keeps the outer products under 160 MB."""
+    keep = weights.argsort(descending=True)[: min(MAX_POINTS, max(256, 20_000_000 // dim**2))]
+    return keep[weights[keep] > 0]
+
+
+def _largest_size(weights: Tensor, dim: int) -> int:
+    effective = float(1.0 / weights.square().sum())
+    return int(min(MAX_COMPONENTS, max(1.0, effective / (3.0 * (dim + 1)))))
+
+
+def _share(weights: Tensor) -> Tensor:
+    return weights / weights.sum()
