@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_TRIES", "Oracle", "close", "find_oracle", "value_and_grad"]
+from pyro_sb.infer.prototype import MAX_TRIES
+
+__all__ = ["Oracle", "close", "find_oracle", "value_and_grad"]
 
 Density = Callable[[Tensor], Tensor]
 BATCH_SIZES = (
@@ -16,7 +18,6 @@ BATCH_SIZES = (
     5,
 )  # accidental broadcasting depends on the batch size: 1 hides it, coincidences with one size show at another
 NUM_POINTS = 4
-MAX_TRIES = 100  # as in Pyro
 
 
 def value_and_grad(density: Density, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,9 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyro_sb.infer.prototype import Prototype, is_sample, latents
+from pyro_sb.infer.prototype import Prototype
 from pyro_sb.infer.routes import chain_values, constrain, unknown_site
+from pyro_sb.infer.sites import is_sample, latents
 
 __all__ = ["EnumeratedPlate", "EnumeratedVmap", "discrete_sites"]
 

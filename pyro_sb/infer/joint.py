@@ -1,7 +1,5 @@
 """The batched log joint on the flat unconstrained vector: density, gradient, and the way back to the model's sites."""
 
-import logging
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +9,18 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_sb.infer.agreement import MAX_TRIES, Oracle, value_and_grad
+from pyro_sb.infer.agreement import Oracle
+from pyro_sb.infer.checked import CheckedDensity
 from pyro_sb.infer.enumeration import discrete_sites
 from pyro_sb.infer.packing import Packing
-from pyro_sb.infer.prototype import Prototype
+from pyro_sb.infer.prototype import MAX_TRIES, Prototype
 from pyro_sb.infer.replay import chunked, deterministic_sites, prior_draws
 from pyro_sb.infer.routes import constrain
 from pyro_sb.infer.starts import model_starts, uniform_starts
 
 __all__ = ["Evaluations", "LogJoint"]
 
-logger = logging.getLogger(__name__)
-
 Sites = dict[str, Tensor]
-Route = Any  # an object with a `name` that maps (C, dim) to (C,)
 ENUMERATION_COST = 64  # numbers held by an enumerated run for each number in its sites, a guess on the high side
 
 
@@ -59,7 +55,7 @@ class LogJoint:
     def __init__(
         self,
         packing: Packing,
-        routes: list[Route],
+        routes: list[Any],
         *,
         oracle: Oracle | None = None,
         prototype: Prototype | None = None,
@@ -69,11 +65,7 @@ class LogJoint:
         self.prototype = prototype
         self.transforms = transforms or {}
         self.evaluations = Evaluations()
-        self._routes = routes  # the one in use, then those to fall back on
-        self._oracle = oracle
-        self._objections: list[str] = []
-        self._sizes_checked: set[int] = set()
-        self._settle()
+        self._density = CheckedDensity(routes, oracle)
 
     @classmethod
     def from_batched(
@@ -118,7 +110,7 @@ class LogJoint:
     @property
     def route(self) -> str:
         """How a batch is evaluated: ``"plate"``, ``"vmap"``, ``"loop"``, or ``"batched"`` (:meth:`from_batched`)."""
-        return self._routes[0].name
+        return self._density.route
 
     @property
     def model(self) -> Callable[..., Any] | None:
@@ -137,7 +129,7 @@ class LogJoint:
             Shape ``(C,)``, in the dtype of ``z``; ``-inf`` where the log joint is not finite.
         """
         self.evaluations.density += len(z)
-        value, _ = self._evaluate(self._own(z), gradient=False)
+        value, _ = self._density(self._own(z), gradient=False)
         return as_density(value).to(z)
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +144,7 @@ class LogJoint:
             the gradient leaves leapfrog steps reversible and volume-preserving.
         """
         self.evaluations.gradient += len(z)
-        value, grad = self._evaluate(self._own(z), gradient=True)
+        value, grad = self._density(self._own(z), gradient=True)
         value = as_density(value)
         grad = torch.where(torch.isfinite(grad) & torch.isfinite(value)[:, None], grad, 0.0)
         return value.to(z), grad.to(z)
@@ -161,68 +153,6 @@ class LogJoint:
         if z.dim() != 2 or z.shape[1] != self.dim:
             raise ValueError(f"z must have shape (chains, {self.dim}), got {tuple(z.shape)}.")
         return z.detach().to(self.device, self.dtype)
-
-    def _evaluate(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-        """Value and gradient by the route in use; a batch size that is new to the plate is checked on one row."""
-        if not len(z):
-            return z.new_zeros(0), torch.zeros_like(z)
-        value, grad = self._attempt(z, gradient)
-        if self.route != "plate" or len(z) in self._sizes_checked:
-            return value, grad
-        if self._confirmed(z, value):
-            self._sizes_checked.add(len(z))
-            return value, grad
-        self._demote(f"wrong values for {len(z)} chains")
-        return self._evaluate(z, gradient)
-
-    def _attempt(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-        """One call of the route; a row whose matrix cannot be factored gets NaN and does not spoil its neighbours."""
-        try:
-            with pyro.validation_enabled(False):
-                if gradient:
-                    return value_and_grad(self._routes[0], z)
-                with torch.no_grad():
-                    return self._routes[0](z), torch.empty_like(z)
-        except torch.linalg.LinAlgError:
-            if len(z) == 1:
-                return z.new_full((1,), torch.nan), torch.zeros_like(z)
-            halves = [self._attempt(half, gradient) for half in z.tensor_split(2)]
-            return torch.cat([value for value, _ in halves]), torch.cat([grad for _, grad in halves])
-
-    # ---- which route ----
-
-    def _confirmed(self, z: Tensor, value: Tensor) -> bool:
-        """Whether the single chain agrees: a batch size that equals a data size can broadcast in silence."""
-        if self._oracle is None:
-            return True
-        if len(z) > 1 and bool((z == z[0]).all()):  # equal rows hide mixed-up chains, so spread them
-            z = z + torch.linspace(-0.05, 0.05, len(z), dtype=z.dtype, device=z.device)[:, None]
-            value, _ = self._attempt(z, gradient=False)
-        with pyro.validation_enabled(False):
-            return self._oracle.confirms(z, value)
-
-    def _demote(self, objection: str) -> None:
-        """Drop the route in use for the next one that agrees with the single chain; the loop always does."""
-        self._objections.append(f"{self._routes.pop(0).name}: {objection}")
-        self._settle()
-
-    def _settle(self) -> None:
-        """Make the first route that agrees with the oracle the one in use, and warn if only the loop is left."""
-        while self.route != "loop" and self._oracle is not None:
-            with pyro.validation_enabled(False):
-                objection = self._oracle.objection(self._routes[0])
-            if objection is None:
-                logger.info("log joint by route %r (%s)", self.route, "; ".join(self._objections) or "first choice")
-                return
-            self._objections.append(f"{self._routes.pop(0).name}: {objection}")
-        if self.route == "loop":
-            warnings.warn(
-                "Chains are evaluated one by one, which is slow: no batched route agrees with the single chain "
-                f"({'; '.join(self._objections)}). Write the model so that batches of chains can pass: dim=-1 in sums, "
-                "Vindex for indices, torch.where for Python's if, no .item().",
-                RuntimeWarning,
-                stacklevel=4,
-            )
 
     # ---- sites ----
 
@@ -326,7 +256,7 @@ class LogJoint:
         for _ in range(MAX_TRIES):
             z = torch.stack([next(starts) for _ in range(num - len(kept))])
             self.evaluations.gradient += len(z)
-            value, grad = self._evaluate(z, gradient=True)
+            value, grad = self._density(z, gradient=True)
             kept.extend(z[torch.isfinite(value) & torch.isfinite(grad).all(-1)].unbind())
             if len(kept) == num:
                 return torch.stack(kept)

@@ -1,6 +1,7 @@
 """From a Pyro model, or a ``potential_fn``, to a batched log joint: what is asked, refused, and chosen."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_sb.infer.agreement import MAX_TRIES, Oracle, close, find_oracle, value_and_grad
+from pyro_sb.infer.agreement import Oracle, close, find_oracle, value_and_grad
 from pyro_sb.infer.enumeration import EnumeratedPlate, EnumeratedVmap
 from pyro_sb.infer.joint import Evaluations, LogJoint
 from pyro_sb.infer.packing import Packing
-from pyro_sb.infer.prototype import Prototype, prototype
+from pyro_sb.infer.prototype import MAX_TRIES, Prototype, persist, prototype
 from pyro_sb.infer.routes import (
     Loop,
     ModelPotential,
@@ -108,7 +109,7 @@ def from_potential(
 ) -> LogJoint:
     """Log joint of a user's single-chain potential: vmap, or a loop."""
     if not initial_params:
-        raise ValueError("potential_fn needs initial_params for the shapes, an unconstrained tensor a site; got none.")
+        raise ValueError("potential_fn needs initial_params, unconstrained, for the shapes of its sites; got none.")
     given = {name: torch.as_tensor(value).detach() for name, value in initial_params.items()}
     chains = given if batched_initial else {name: value[None] for name, value in given.items()}
     packing = Packing.like({name: value[0] for name, value in chains.items()})
@@ -142,13 +143,13 @@ def from_prototype(sites: Prototype, initial_params: Sites | None) -> LogJoint:
 
 
 def single_chain(sites: Prototype) -> ModelPotential:
-    """Pyro's own potential; it cannot enumerate every site that says it can (a Bernoulli vector, say)."""
+    """Pyro's own potential; it cannot enumerate every distribution that says it can."""
     try:
-        return ModelPotential(sites)
+        return persist(partial(ModelPotential, sites))
     except NotImplementedError as error:
+        names = list(sites.enumerated)
         raise NotImplementedError(
-            f"Every discrete site must be enumerable, got {list(sites.enumerated)}, of which Pyro says: {error}. Sample "
-            "vectors of discrete variables in a plate rather than with to_event."
+            f"Discrete sites must be enumerable, got {names}, of which Pyro says: {error}"
         ) from error
 
 

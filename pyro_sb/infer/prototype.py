@@ -1,6 +1,6 @@
-"""What one run of a Pyro model tells: its sites, shapes and transforms; and which models we refuse, by name."""
+"""What one run of a Pyro model tells: its sites, shapes and transforms."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,15 +8,25 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import Transform
 
 from pyro_sb.infer.packing import Packing
+from pyro_sb.infer.refusals import refuse_moving_supports, refuse_nan_data, refuse_subsampling, refuse_unenumerable
+from pyro_sb.infer.sites import (
+    Site,
+    bijection,
+    can_sample,
+    is_deterministic,
+    is_discrete,
+    is_sample,
+    latents,
+    plate_nesting,
+)
 
-__all__ = ["Prototype", "Start", "prototype"]
+__all__ = ["MAX_TRIES", "Prototype", "Start", "persist", "prototype"]
 
-Site = dict[str, Any]
+MAX_TRIES = 100  # runs or starts before we give up, as in Pyro
 
 
 class Start:
@@ -46,8 +56,8 @@ class Start:
             return fn.sample()
         try:
             return self.strategy(site)
-        except NotImplementedError:
-            return self.uniform(site)
+        except NotImplementedError:  # cannot be sampled, or has a support that the strategy does not know
+            return fn.sample() if can_sample(fn) else self.uniform(site)
 
     def uniform(self, site: Site) -> Tensor:
         """A start drawn in unconstrained space, from the support and the shape alone."""
@@ -137,7 +147,7 @@ def prototype(
         batch_shapes={name: site["fn"].batch_shape for name, site in continuous.items()},
         enumerated={name: site["value"].shape for name, site in discrete.items()},
         deterministic={name: site["value"].shape for name, site in trace.nodes.items() if is_deterministic(site)},
-        improper=tuple(name for name, site in continuous.items() if not can_sample(site["fn"])),
+        improper=tuple(name for name, site in sorted(continuous.items()) if not can_sample(site["fn"])),
         max_plate_nesting=nesting,
         depth=max([nesting, *(len(site["fn"].batch_shape) for site in stochastic)]),
         numel=sum(torch.as_tensor(site["value"]).numel() for site in stochastic),
@@ -146,67 +156,27 @@ def prototype(
 
 def run(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], start: Start) -> poutine.Trace:
     """Trace of one run with latents drawn by ``start``, discrete ones sampled."""
-    with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
-        return poutine.trace(InitMessenger(start)(model)).get_trace(*args, **kwargs)
+
+    def once() -> poutine.Trace:
+        with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+            return poutine.trace(InitMessenger(start)(model)).get_trace(*args, **kwargs)
+
+    return persist(once)
 
 
-# ---- questions about a site ----
-
-
-def is_sample(site: Site) -> bool:
-    return site["type"] == "sample" and not isinstance(site["fn"], _Subsample)
-
-
-def is_deterministic(site: Site) -> bool:
-    return is_sample(site) and bool(site["infer"].get("_deterministic"))
-
-
-def is_discrete(fn: Any) -> bool:
-    return bool(fn.has_enumerate_support or getattr(getattr(fn, "support", None), "is_discrete", False))
-
-
-def latents(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
-    return ((name, site) for name, site in trace.iter_stochastic_nodes() if is_sample(site))
-
-
-def can_sample(fn: Any) -> bool:
-    try:
-        with torch.no_grad():
-            fn.sample()
-    except NotImplementedError:
-        return False
-    return True
-
-
-def plate_nesting(trace: poutine.Trace) -> int:
-    frames = (frame for site in trace.nodes.values() if is_sample(site) for frame in site["cond_indep_stack"])
-    return max((-frame.dim for frame in frames if frame.vectorized), default=0)
+def persist(fn: Callable[[], Any]) -> Any:
+    """``fn()``, tried again while it draws a matrix that cannot be factored."""
+    for _ in range(MAX_TRIES - 1):
+        try:
+            return fn()
+        except torch.linalg.LinAlgError:
+            continue
+    return fn()
 
 
 def first_float(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point())
     return next(tensors, None)
-
-
-# ---- transforms ----
-
-
-def bijection(name: str, fn: Any) -> Transform:
-    """Unconstrained to constrained for one site, or an error that names it."""
-    try:
-        return biject_to(fn.support)
-    except NotImplementedError:
-        raise NotImplementedError(
-            f"Site {name!r} must have a support with a bijection from R^n, got {type(fn).__name__} on {describe(fn)}. "
-            f"Pass transforms={{{name!r}: ...}} (constrained to unconstrained), or write the site in other terms."
-        ) from None
-
-
-def describe(fn: Any) -> str:
-    try:
-        return str(fn.support)
-    except NotImplementedError:
-        return "a support that it does not state"
 
 
 def complete(transforms: dict[str, Transform] | None, sites: dict[str, Site]) -> dict[str, Transform]:
@@ -216,58 +186,3 @@ def complete(transforms: dict[str, Transform] | None, sites: dict[str, Site]) ->
     if unknown:
         raise ValueError(f"transforms must name continuous latent sites, got {unknown}; the model has {sorted(sites)}.")
     return {name: given[name] if name in given else bijection(name, sites[name]["fn"]).inv for name in sorted(sites)}
-
-
-# ---- refusals ----
-
-
-def refuse_subsampling(trace: poutine.Trace) -> None:
-    for name, site in trace.nodes.items():
-        fn = site["fn"] if site["type"] == "sample" else None
-        if isinstance(fn, _Subsample) and fn.subsample_size is not None and fn.subsample_size < fn.size:
-            raise NotImplementedError(
-                f"Plate {name!r} must hold all its data, got subsample_size {fn.subsample_size} of {fn.size}: the log "
-                "joint would be random, and no exact kernel can target it. Leave out subsample_size, or use SVI."
-            )
-
-
-def refuse_nan_data(trace: poutine.Trace) -> None:
-    for name in trace.observation_nodes:
-        value, site = trace.nodes[name]["value"], trace.nodes[name]
-        if isinstance(value, Tensor) and not is_deterministic(site) and bool(torch.isnan(value).any()):
-            raise ValueError(
-                f"Observed site {name!r} must not hold NaN, got {int(torch.isnan(value).sum())} in {value.numel()} "
-                "values. Drop them, or mask them (obs_mask, poutine.mask) and write any finite number there: NaN "
-                "spoils gradients even under a mask."
-            )
-
-
-def refuse_unenumerable(name: str, site: Site) -> None:
-    fn, infer = site["fn"], site["infer"]
-    if not fn.has_enumerate_support:
-        raise NotImplementedError(
-            f"Discrete site {name!r} must have a finite support to be summed out, got {type(fn).__name__}. Observe it, "
-            "sum it out by hand (pyro.factor), or replace it by a distribution with enumerate_support."
-        )
-    how = infer.get("enumerate", "parallel")
-    if how != "parallel" or infer.get("num_samples") is not None:
-        asked = f"enumerate={how!r}, num_samples={infer.get('num_samples')}"
-        raise NotImplementedError(
-            f"Discrete site {name!r} must be enumerated exactly and in parallel, got {asked}. Leave out infer."
-        )
-
-
-def refuse_moving_supports(transforms: dict[str, Transform], other: poutine.Trace) -> None:
-    """Pyro fixes each transform at the first run; a support that moves with a latent would be half obeyed."""
-    for name, transform in transforms.items():
-        if name not in other.nodes:
-            continue  # dynamic structure is refused where the runs are compared
-        here = transform.inv
-        there = bijection(name, other.nodes[name]["fn"])
-        value = other.nodes[name]["value"]
-        u = torch.zeros(there.inverse_shape(value.shape), dtype=value.dtype, device=value.device)
-        if not torch.equal(here(u), there(u)):
-            raise NotImplementedError(
-                f"Site {name!r} must have a fixed support, got one that depends on another latent. Sample a "
-                "standardised variable and transform it, e.g. pyro.deterministic('x', low + (high - low) * u) with u ~ Uniform(0, 1)."
-            )

@@ -57,12 +57,9 @@ class Plate:
         return total.expand(len(z))
 
     def per_chain(self, term: Tensor) -> Tensor:
-        """Sum all dimensions but the chains'; a term without it is one constant for every chain."""
-        extra = term.dim() - self.prototype.depth
-        if extra <= 0:
+        """Sum all dimensions but the chains', the leftmost; a term without it is one constant for every chain."""
+        if term.dim() <= self.prototype.depth:
             return term.sum()
-        if extra > 1:
-            raise ValueError(f"a site has {extra} batch dimensions left of its plates, expected the chains alone")
         rest = tuple(range(1, term.dim()))
         return term.sum(rest) if rest else term
 

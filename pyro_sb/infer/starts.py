@@ -8,7 +8,7 @@ from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
 from pyro_sb.infer.packing import Packing
-from pyro_sb.infer.prototype import Prototype, run
+from pyro_sb.infer.prototype import MAX_TRIES, Prototype, run
 
 __all__ = ["explain_no_start", "model_starts", "uniform_starts"]
 
@@ -41,7 +41,7 @@ def explain_no_start(prototype: Prototype) -> str:
     ]
     culprits = ", ".join(bad) if bad else "no single site in the last run; perhaps the gradient"
     return (
-        "The log joint and its gradient must be finite at some start, got none in 100 tries. Not finite: "
+        f"The log joint and its gradient must be finite at some start, got none in {MAX_TRIES} tries. Not finite: "
         f"{culprits}. Check the data for NaN and infinity and the parameters for their range, or pass init_strategy or "
         "initial_params inside the support."
     )
