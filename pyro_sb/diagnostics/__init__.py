@@ -1,0 +1,63 @@
+"""What a finished run is worth: ArviZ's container of it, and checks that R-hat and ESS cannot make."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pyro_sb.diagnostics.container import to_container
+from pyro_sb.diagnostics.groups import to_groups
+
+__all__ = ["to_arviz"]
+
+
+def to_arviz(
+    x: Any,
+    *,
+    log_likelihood: bool = False,
+    prior: int | Mapping[str, Tensor] | None = None,
+    posterior_predictive: bool | int | Mapping[str, Tensor] | None = None,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    dims: Mapping[str, Sequence[Hashable]] | None = None,
+) -> Any:
+    r"""ArviZ's container of a finished run.
+
+    Groups: ``posterior`` and ``sample_stats`` always, ``observed_data`` where there is a model, and on demand
+    ``log_likelihood``, ``prior`` with ``prior_predictive``, and ``posterior_predictive``. Every array is
+    ``(chain, draw, *shape)`` with the shape that the site has in one run of the model. Dimensions that belong to a
+    plate carry its name.
+
+    Args:
+        x: A finished ``MCMC``, ours or Pyro's.
+        log_likelihood: Log density of each datum at each draw, elementwise over the observed sites' batch shape, as
+            ``az.loo`` needs it: 0 where masked, without ``poutine.scale``, ``pyro.factor`` left out, given draws of
+            enumerated sites.
+        prior: Number of draws to make of the prior, at least 1, or draws of shape ``(num, *site)`` by site.
+        posterior_predictive: ``True``: replicated data for each draw. A number: for so many evenly spaced draws of each
+            chain. A dict: replicates from elsewhere, such as ``Predictive(model, mcmc.get_samples())(...)``.
+        coords: Labels by dimension. A plate's labels may be given: ``coords={"schools": names}``.
+        dims: Dimension names by variable, instead of the plates'.
+
+    Returns:
+        ``arviz.InferenceData`` under ArviZ 0.x, ``xarray.DataTree`` under 1.x.
+
+    Raises:
+        ImportError: ArviZ is not installed.
+        RuntimeError: ``x`` has not run.
+        TypeError: ``x`` is no run.
+        ValueError: A group cannot be made: no model, latents dropped by ``save_params``, an improper prior.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("rows", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> mcmc = pyro.infer.MCMC(pyro.infer.NUTS(model), num_samples=20, disable_progbar=True)
+        >>> mcmc.run(torch.zeros(3))
+        >>> to_arviz(mcmc, log_likelihood=True).log_likelihood["y"].dims
+        ('chain', 'draw', 'rows')
+    """
+    made = to_groups(x, log_likelihood=log_likelihood, prior=prior, posterior_predictive=posterior_predictive)
+    return to_container(made.arrays, coords, {**made.dims, **(dims or {})})
