@@ -102,6 +102,6 @@ def metric_factor(matrix: str | Tensor, points: Tensor, weights: Tensor) -> Tens
     centred = points - weights @ points
     covariance = (weights[:, None] * centred).mT @ centred
     floor = 100 * dim * torch.finfo(points.dtype).eps * float(covariance.diagonal().mean())
-    if not floor > 0:
+    if bool((points == points[0]).all()):
         raise ValueError("target must vary: all draws are equal and have no covariance. Add draws, or give a metric.")
     return torch.linalg.cholesky(covariance + floor * eye)
