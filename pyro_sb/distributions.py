@@ -87,7 +87,7 @@ class BridgeDistribution(TorchDistribution):
         """Draws with gradients, where the bridge has them."""
         if not self.has_rsample:
             raise NotImplementedError(
-                f"{type(self.law).__name__} has no reparametrised draws, as some of its choices are discrete. Use sample()."
+                f"{type(self.law).__name__} has no reparametrised draws, some choices are discrete. Use sample()."
             )
         return self._sample(sample_shape)
 

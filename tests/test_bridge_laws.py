@@ -165,7 +165,7 @@ BAD_WEIGHTS = {
 @pytest.mark.parametrize("bad", BAD_TARGETS)
 def test_bad_draws_are_refused_and_nothing_is_lost(name, bad):
     bridge, (target, message) = fitted(BRIDGES[name], False), BAD_TARGETS[bad]
-    before = {key: v for key, v in bridge.state_dict().items()}
+    before = dict(bridge.state_dict())
     with pytest.raises(ValueError, match=message):
         bridge.fit(target, progress=False)
     assert all(

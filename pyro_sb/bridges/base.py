@@ -55,7 +55,7 @@ class Bridge(nn.Module):
         progress: bool = True,
         checkpoint: str | Path | None = None,
     ) -> FitHistory:
-        """Learn from draws of the target: arrays, tensors or a distribution. Changes the bridge, returns the history."""
+        """Learn from draws of the target: arrays, tensors or a distribution. Changes the bridge."""
         raise NotImplementedError(f"{type(self).__name__} has no fit.")
 
     def forward(self, context: Any = None) -> BridgeDistribution:
@@ -127,7 +127,7 @@ class Bridge(nn.Module):
         known = {c.__name__: c for c in _family(cls)}
         if saved["class"] not in known:
             raise ValueError(
-                f"{path} must hold one of {sorted(known)}, got {saved['class']}. Import its module, then Bridge.load(path)."
+                f"{path} must hold one of {sorted(known)}, got {saved['class']}. Import it, then Bridge.load(path)."
             )
         bridge = known[saved["class"]](**saved["config"])
         bridge.load_state_dict(saved["state"])
@@ -200,7 +200,7 @@ def as_draws(name: str, value: Any, dim: int, *, num_draws: int = 1024, like: Te
 
 
 def as_weights(weights: Any, like: Tensor) -> Tensor:
-    """Normalised weights of the rows of ``like``; refused where negative, infinite, all zero or effectively one draw."""
+    """Normalised weights of the rows of ``like``; refused where negative, not finite, or worth one draw or none."""
     if weights is None:
         return like.new_full((len(like),), 1 / len(like))
     weights = torch.as_tensor(weights, dtype=like.dtype, device=like.device).detach()

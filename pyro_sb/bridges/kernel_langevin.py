@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import Bridge, as_draws, as_weights
-from pyro_sb.bridges.langevin_bandwidth import choose_bandwidth, choose_conditional_bandwidths
+from pyro_sb.bridges.affinity import AffinityBridge
+from pyro_sb.bridges.base import as_draws, as_weights
 from pyro_sb.bridges.langevin_chain import SmoothedDraws, end_of_walk, log_path_ratio, walk
 from pyro_sb.bridges.langevin_posterior import (
     LogLikelihood,
@@ -19,14 +19,13 @@ from pyro_sb.bridges.langevin_posterior import (
     posterior_weights,
     score,
 )
-from pyro_sb.bridges.langevin_schemes import SCHEMES, Dynamics
-from pyro_sb.bridges.langevin_setup import Bandwidths, check_metric, make_keys, metric_factor, solve
+from pyro_sb.bridges.langevin_schemes import SCHEMES
+from pyro_sb.bridges.langevin_setup import check_metric, metric_factor, whiten
 from pyro_sb.distributions import Draws
-from pyro_sb.ops.attention import Transitions
 from pyro_sb.training import FitHistory
 
 
-class KernelLangevinBridge(Bridge):
+class KernelLangevinBridge(AffinityBridge):
     r"""Langevin chain whose drift is a Schrödinger bridge from the draws to themselves, one attention head a step.
 
     With metric :math:`K` and the symmetric scaling :math:`v_i \sum_j T_{ij} v_j = w_i` of the affinity
@@ -98,15 +97,7 @@ class KernelLangevinBridge(Bridge):
         'Of its schemes only "plain" has one, with its own start or a distribution as source: pass scheme="plain".'
     )
 
-    points: Tensor
-    weights: Tensor
-    log_v: Tensor
-    location: Tensor
-    metric_cholesky: Tensor
     diffusion_factor: Tensor
-    context_points: Tensor
-    context_location: Tensor
-    context_scale: Tensor
     source_points: Tensor
 
     def __init__(
@@ -123,45 +114,34 @@ class KernelLangevinBridge(Bridge):
         diffusion: str | Tensor | None = None,
         bandwidth_exponent: float = 0.0,
     ) -> None:
-        super().__init__(dim, context_dim)
-        for name, value in (("epsilon", epsilon), ("context_epsilon", context_epsilon), ("step_size", step_size)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}. Omit it for the default.")
-        if context_epsilon is not None and context_dim == 0:
-            raise ValueError("context_epsilon is the bandwidth of a context, got context_dim = 0. Omit one of them.")
+        super().__init__(
+            dim,
+            context_dim,
+            epsilon=epsilon,
+            context_epsilon=context_epsilon,
+            metric=metric,
+            bandwidth_exponent=bandwidth_exponent,
+        )
+        if not 0 < step_size < math.inf:
+            raise ValueError(
+                f"step_size must be positive and finite, got {step_size}. Write 1.0 to match the bandwidth."
+            )
         if scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {list(SCHEMES)}, got {scheme!r}.")
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
-        if not -math.inf < bandwidth_exponent <= 0:
-            raise ValueError(f"bandwidth_exponent must be 0 or negative, got {bandwidth_exponent}. Write -1 / {dim}.")
-        check_metric("metric", metric, dim)
         if diffusion is not None:
             check_metric("diffusion", diffusion, dim)
-        self.scheme, self.num_steps, self.step_size = scheme, num_steps, float(step_size)
-        self.bandwidth_exponent, self.metric, self.diffusion = float(bandwidth_exponent), metric, diffusion
-        self._asked = (epsilon, context_epsilon)
-        self._bandwidths = Bandwidths(math.nan)
-        for name in KernelLangevinBridge.__annotations__:
-            self.register_buffer(name, torch.empty(0))
+        self.scheme, self.num_steps, self.step_size, self.diffusion = scheme, num_steps, float(step_size), diffusion
+        self.register_buffer("diffusion_factor", torch.empty(0))
+        self.register_buffer("source_points", torch.empty(0))
         self._source: Distribution | None = None
         self._log_likelihood: LogLikelihood | None = None
-        self._cache: Dynamics | None = None
 
     @property
     def density(self) -> str | None:  # type: ignore[override]
         """Path for the plain scheme, unless its source is known by draws alone; else None."""
         return "path" if self.scheme == "plain" and not len(self.source_points) else None
-
-    @property
-    def epsilon(self) -> float:
-        """The bandwidth in use, ``2 eta``; in units of the metric. NaN before ``fit``."""
-        return self._bandwidths.epsilon
-
-    @property
-    def context_epsilon(self) -> float | None:
-        """The context's bandwidth in use; None without context."""
-        return self._bandwidths.context if self.context_dim else None
 
     @torch.no_grad()
     def fit(
@@ -181,8 +161,8 @@ class KernelLangevinBridge(Bridge):
 
         Args:
             target: Draws ``(M, dim)``, or a distribution that gives ``num_draws`` of them.
-            source: Where chains start: draws, or a distribution (which keeps the plain scheme's density, and is not saved).
-                Omitted: the draws of the target, smoothed.
+            source: Where chains start: draws, or a distribution (which keeps the plain scheme's density, and is not
+                saved). Omitted: the draws of the target, smoothed.
             context: Contexts of the draws. Shape ``(M, context_dim)``.
             weights: Non-negative weights of the draws, normalised here. Shape ``(M,)``.
             progress: Show a bar where the affinity matrix is too large to be stored.
@@ -198,22 +178,11 @@ class KernelLangevinBridge(Bridge):
         points = as_draws("target", target, self.dim, num_draws=num_draws)
         weights = as_weights(weights, points)
         source_law, source_points = self._read_source(source, points)
-        contexts, context_location, context_scale = self._read_contexts(context, points, weights)
-        location, factor = weights @ points, metric_factor(self.metric, points, weights)
-        diffusion_factor = points.new_empty(0)
+        result = self._scale(points, weights, context, progress, tolerance, max_iter)
+        self._source, self.source_points, self.diffusion_factor = source_law, source_points, points.new_empty(0)
         if self.diffusion is not None:
-            diffusion_factor = _whiten(metric_factor(self.diffusion, points, weights).mT, factor).mT
-
-        z = _whiten(points - location, factor)
-        y = (contexts - context_location) / context_scale if self.context_dim else None
-        bandwidths = self._choose(z, y, weights)
-        keys = make_keys(z, y, weights, bandwidths, self.bandwidth_exponent)
-        result = solve(keys, weights, bandwidths.epsilon, progress, tolerance=tolerance, max_iter=max_iter)
-
-        self.points, self.weights, self.log_v, self.location = points, weights, result.log_v, location
-        self.metric_cholesky, self.diffusion_factor, self.source_points = factor, diffusion_factor, source_points
-        self.context_points, self.context_location, self.context_scale = contexts, context_location, context_scale
-        self._source, self._bandwidths, self._cache = source_law, bandwidths, None
+            factor = metric_factor(self.diffusion, points, weights)
+            self.diffusion_factor = torch.linalg.solve_triangular(self.metric_cholesky, factor, upper=False)
         if checkpoint is not None:
             self.save(checkpoint)
         seconds = time.perf_counter() - begun
@@ -224,13 +193,14 @@ class KernelLangevinBridge(Bridge):
     ) -> "KernelLangevinBridge":
         r"""Bridge to the posterior, when this one was fitted to draws of the prior.
 
-        - ``"weights"``: the Sinkhorn marginals become :math:`w_j \propto w_j L(x_j)`. No gradient, no further bias; refused
-          where the prior's draws are worth less than two draws of the posterior, with a warning below 50.
+        - ``"weights"``: the Sinkhorn marginals become :math:`w_j \propto w_j L(x_j)`. No gradient, no further bias;
+          refused where the prior's draws are worth less than two draws of the posterior, with a warning below 50.
         - ``"drift"``: the split step with the likelihood's gradient,
-          :math:`x_{1/2} = x + \tfrac{\epsilon}{2} K \nabla \log L(x) + \sqrt{\epsilon K} \xi` and :math:`x' = m(x_{1/2})`. Within
-          the convex hull of the prior's draws, however steep the likelihood, but with a bias of order epsilon: for a prior
-          N(0, S), an observation y of variance R and :math:`\eta = \epsilon / 2`, with A as above and :math:`r = \eta / R`,
-          the mean is :math:`A r y / (1 - A (1 - r))` and the variance :math:`2 \eta A^2 / (1 - A^2 (1 - r)^2)`.
+          :math:`x_{1/2} = x + \tfrac{\epsilon}{2} K \nabla \log L(x) + \sqrt{\epsilon K} \xi` and
+          :math:`x' = m(x_{1/2})`. Within the convex hull of the prior's draws, however steep the likelihood, but with
+          a bias of order epsilon: for a prior N(0, S), an observation y of variance R and
+          :math:`\eta = \epsilon / 2`, with A as above and :math:`r = \eta / R`, the mean is
+          :math:`A r y / (1 - A (1 - r))` and the variance :math:`2 \eta A^2 / (1 - A^2 (1 - r)^2)`.
 
         Both are approximate; `KernelLangevin` in ``pyro_sb.infer`` is exact where the prior has a density too.
 
@@ -254,26 +224,8 @@ class KernelLangevinBridge(Bridge):
         other._source, other._log_likelihood = self._source, log_likelihood
         return other
 
-    def conditional_mean(self, x: Tensor, context: Any = None) -> Tensor:
-        """m(x), within the convex hull of the draws. Shapes ``(*, dim)`` to ``(*, dim)``."""
-        z, y = self._rows(x, context)
-        return self._unwhiten(self._dynamics().mean(z, y)).reshape(x.shape)
-
-    def conditional_covariance(self, x: Tensor, context: Any = None) -> Tensor:
-        """C(x), the covariance of the transition from x. Shapes ``(*, dim)`` to ``(*, dim, dim)``."""
-        z, y = self._rows(x, context)
-        factor = self.metric_cholesky
-        return (factor @ self._dynamics().moments(z, y)[1] @ factor.mT).reshape(*x.shape, self.dim)
-
-    def transition_probabilities(self, x: Tensor, context: Any = None) -> Tensor:
-        """p_j(x); at the draws a Markov matrix, reversible with respect to the weights. Shapes ``(*, dim)`` to ``(*, M)``."""
-        z, y = self._rows(x, context)
-        query = self._dynamics().query(z, y)
-        probabilities = self._dynamics().law.probabilities(query, self._dynamics().scale(query))
-        return probabilities.reshape(*x.shape[:-1], len(self.points))
-
     def drift(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
-        """Drift over [0, 1], in which a chain makes ``num_steps`` steps; the same at all t. Shapes ``(*, dim)`` to ``(*, dim)``."""
+        """Drift over [0, 1], in which a chain makes ``num_steps`` steps; the same at all t. Shape of ``x``."""
         z, y = self._rows(x, context)
         move = self._dynamics().pull(z, y) - z + self._dynamics().push(z, y)
         return self.num_steps * (move @ self.metric_cholesky.mT).reshape(x.shape)
@@ -324,7 +276,7 @@ class KernelLangevinBridge(Bridge):
         """
         if self.density is None:
             raise NotImplementedError(f"{self.describe()} has no density of its paths. {self.density_hint}")
-        y, z = self._context_rows(context), _whiten(states - self.location, self.metric_cholesky)
+        y, z = self._context_rows(context), whiten(states - self.location, self.metric_cholesky)
         if self._source is not None:
             start = self._source.log_prob(states[0])
         else:
@@ -335,17 +287,10 @@ class KernelLangevinBridge(Bridge):
         """Name and scheme, for messages."""
         return f"KernelLangevinBridge with scheme {self.scheme!r}"
 
-    def like(self) -> Tensor:
-        """The draws; an error before ``fit``."""
-        if not len(self.points):
-            raise RuntimeError("KernelLangevinBridge must be fitted first: call bridge.fit(draws).")
-        return self.points
-
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        names = ("scheme", "num_steps", "step_size", "metric", "diffusion", "bandwidth_exponent")
-        asked = dict(zip(("epsilon", "context_epsilon"), self._asked))
-        return super().config() | asked | {name: getattr(self, name) for name in names}
+        names = ("scheme", "num_steps", "step_size", "diffusion")
+        return super().config() | {name: getattr(self, name) for name in names}
 
     def save(self, path: str | Path) -> None:
         """As `Bridge.save`; a likelihood or a source distribution is code, and refused."""
@@ -355,28 +300,6 @@ class KernelLangevinBridge(Bridge):
                 f"a saved bridge must hold tensors and plain values, got {what}. Save what it was made from."
             )
         super().save(path)
-
-    def get_extra_state(self) -> dict[str, float]:
-        """The bandwidths in use."""
-        return self._bandwidths._asdict()
-
-    def set_extra_state(self, state: dict[str, float]) -> None:
-        """Take saved bandwidths."""
-        self._bandwidths, self._cache = Bandwidths(**state), None
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._cache = None  # it holds tensors of the old device and dtype
-        return super()._apply(*args, **kwargs)
-
-    def _choose(self, z: Tensor, y: Tensor | None, weights: Tensor) -> Bandwidths:
-        """Bandwidths: those asked for, the rest from the draws."""
-        epsilon, context = self._asked
-        if y is not None and (epsilon is None or context is None):
-            chosen = choose_conditional_bandwidths(z, y, weights)
-            epsilon, context = epsilon or chosen[0], context or chosen[1]
-        joint = z if y is None else torch.cat([y, z], dim=1)
-        pilot = choose_bandwidth(joint, weights) if self.bandwidth_exponent else 1.0
-        return Bandwidths(epsilon or choose_bandwidth(z, weights), context or 1.0, pilot)
 
     def _read_source(self, source: Any, points: Tensor) -> tuple[Distribution | None, Tensor]:
         """A source distribution or None, and source draws or nothing."""
@@ -391,39 +314,12 @@ class KernelLangevinBridge(Bridge):
             )
         return source, points.new_empty(0)
 
-    def _read_contexts(self, context: Any, points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The draws' contexts with their mean and standard deviations; empty without context."""
-        if self.context_dim == 0:
-            if context is not None:
-                raise ValueError(
-                    "context needs context_dim > 0, got context_dim = 0. Build the bridge with context_dim."
-                )
-            return points.new_empty(0), points.new_empty(0), points.new_empty(0)
-        if context is None:
-            raise ValueError(f"context must be given for context_dim = {self.context_dim}: fit(target, context=...).")
-        context = as_draws("context", context, self.context_dim, like=points)
-        if len(context) != len(points):
-            raise ValueError(f"context must have a row a draw, got {len(context)} for {len(points)} draws.")
-        location = weights @ context
-        deviation = (weights @ (context - location).square()).sqrt()
-        return context, location, torch.where(deviation > 0, deviation, 1.0)
-
-    def _dynamics(self) -> Dynamics:
-        """What the schemes step with, made once after ``fit``, a load or a move."""
-        if self._cache is None:
-            z = _whiten(self.like() - self.location, self.metric_cholesky)
-            y = (self.context_points - self.context_location) / self.context_scale if self.context_dim else None
-            keys = make_keys(z, y, self.weights, self._bandwidths, self.bandwidth_exponent)
-            self._cache = Dynamics(
-                Transitions(keys.points, z, self.log_v, keys.scale),
-                self.epsilon,
-                self.step_size,
-                self.diffusion_factor if len(self.diffusion_factor) else None,
-                keys.pilot,
-                keys.units,
-                None if self._log_likelihood is None else self._score,
-            )
-        return self._cache
+    def _walking(self) -> dict[str, Any]:
+        return {
+            "step_size": self.step_size,
+            "factor": self.diffusion_factor if len(self.diffusion_factor) else None,
+            "score": None if self._log_likelihood is None else self._score,
+        }
 
     def _score(self, z: Tensor) -> Tensor:
         """Gradient of the log likelihood with respect to z."""
@@ -445,33 +341,9 @@ class KernelLangevinBridge(Bridge):
             x = self._source.sample((num,)).to(self.points)
         else:
             x = self.source_points[torch.randint(len(self.source_points), (num,), device=self.points.device)]
-        return _whiten(x - self.location, self.metric_cholesky)
+        return whiten(x - self.location, self.metric_cholesky)
 
     def _walk(self, num: int, y: Tensor | None, num_steps: int) -> Tensor:
         """Whitened states, shape ``(num_steps + 1, num, dim)``."""
         start = self._start(num, y)
         return torch.stack([start, *walk(self._dynamics(), self.scheme, start, y, num_steps)])
-
-    def _rows(self, x: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
-        """Points and contexts as flat rows, whitened and in units of the bandwidth."""
-        if x.dim() == 0 or x.shape[-1] != self.dim:
-            raise ValueError(f"x must have shape (*, {self.dim}), got {tuple(x.shape)}.")
-        x, context = x.to(self.like()), self.check_context(context)
-        if context is not None:
-            context = context.expand(*x.shape[:-1], self.context_dim).reshape(-1, self.context_dim)
-        return _whiten((x - self.location).reshape(-1, self.dim), self.metric_cholesky), self._context_rows(context)
-
-    def _context_rows(self, context: Tensor | None) -> Tensor | None:
-        """Rows of context in units of their bandwidth."""
-        if context is None:
-            return None
-        return (context - self.context_location) / (self.context_scale * math.sqrt(self._bandwidths.context))
-
-    def _unwhiten(self, z: Tensor) -> Tensor:
-        return z @ self.metric_cholesky.mT + self.location
-
-
-def _whiten(centred: Tensor, factor: Tensor) -> Tensor:
-    """L^-1 applied to rows ``(*, d)``."""
-    rows = torch.linalg.solve_triangular(factor, centred.reshape(-1, centred.shape[-1]).mT, upper=False)
-    return rows.mT.reshape(centred.shape)

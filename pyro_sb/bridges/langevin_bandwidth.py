@@ -1,10 +1,11 @@
 r"""Bandwidths chosen from the draws alone: leave-one-out likelihood, and never so small that a chain would stand still.
 
 A Gaussian smoothing of variance :math:`\epsilon` predicts draw i from all others with density
-:math:`\sum_{j \ne i} w_j N(z_i; z_j, \epsilon I)`; the bandwidth is the one that predicts best. The smoothing that the chain's own bias
-amounts to (its variance is off by eta = epsilon / 2) is then of the order of the best smoothing there is. On draws near a manifold,
-and in many dimensions, that bandwidth would leave every draw alone with itself: it is raised until `PARTNERS` draws take part in the
-transition from a draw in the middle of the table. Draws that coincide, as after resampling, do not predict each other.
+:math:`\sum_{j \ne i} w_j N(z_i; z_j, \epsilon I)`; the bandwidth is the one that predicts best. The smoothing that
+the chain's own bias amounts to (its variance is off by eta = epsilon / 2) is then of the order of the best smoothing
+there is. On draws near a manifold, and in many dimensions, that bandwidth would leave every draw alone with itself:
+it is raised until `PARTNERS` draws take part in the transition from a draw in the middle of the table. Draws that
+coincide, as after resampling, do not predict each other.
 """
 
 import math
@@ -20,7 +21,8 @@ def choose_bandwidth(points: Tensor, weights: Tensor, num_grid: int = 25) -> flo
     """Bandwidth epsilon of the best leave-one-out prediction, or the one at which ten draws take part.
 
     Args:
-        points: Draws in whitened coordinates. Shape ``(M, d)``. At most 4096 of them are used, evenly spaced, from 512 places.
+        points: Draws in whitened coordinates. Shape ``(M, d)``. At most 4096 of them are used, evenly spaced, from
+            512 places.
         weights: Their weights. Shape ``(M,)``.
         num_grid: Number of bandwidths tried, evenly spaced in the logarithm.
 
@@ -28,7 +30,8 @@ def choose_bandwidth(points: Tensor, weights: Tensor, num_grid: int = 25) -> flo
         Variance of the smoothing, in squared units of the points.
 
     References:
-        Likelihood cross-validation is Habbema, Hermans and van den Broek (1974), A stepwise discriminant analysis program.
+        Likelihood cross-validation is Habbema, Hermans and van den Broek (1974), A stepwise discriminant analysis
+        program.
 
     Example:
         >>> points = torch.linspace(-2, 2, 101, dtype=torch.float64)[:, None]
@@ -49,8 +52,9 @@ def choose_conditional_bandwidths(
 ) -> tuple[float, float]:
     r"""Bandwidths of the event and of the context that best predict each draw from the others', given its context.
 
-    The score is :math:`\log \sum_{j \ne i} w_j k_y k_x / \sum_{j \ne i} w_j k_y`; the context's bandwidth is kept below the event's,
-    as it acts like a tolerance on the context while the event's only sets the dynamics. Both are raised until ten draws take part.
+    The score is :math:`\log \sum_{j \ne i} w_j k_y k_x / \sum_{j \ne i} w_j k_y`; the context's bandwidth is kept
+    below the event's, as it acts like a tolerance on the context while the event's only sets the dynamics. Both are
+    raised until ten draws take part.
 
     Args:
         points: Draws in whitened coordinates. Shape ``(M, d)``.
@@ -62,7 +66,8 @@ def choose_conditional_bandwidths(
         Bandwidth of the event and of the context.
 
     References:
-        Cross-Validation and the Estimation of Conditional Probability Densities (Hall, Racine and Li, 2004); there by squared error.
+        Cross-Validation and the Estimation of Conditional Probability Densities (Hall, Racine and Li, 2004); there by
+        squared error.
     """
     squared_x, weight = _pairs(points, weights, queries=256)
     squared_y, _ = _pairs(context, weights, queries=256)

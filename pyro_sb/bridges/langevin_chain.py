@@ -17,7 +17,7 @@ from pyro_sb.ops.sinkhorn import log_affinity
 class SmoothedDraws:
     r"""The mixture of the draws' neighbourhoods that chains start from.
 
-    .. math:: p_0(z | y) = \sum_j \pi_j(y)\, N(z; z_j, \sigma_j^2 I), \qquad \pi_j(y) \propto w_j\, e^{-|y - y_j|^2 / 2}.
+    .. math:: p_0(z | y) = \sum_j \pi_j(y)\, N(z; z_j, \sigma_j^2 I), \quad \pi_j(y) \propto w_j\, e^{-|y - y_j|^2 / 2}.
 
     Attributes:
         points: Centres :math:`z_j`. Shape ``(M, d)``.

@@ -16,7 +16,7 @@ def checked_log_likelihood(log_likelihood: LogLikelihood, points: Tensor) -> Ten
     values = torch.as_tensor(log_likelihood(points)).detach()
     if values.shape != points.shape[:1]:
         raise ValueError(
-            f"log_likelihood must map points {tuple(points.shape)} to ({len(points)},), got shape {tuple(values.shape)}."
+            f"log_likelihood must map points {tuple(points.shape)} to ({len(points)},), got {tuple(values.shape)}."
         )
     if bool(torch.isnan(values).any()) or bool((values == math.inf).any()):
         raise ValueError(
@@ -28,7 +28,7 @@ def checked_log_likelihood(log_likelihood: LogLikelihood, points: Tensor) -> Ten
 
 
 def posterior_weights(weights: Tensor, log_likelihood: Tensor) -> Tensor:
-    """Weights of the prior's draws times the likelihood, normalised; refused where effectively one draw, a warning below 50."""
+    """The prior's weights times the likelihood, normalised; refused where worth less than two draws."""
     posterior = torch.softmax(weights.log() + log_likelihood, dim=0)
     effective = 1 / float(posterior.square().sum())
     if effective < 2:
@@ -38,7 +38,7 @@ def posterior_weights(weights: Tensor, log_likelihood: Tensor) -> Tensor:
         )
     if effective < 50:
         warnings.warn(
-            f"The posterior rests on 1 / sum w^2 = {effective:.1f} of {len(weights)} draws. Use more draws of the prior.",
+            f"The posterior rests on 1 / sum w^2 = {effective:.1f} of {len(weights)} draws. Use more draws.",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -1,7 +1,8 @@
 r"""One step of the affinity-based Langevin chain, and its four schemes, in whitened coordinates.
 
-Coordinates are :math:`z = L^{-1}(x - \bar x)` with metric :math:`K = L L^\top`. With the bridge's conditional mean m and covariance C
-over one unit of time, in which the reference has variance :math:`\epsilon \rho(z)`, step size s and sampler diffusion :math:`G G^\top`,
+Coordinates are :math:`z = L^{-1}(x - \bar x)` with metric :math:`K = L L^\top`. With the bridge's conditional mean m
+and covariance C over one unit of time, in which the reference has variance :math:`\epsilon \rho(z)`, step size s and
+sampler diffusion :math:`G G^\top`,
 
 .. math:: f(z) = z + s\, G G^\top (m(z) - z), \qquad g(z) = \sqrt{s\, \epsilon\, \rho(z)}\; G .
 
@@ -10,8 +11,9 @@ over one unit of time, in which the reference has variance :math:`\epsilon \rho(
 - strang: :math:`y = f(z + g(z) \xi / \sqrt 2)` and :math:`z' = y + g(y) \xi' / \sqrt 2`.
 - data-aware: :math:`z' = f(z) + \sqrt s\, G\, C(z)^{1/2} \xi`.
 
-On a Gaussian of variance S and at s = 1, where :math:`m(z) = A z` with :math:`A = \exp(-\operatorname{arsinh}(\epsilon / 2 S))`, the
-stationary variances are S / A, S A, :math:`S \sqrt{1 + (\epsilon / 2 S)^2}` and S.
+On a Gaussian of variance S and at s = 1, where :math:`m(z) = A z` with
+:math:`A = \exp(-\operatorname{arsinh}(\epsilon / 2 S))`, the stationary variances are S / A, S A,
+:math:`S \sqrt{1 + (\epsilon / 2 S)^2}` and S.
 """
 
 import math
@@ -166,7 +168,7 @@ def data_aware(dynamics: Dynamics, z: Tensor, y: Tensor | None, noise: Tensor) -
 
 
 def _root(covariance: Tensor, epsilon: float) -> Tensor:
-    """Square roots of covariances, with a ridge of a part in 10^8 (float64) of epsilon; by eigenvalues where that fails."""
+    """Square roots of covariances, with a ridge of 1e-8 epsilon (float64); by eigenvalues where that fails."""
     dtype, device, dim = covariance.dtype, covariance.device, covariance.shape[-1]
     ridge = math.sqrt(torch.finfo(dtype).eps) * epsilon * torch.eye(dim, dtype=dtype, device=device)
     root, info = torch.linalg.cholesky_ex(covariance + ridge)

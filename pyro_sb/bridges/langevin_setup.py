@@ -66,8 +66,8 @@ def solve(keys: Keys, weights: Tensor, epsilon: float, progress: bool, **options
     if not result.converged:
         tolerance = options.get("tolerance") or default_tolerance(weights.dtype)
         warnings.warn(
-            f"Sinkhorn stopped at residual {result.residual:.1e} > {tolerance:.1e} after {result.iterations} iterations. "
-            f"Raise epsilon (now {epsilon:.3g}), max_iter or tolerance.",
+            f"Sinkhorn stopped at residual {result.residual:.1e} > {tolerance:.1e} "
+            f"after {result.iterations} iterations. Raise epsilon (now {epsilon:.3g}), max_iter or tolerance.",
             RuntimeWarning,
             stacklevel=5,
         )
@@ -91,8 +91,14 @@ def check_metric(name: str, matrix: Any, dim: int) -> None:
         )
 
 
+def whiten(centred: Tensor, factor: Tensor) -> Tensor:
+    """L^-1 applied to rows ``(*, d)``."""
+    rows = torch.linalg.solve_triangular(factor, centred.reshape(-1, centred.shape[-1]).mT, upper=False)
+    return rows.mT.reshape(centred.shape)
+
+
 def metric_factor(matrix: str | Tensor, points: Tensor, weights: Tensor) -> Tensor:
-    """Lower Cholesky factor ``(d, d)`` of a metric. Directions in which the draws do not vary get a floor, relative to the others."""
+    """Lower Cholesky factor ``(d, d)`` of a metric; a covariance's empty directions get a small share."""
     dim = points.shape[1]
     eye = torch.eye(dim, dtype=points.dtype, device=points.device)
     if isinstance(matrix, Tensor):

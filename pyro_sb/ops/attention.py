@@ -122,7 +122,7 @@ class Transitions:
         return q, k, pad(self.values - self.value_centre, (0, q.shape[1] - dim))
 
     def _attend(self, query: Tensor) -> Tensor:
-        """One fused head. A mask would leave CUDA's fast path, so the bias is a column there, on CPU a broadcast mask."""
+        """One fused head. The bias is a broadcast mask; on CUDA, where a mask leaves the fast path, a column."""
         if query.device.type == "cuda":
             (q, k, v), mask = self.column_form(query), None
         else:

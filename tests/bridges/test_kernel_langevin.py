@@ -1,4 +1,4 @@
-"""The kernel-Langevin bridge against the closed forms of Gaussian data, on weighted quadrature grids and without sampling."""
+"""The kernel-Langevin bridge against the closed forms of Gaussian data, on weighted grids and without sampling."""
 
 import math
 
@@ -63,7 +63,7 @@ def stationary_moments(bridge, y=None, mean=0.0, variance=S):
     return mean, variance
 
 
-# ---- Gaussian data: the map, the covariance, the four stationary variances -------------------------------------------------
+# ---- Gaussian data: the map, the covariance, the four stationary variances
 
 ETAS = [0.05, 0.5, 2.0, 10.0]
 
@@ -146,7 +146,7 @@ def test_in_two_dimensions_the_contraction_is_a_matrix_function(metric):
     torch.testing.assert_close(bridge.conditional_covariance(x), noise.expand(5, 2, 2), rtol=1e-6, atol=1e-6)
 
 
-# ---- the transition law at large -------------------------------------------------------------------------------------------
+# ---- the transition law at large ----
 
 
 @pytest.mark.parametrize("exponent", [0.0, -0.5])
@@ -172,8 +172,8 @@ def test_the_fit_follows_the_data_through_affine_maps():
 
 @pytest.mark.parametrize("beta", [-0.25, -0.5])
 def test_a_variable_bandwidth_has_the_generator_of_its_own_diffusion(beta):
-    # The chain is reversible with local variance 2 eta rho, so its Dirichlet form tends to int rho |grad f|^2 pi, and the
-    # drift to rho (log pi)' + rho': first order in eta, checked by halving it
+    # The chain is reversible with local variance 2 eta rho, so its Dirichlet form tends to int rho |grad f|^2 pi, and
+    # the drift to rho (log pi)' + rho': first order in eta, checked by halving it
     x = torch.linspace(-1.5, 1.5, 7, **F64)[:, None]
     points, weights = grid(1.0, 1200, 8.0)
     drift_errors, variance_errors = [], []
@@ -213,7 +213,7 @@ def test_every_scheme_is_stable_at_every_matched_step(scheme, eta):
     assert end.abs().max() < 10 * (1 + math.sqrt(2 * eta) * 2)
 
 
-# ---- context ---------------------------------------------------------------------------------------------------------------
+# ---- context ----
 
 JOINT = torch.tensor([[1.0, 0.8], [0.8, 1.0]], **F64)  # (context, event): event | context ~ N(.8 y, .36)
 
@@ -286,7 +286,7 @@ def test_a_batch_of_contexts_is_its_members():
     torch.testing.assert_close(bridge.conditional_mean(x, torch.tensor([[-3.0], [0.0], [3.0]]))[:, 1], one)
 
 
-# ---- the density of paths --------------------------------------------------------------------------------------------------
+# ---- the density of paths ----
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_chains_start_where_the_source_says():
     assert bridge.density == "path" and bridge.paths(7, 2)[1][0].max() < -30
 
 
-# ---- from a prior to a posterior -------------------------------------------------------------------------------------------
+# ---- from a prior to a posterior ----
 
 Y, R = 1.1, 0.5  # an observation and its variance
 
@@ -372,7 +372,7 @@ def log_likelihood(x):
 
 @pytest.mark.parametrize("eta", [0.05, 0.5])
 def test_by_weights_the_prior_becomes_the_posterior(eta):
-    # the weighted grid is then a grid of N(m, V), V^-1 = S^-1 + R^-1: the data-aware chain leaves it invariant at any eta
+    # the weighted grid is then one of N(m, V), V^-1 = S^-1 + R^-1: the data-aware chain leaves it invariant
     bridge = gaussian_bridge(eta).posterior(log_likelihood, tolerance=1e-13)
     V = 1 / (1 / S + 1 / R)
     mean, variance = stationary_moments(bridge)
@@ -413,7 +413,7 @@ def test_a_posterior_that_the_prior_misses_is_refused():
         bridge.posterior(lambda x: -1e6 * (x[:, 0] - 9).square())
     with pytest.warns(RuntimeWarning, match="1 / sum w"):
         bridge.posterior(lambda x: -2e3 * (x[:, 0] - 0.3).square())
-    with pytest.raises(ValueError, match=r"to \(1000,\), got shape \(1000, 1\)"):
+    with pytest.raises(ValueError, match=r"to \(1000,\), got \(1000, 1\)"):
         bridge.posterior(lambda x: x)
     with pytest.raises(ValueError, match="NaN"):
         bridge.posterior(lambda x: x[:, 0] * math.nan)
@@ -427,7 +427,7 @@ def test_a_posterior_that_the_prior_misses_is_refused():
         bridge.posterior(log_likelihood, method="drift").save("nowhere")
 
 
-# ---- bandwidths and options ------------------------------------------------------------------------------------------------
+# ---- bandwidths and options ----
 
 
 def test_the_bandwidth_is_that_of_a_density_estimate_where_there_is_one():

@@ -38,7 +38,7 @@ def test_the_coupling_is_symmetric_with_the_given_marginals(epsilon, weighted):
 
 
 def test_the_markov_matrix_is_reversible_and_its_spectrum_lies_in_the_unit_interval():
-    # T is positive definite, so P = D(w)^-1 D(v) T D(v) is a positive contraction: no oscillation, hence a diffusion's semigroup
+    # T is positive definite, so P = D(w)^-1 D(v) T D(v) is a positive contraction, as a semigroup is
     points, weights = cloud(100, 2)
     plan = coupling(points * 2, symmetric_sinkhorn(points * 2, weights, tolerance=1e-13).log_v)
     root = weights.sqrt()
