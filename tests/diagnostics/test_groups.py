@@ -56,6 +56,19 @@ def indexed(y):  # under a plate on the left loc[GROUP] picks draws, not groups
         pyro.sample("y", dist.Normal(loc[GROUP], 2.0), obs=y)
 
 
+def hierarchical(y):
+    with pyro.plate("rows", len(y)):
+        loc = pyro.sample("loc", dist.Normal(ZERO, 1.0))
+        pyro.sample("y", dist.Normal(loc, 2.0), obs=y)
+
+
+def summed(y):  # under a plate on the left the sum runs over the draws too, without an error
+    with pyro.plate("groups", 3):
+        loc = pyro.sample("loc", dist.Normal(ZERO, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(loc.sum(), 2.0), obs=y)
+
+
 def branching(y):  # asks for a number
     loc = pyro.sample("loc", dist.Normal(ZERO, 1.0))
     scale = 2.0 if loc.item() < 100 else 3.0
@@ -67,7 +80,9 @@ def branching(y):  # asks for a number
     ("model", "site", "shape", "mean", "route"),
     [
         (plated, "loc", (), lambda loc: loc[..., None], "plate"),
+        (hierarchical, "loc", (4,), lambda loc: loc, "plate"),
         (regression, "beta", (3,), lambda beta: beta @ X.T, "vmap"),
+        (summed, "loc", (3,), lambda loc: loc.sum(-1, keepdim=True), "vmap"),
         (indexed, "loc", (3,), lambda loc: loc[..., GROUP], "vmap"),
         (branching, "loc", (), lambda loc: loc[..., None], "loop"),
     ],
@@ -181,16 +196,29 @@ def test_a_number_of_replicates_are_evenly_spaced_draws_of_each_chain():
     np.testing.assert_allclose(made, loc[:, [0, 3, 6], None].expand(C, 3, 4).numpy(), atol=1e-7)
 
 
-@pytest.mark.parametrize("model", [plated, branching])
-def test_replicates_are_new_data(model):
-    # y* - loc has variance 4 whatever loc: 40,000 values give z-scores
-    loc = torch.randn(C, 100 if model is branching else 3000, dtype=F64)
-    made = to_groups(finished(model, {"loc": loc}), posterior_predictive=True).arrays["posterior_predictive"]["y"]
-    residual = (torch.as_tensor(made) - loc[..., None]) / 2
+@pytest.mark.parametrize(
+    ("model", "site", "shape", "mean", "num_draws"),
+    [
+        (plated, "loc", (), lambda loc: loc[..., None], 3000),
+        (regression, "beta", (3,), lambda beta: beta @ X.T, 3000),
+        (branching, "loc", (), lambda loc: loc[..., None], 100),
+    ],
+)
+def test_replicates_are_new_data(model, site, shape, mean, num_draws):
+    # (y* - mean) / 2 is standard normal and independent, whatever the draw
+    draws = torch.randn(C, num_draws, *shape, dtype=F64)
+    made = replicates(model, {site: draws})
+    residual = (made - mean(draws)) / 2
     assert abs(residual.mean()) * residual.numel() ** 0.5 < 4
     assert abs(residual.square().mean() - 1) * (residual.numel() / 2) ** 0.5 < 4
     rows = torch.corrcoef(residual.reshape(-1, 4).T)
     assert (rows - torch.eye(4, dtype=F64)).abs().max() * (residual.numel() / 4) ** 0.5 < 4.5
+
+
+def replicates(model, draws):
+    return torch.as_tensor(
+        to_groups(finished(model, draws), posterior_predictive=True).arrays["posterior_predictive"]["y"]
+    )
 
 
 def test_prior_draws_are_draws_of_the_prior():
