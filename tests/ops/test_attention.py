@@ -108,6 +108,13 @@ def test_float32_keeps_six_digits_far_from_the_origin(offset):
     assert error < (1e-6 if offset == 0 else 2e-5)  # 300 itself has a spacing of 3e-5 in float32
 
 
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_float32_keeps_six_digits_over_many_points_in_few_dimensions(dim):
+    points, query, log_v = torch.randn(100_000, dim), torch.randn(16, dim), torch.zeros(100_000)
+    exact = Transitions(points.double(), points.double(), log_v.double()).mean(query.double())
+    assert (Transitions(points, points, log_v).mean(query).double() - exact).norm() / exact.norm() < 1e-6
+
+
 def test_gradients_pass_through_the_mean():
     points, query, log_v = setting(num=40)
     law = Transitions(points, points, log_v)
