@@ -67,11 +67,16 @@ class MCMC(api.MCMC):
             chain dimension.
 
     Example:
-        >>> from pyro_sb.infer import KernelLangevin  # doctest: +SKIP
-        >>> mcmc = MCMC(KernelLangevin(model), num_samples=500)  # doctest: +SKIP
-        >>> mcmc.run(data)  # doctest: +SKIP
-        >>> mcmc.get_samples(group_by_chain=True)["mu"].shape  # doctest: +SKIP
-        torch.Size([64, 500])
+        >>> import torch, pyro.distributions as dist
+        >>> from pyro_sb.infer.kernels import KernelLangevin
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("rows", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> mcmc = MCMC(KernelLangevin(model), num_samples=50, num_chains=16, disable_progbar=True)
+        >>> mcmc.run(torch.zeros(3))
+        >>> mcmc.get_samples(group_by_chain=True)["mu"].shape
+        torch.Size([16, 50])
     """
 
     num_samples: int

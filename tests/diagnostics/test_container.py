@@ -11,6 +11,7 @@ import torch
 
 from pyro_sb.diagnostics import to_arviz
 from pyro_sb.diagnostics.container import to_container
+from pyro_sb.infer import MCMC, KernelLangevin
 
 az = pytest.importorskip("arviz")
 F64 = torch.float64
@@ -121,6 +122,16 @@ def test_a_run_of_pyros_nuts():
     assert idata["sample_stats"]["diverging"].shape == (1, 30)
     expected = -0.5 * (Y - mu[..., None]) ** 2 - 0.5 * math.log(2 * math.pi)
     np.testing.assert_allclose(idata["log_likelihood"]["y"].values, expected.numpy(), rtol=1e-12)
+
+
+def test_a_run_of_our_kernel():
+    mcmc = MCMC(KernelLangevin(conjugate), num_samples=20, num_chains=8, disable_progbar=True)
+    mcmc.run(Y)
+    idata = to_arviz(mcmc, log_likelihood=True)
+    np.testing.assert_array_equal(idata["posterior"]["mu"].values, mcmc.get_samples(group_by_chain=True)["mu"].numpy())
+    statistics = set(idata["sample_stats"].data_vars)
+    assert {"acceptance_rate", "energy", "step_size", "diverging", "move", "lp"} <= statistics
+    assert all(idata["sample_stats"][name].shape == (8, 20) for name in statistics)
 
 
 def test_without_arviz_the_error_names_the_extra(monkeypatch):
