@@ -204,10 +204,12 @@ def test_a_number_of_replicates_are_evenly_spaced_draws_of_each_chain():
         (branching, "loc", (), lambda loc: loc[..., None], 100),
     ],
 )
-def test_replicates_are_new_data(model, site, shape, mean, num_draws):
+def test_replicates_are_new_data(caplog, model, site, shape, mean, num_draws):
     # (y* - mean) / 2 is standard normal and independent, whatever the draw
     draws = torch.randn(C, num_draws, *shape, dtype=F64)
-    made = replicates(model, {site: draws})
+    with caplog.at_level(logging.INFO, logger="pyro_sb.diagnostics.runs"):
+        made = replicates(model, {site: draws})
+    assert ("_vmap" in [record.args[0] for record in caplog.records]) == (model is branching)
     residual = (made - mean(draws)) / 2
     assert abs(residual.mean()) * residual.numel() ** 0.5 < 4
     assert abs(residual.square().mean() - 1) * (residual.numel() / 2) ** 0.5 < 4
