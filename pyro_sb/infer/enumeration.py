@@ -90,8 +90,6 @@ class EnumeratedPlate:
 
     def __call__(self, z: Tensor) -> Tensor:
         """``(C, dim)`` to ``(C,)``."""
-        if len(z) == 1:  # plates of size 1 vanish when Pyro packs tensors, so a lone chain runs with its copy
-            return self(z.expand(2, -1))[:1]
         prototype = self.prototype
         values, log_det = constrain(prototype, z)
         model = poutine.enum(chained(prototype, len(z)), first_available_dim=-prototype.max_plate_nesting - 2)
@@ -104,8 +102,6 @@ class EnumeratedPlate:
     def discrete(self, values: Sites, temperature: int) -> Sites:
         """Enumerated sites given constrained latents, drawn (1) or most probable (0). Shape ``(C, *shape)``."""
         num_chains = len(next(iter(values.values())))
-        if num_chains == 1:
-            return {name: x[:1] for name, x in self.discrete(twice(values), temperature).items()}
         model, placed = chained(self.prototype, num_chains), chain_values(self.prototype, values)
         draws = infer(self.prototype, model, placed, temperature, -self.prototype.max_plate_nesting - 2)
         return {name: x.reshape(num_chains, *self.prototype.enumerated[name]) for name, x in draws.items()}
@@ -158,8 +154,6 @@ class EnumeratedVmap:
     def discrete(self, values: Sites, temperature: int) -> Sites:
         """Enumerated sites given constrained latents, drawn (1) or most probable (0). Shape ``(C, *shape)``."""
         num_chains = len(next(iter(values.values())))
-        if num_chains == 1:
-            return {name: x[:1] for name, x in self.discrete(twice(values), temperature).items()}
         factors, trace = self.factors(values, scaled=False)
         plate_dim = min(trace.symbol_to_dim.values(), default=0) - 1
         frame = CondIndepStackFrame(name=CHAINS, dim=plate_dim, size=num_chains, counter=0)
@@ -219,10 +213,6 @@ def infer(prototype: Prototype, model: Callable[..., Any], values: Sites, temper
     with poutine.block():
         trace = poutine.trace(model).get_trace(*prototype.args, **prototype.kwargs)
     return {name: trace.nodes[name]["value"] for name in prototype.enumerated}
-
-
-def twice(values: Sites) -> Sites:
-    return {name: x.expand(2, *x.shape[1:]) for name, x in values.items()}
 
 
 def discrete_sites(prototype: Prototype, values: Sites, route: str, temperature: int) -> Sites:

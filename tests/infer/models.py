@@ -74,6 +74,15 @@ def mixture_plain(x):
         pyro.sample("x", dist.Normal(centre, 1.0), obs=x)
 
 
+def grouped(x, vindex):
+    loc = pyro.sample("loc", dist.Normal(f64(-1.0, 0.0, 1.0), 1.0).to_event(1))
+    shift = pyro.sample("shift", dist.Categorical(f64(0.7, 0.3)))  # one for all data
+    with pyro.plate("data", len(x)):
+        high = pyro.sample("high", dist.Categorical(torch.stack([f64(0.8, 0.2), f64(0.2, 0.8)])[shift]))
+        which = high + shift
+        pyro.sample("x", dist.Normal(Vindex(loc)[..., which] if vindex else loc[which], 1.0), obs=x)
+
+
 def hmm(x, vindex):
     stay = pyro.sample("stay", dist.Dirichlet(torch.ones(2, 2, dtype=torch.float64)).to_event(1))
     loc = pyro.sample("loc", dist.Normal(f64(-1.0, 1.0), 1.0).to_event(1))
@@ -115,6 +124,7 @@ def masked_and_scaled(y, mask, observed):
     with pyro.plate("data", len(y)):
         with poutine.mask(mask=mask), poutine.scale(scale=0.3):
             pyro.sample("y", dist.Normal(mu, 10.0), obs=y)
+        pyro.sample("fixed", dist.Normal(f64(0.0).squeeze(), 10.0), obs=y)  # no latent, hence no chain dimension
         pyro.sample("again", dist.Normal(mu, 12.0), obs=y, obs_mask=observed)
 
 
@@ -190,6 +200,8 @@ CASES = {
     "dirichlet, gamma, lkj, multinomial, factor": Case(simplex_and_cholesky, (COUNTS,)),
     "mixture, Vindex": Case(mixture_vindex, (SMALL,)),
     "mixture, plain index": Case(mixture_plain, (SMALL,), route="vmap"),
+    "grouped, Vindex": Case(grouped, (SMALL, True)),
+    "grouped, plain index": Case(grouped, (SMALL, False), route="vmap"),
     "hmm, Vindex": Case(hmm, (SMALL, True)),
     "hmm, plain index": Case(hmm, (SMALL, False), route="vmap"),
     "regression, X @ beta": Case(regression_right, (X, Y[:7]), route="vmap"),

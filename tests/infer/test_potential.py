@@ -10,6 +10,7 @@ from pyro.distributions import constraints
 from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.integrator import potential_grad
 
+from pyro_sb.infer.agreement import Oracle
 from pyro_sb.infer.potential import LogJoint, log_joint
 from pyro_sb.infer.prototype import Start
 from tests.infer.models import CASES, joint_of, regression_left, regression_right
@@ -116,6 +117,15 @@ def test_the_regression_that_needs_vmap_survives_as_many_chains_as_columns_and_r
     assert (right.route, left.route) == ("vmap", "plate")
     z = torch.randn(3, 3)
     torch.testing.assert_close(right.log_prob(z), left.log_prob(z))
+
+
+def test_right_values_with_wrong_gradients_do_not_pass():
+    points = torch.randn(4, 2)
+    oracle = Oracle(density=torch.sum, points=points, values=points.sum(-1), grads=torch.ones(4, 2))
+    assert oracle.objection(lambda z: z.sum(-1)) is None
+    assert oracle.objection(lambda z: z.sum(-1).detach()) == "wrong gradients for 1 chains"
+    assert oracle.objection(lambda z: z.sum(-1) + 0.1) == "wrong values for 1 chains"
+    assert oracle.objection(lambda z: z.sum(0)) == "values of shape (2,) for 1 chains"
 
 
 def test_the_loop_warns_with_its_reasons():
