@@ -26,7 +26,8 @@ def effective_sample_size(log_weights: Tensor) -> float:
 def log_evidence(log_weights: Tensor) -> tuple[float, float]:
     r"""Log of the mean weight and its standard error by the delta method.
 
-    .. math:: \log \hat Z = \log \tfrac1N \sum_i w_i, \qquad \mathrm{se} = \sqrt{\tfrac1N \left(\tfrac{N}{\mathrm{ESS}} - 1\right)}
+    .. math:: \log \hat Z = \log \tfrac1N \sum_i w_i, \qquad \mathrm{se} = \sqrt{\tfrac1N \left(\tfrac{N}{\mathrm{ESS}}
+    - 1\right)}
 
     The estimate of Z itself is unbiased when the draws are independent of the proposal's fit.
 
@@ -49,7 +50,10 @@ def log_evidence(log_weights: Tensor) -> tuple[float, float]:
 
 
 def systematic_resample(weights: Tensor, num: int) -> Tensor:
-    """Indices of ``num`` systematic draws from normalised weights: each count differs from its mean by less than one. Shape ``(num,)``."""
+    """Indices of ``num`` systematic draws from normalised weights: each count differs from its mean by less than one.
+
+    Shape ``(num,)``.
+    """
     offset = torch.rand((), dtype=weights.dtype, device=weights.device)
     positions = (torch.arange(num, dtype=weights.dtype, device=weights.device) + offset) / num
     return torch.searchsorted(weights.cumsum(0), positions).clamp_max(weights.numel() - 1)

@@ -9,9 +9,14 @@ from pyro_sb.infer.potential import LogJoint
 from pyro_sb.ops.student_mixture import StudentMixture
 from pyro_sb.weights import effective_sample_size
 
+LIGHT_GUARD, HEAVY_GUARD = (0.05, 4.0, 4.0), (0.1, 3.0, 9.0)
+"""Share, degrees of freedom and inflation of the wide components that bound the weights in the tails."""
+
 
 class Archive:
-    r"""Draws of T proposals :math:`\rho_t`, :math:`N_t` each, with balance-heuristic weights :math:`p / \sum_t (N_t / N) \rho_t`.
+    r"""Draws of T proposals with balance-heuristic weights.
+
+    .. math:: w = p \Big/ \sum_t \frac{N_t}{N} \rho_t
 
     Every proposal is evaluated at every draw once.
 
@@ -27,7 +32,8 @@ class Archive:
         counts: Draws of each.
 
     References:
-        Optimally combining sampling techniques for Monte Carlo rendering (Veach and Guibas, 1995); Adaptive multiple importance
+        Optimally combining sampling techniques for Monte Carlo rendering (Veach and Guibas, 1995); Adaptive multiple
+        importance
         sampling (Cornuet et al., 2012), https://arxiv.org/abs/0907.1254
     """
 
@@ -41,7 +47,7 @@ class Archive:
         self.counts: list[int] = []
 
     def add(self, core: StudentMixture, num: int, guard: tuple[float, float, float] | None = None) -> float:
-        """Draw ``num`` points of a new proposal, evaluate the target, and return the effective share of those draws alone.
+        """Draw ``num`` points of a new proposal; return the effective share of those draws alone.
 
         The proposal is ``core``, or ``core.with_guard(*guard)``.
         """

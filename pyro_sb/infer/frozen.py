@@ -16,11 +16,13 @@ from pyro_sb.weights import normalise, systematic_resample
 
 TUNING_CHAINS = 64
 MAX_LEAPFROG_STEPS = 32
+GOOD_FIT = 0.6
+"""Acceptance of the index move above which the local move is but a guard, and short trajectories suffice."""
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """Frozen moves by role (``"bridge"``, ``"index"``, ``"local"``) with their probabilities and tuned acceptance rates.
+    """Frozen moves by role: ``"bridge"``, ``"index"``, ``"local"``.
 
     Attributes:
         moves: The moves.
@@ -38,10 +40,9 @@ class Frozen:
         """One line: each move with its probability, acceptance rate and step."""
         parts = []
         for role, move in self.moves.items():
-            step = "" if move.step_size is None else f", step {move.step_size:.3g}"
-            parts.append(
-                f"{role} ({move.name}) p {self.probabilities[role]:.2f}, accepts {self.acceptance.get(role, 0):.2f}{step}"
-            )
+            step = f", step {move.step_size:.3g}" if move.step_size else ""
+            rate = self.acceptance.get(role, 0.0)
+            parts.append(f"{role} ({move.name}) p {self.probabilities[role]:.2f}, accepts {rate:.2f}{step}")
         return "; ".join(parts)
 
 
@@ -55,7 +56,7 @@ def freeze(
     min_bridge_probability: float,
     probabilities: dict[str, float] | None,
 ) -> Frozen:
-    """Fit, tune and freeze the moves on a population; see :class:`~pyro_sb.infer.kernels.KernelLangevin` for the options."""
+    """Fit, tune and freeze the moves on a population; the options are KernelLangevin's."""
     points, weights = equal_weights(population)
     metric = within_covariance(population.core, points, weights)
     scale = torch.linalg.cholesky(metric)
@@ -76,9 +77,10 @@ def freeze(
         move = index_move(population, next(iter(bridges.values()), None), points, index_time)
         tuned["index"], batch = tune(move, log_joint, batch, scale)
     if "local" in roles:
-        tuned["local"], batch = tune_local(
-            population.core, log_joint, batch, scale, max_steps=1 if local == "mala" else MAX_LEAPFROG_STEPS
-        )
+        good_fit = "index" in tuned and tuned["index"].acceptance > GOOD_FIT
+        limit = 1 if local == "mala" else 4 if good_fit else MAX_LEAPFROG_STEPS
+        spread = 1.5 if good_fit else 30.0
+        tuned["local"], batch = tune_local(population.core, log_joint, batch, scale, max_steps=limit, spread=spread)
     shares = probabilities if probabilities is not None else share_moves(tuned, min_bridge_probability)
     bridge_move = tuned["bridge"].move if "bridge" in tuned else None
     return Frozen(
@@ -113,9 +115,10 @@ def fit_bridge(points: Tensor, weights: Tensor, metric: Tensor, epsilon: float) 
 def index_move(
     population: Population, bridge: KernelLangevinBridge | None, points: Tensor, index_time: int | None
 ) -> IndexMove:
-    r"""The index move of the population's mixture, with the bridge's coupling of its components over ``index_time`` steps.
+    r"""The index move of the population's mixture, coupled by ``index_time`` steps of the bridge.
 
-    With responsibilities R of the components at the points and the bridge's coupling :math:`\Pi`, :math:`C = R^\top \Pi R` is
+    With responsibilities R of the components at the points and the bridge's coupling :math:`\Pi`, :math:`C = R^\top \Pi
+    R` is
     symmetric; its row sums are the components' weights, :math:`D(w)^{-1} C` is w-reversible, and so are its powers.
     """
     if index_time is None or bridge is None:
@@ -130,16 +133,16 @@ def index_move(
 
 
 def tune_local(
-    core: StudentMixture, log_joint: LogJoint, batch: Batch, scale: Tensor, max_steps: int
+    core: StudentMixture, log_joint: LogJoint, batch: Batch, scale: Tensor, max_steps: int, spread: float
 ) -> tuple[Tuned, Batch]:
     """HMC whose number of leapfrog steps doubles while the efficiency rises."""
     best: Tuned | None = None
     num_steps, step_size = (1, 0.5) if max_steps == 1 else (2, 0.5)
     while num_steps <= max_steps:
-        candidate, batch = tune(HamiltonianMove(core, num_steps, step_size), log_joint, batch, scale)
+        candidate, batch = tune(HamiltonianMove(core, num_steps, step_size, spread), log_joint, batch, scale)
         if best is not None and candidate.efficiency <= best.efficiency:
             break
-        best, step_size = candidate, candidate.move.step_size or step_size
+        best, step_size = candidate, candidate.move.step_size
         num_steps *= 2
     assert best is not None
     return best, batch

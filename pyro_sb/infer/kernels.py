@@ -11,8 +11,10 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
+from pyro_sb.infer.coordinates import choose_coordinates
 from pyro_sb.infer.frozen import Frozen, freeze
-from pyro_sb.infer.population import Population, populate, temper_weights
+from pyro_sb.infer.noncentred import NonCentred
+from pyro_sb.infer.population import Population, temper_weights
 from pyro_sb.infer.potential import LogJoint, log_joint
 from pyro_sb.infer.record import Block
 from pyro_sb.infer.walk import Walk
@@ -26,40 +28,55 @@ ROLES = ("bridge", "index", "local")
 class KernelLangevin(MCMCKernel):
     r"""Exact MCMC by the kernel-Langevin bridge of a population, every move Metropolis-corrected.
 
-    Warm-up builds a weighted population of the target (multi-start Newton search, importance check, tempered SMC where the check
-    fails), fits a :class:`~pyro_sb.bridges.kernel_langevin.KernelLangevinBridge` to it, chooses its bandwidth, tunes steps,
-    trajectory length and the mixture of moves by expected squared jump per evaluation, and freezes all of it. The chains then run a
+    Warm-up builds a weighted population of the target (multi-start Newton search, importance check, tempered SMC where
+    the check
+    fails), fits a :class:`~pyro_sb.bridges.kernel_langevin.KernelLangevinBridge` to it, chooses its bandwidth, tunes
+    steps,
+    trajectory length and the mixture of moves by expected squared jump per evaluation, and freezes all of it. The
+    chains then run a
     mixture of three moves, each of which leaves the target exactly invariant:
 
-    - ``bridge``: the calibrated local move :math:`N(x + c(m(x) - x), (1 - A_\tau^2) K)` of the bridge, without gradients;
-    - ``index``: jumps between the components of a normalised mixture with heavy-tailed guard, in the limit of a long time
+    - ``bridge``: the calibrated local move :math:`N(x + c(m(x) - x), (1 - A_\tau^2) K)` of the bridge, without
+    gradients;
+    - ``index``: jumps between the components of a normalised mixture with heavy-tailed guard, in the limit of a long
+    time
       independence proposals, which cross between separated modes;
     - ``local``: Hamiltonian Monte Carlo in the population's metric.
 
-    It runs in ``pyro.infer.MCMC`` (one chain a process) and, with chains as a tensor dimension, in ``pyro_sb.infer.MCMC``.
+    It runs in ``pyro.infer.MCMC`` (one chain a process) and, with chains as a tensor dimension, in
+    ``pyro_sb.infer.MCMC``.
 
-    What it cannot do: a mode that no start found stays missing, and R-hat does not notice; above some 50 dimensions the bridge and
+    What it cannot do: a mode that no start found stays missing, and R-hat does not notice; above some 50 dimensions the
+    bridge and
     index moves hardly accept and HMC does the work.
 
     Args:
         model: Pyro model.
-        potential_fn: Minus the log joint of one chain's dict of unconstrained tensors, instead of a model; needs initial parameters.
+        potential_fn: Minus the log joint of one chain's dict of unconstrained tensors, instead of a model; needs
+            initial parameters.
         num_particles: Size of the population, at least 50.
         start: Where the population starts: ``"search"``, ``"prior"`` or unconstrained points of shape ``(M, dim)``.
         local: ``"hmc"``, ``"mala"``, or None for the bridge's own moves alone.
-        epsilons: Bandwidths to choose from, as variances of the bridge's reference over one step in units of the within-mode
+        epsilons: Bandwidths to choose from, as variances of the bridge's reference over one step in units of the
+            within-mode
             covariance. ``math.inf`` is not allowed, but 1e6 is its Gaussian limit (pCN).
-        index_time: Steps of the bridge's Markov chain between the mixture's components in an index move; None is the limit of
+        index_time: Steps of the bridge's Markov chain between the mixture's components in an index move; None is the
+            limit of
             infinitely many: independence.
         min_bridge_probability: Smallest probability of the bridge's local move, in [0, 1).
-        probabilities: The moves' probabilities by role (``"bridge"``, ``"index"``, ``"local"``), instead of tuning them.
+        probabilities: The moves' probabilities by role (``"bridge"``, ``"index"``, ``"local"``), instead of tuning
+            them.
+        reparam: ``"auto"``: where the population fits poorly (a funnel), chains walk in the model's non-centred
+            coordinates if the
+            population fits better there; draws are the model's own sites either way. None: never.
         init_strategy: Pyro's per-site strategy for the starts of the search.
         max_plate_nesting: As in Pyro's HMC; found by tracing if omitted.
         transforms: As in Pyro's HMC: site to the transform from its support to the reals.
         jit_compile: Trace the log joint with the JIT.
 
     References:
-        Stable generative modeling using Schrödinger bridges (Gottwald, Li, Marzouk and Reich, 2024), https://arxiv.org/abs/2401.04372
+        Stable generative modeling using Schrödinger bridges (Gottwald, Li, Marzouk and Reich, 2024),
+        https://arxiv.org/abs/2401.04372
 
     Example:
         >>> import pyro.distributions as dist
@@ -87,6 +104,7 @@ class KernelLangevin(MCMCKernel):
         index_time: int | None = None,
         min_bridge_probability: float = 0.1,
         probabilities: Mapping[str, float] | None = None,
+        reparam: str | None = "auto",
         init_strategy: Callable[..., Any] | None = None,
         max_plate_nesting: int | None = None,
         transforms: dict[str, Any] | None = None,
@@ -96,46 +114,50 @@ class KernelLangevin(MCMCKernel):
             raise ValueError("Exactly one of model and potential_fn must be given. Write KernelLangevin(model).")
         self.model = model
         self.potential_fn = potential_fn
-        self.options = dict(
-            local=_checked_local(local),
-            epsilons=_checked_epsilons(epsilons),
-            index_time=_checked_index_time(index_time),
-            min_bridge_probability=_checked_share(min_bridge_probability),
-            probabilities=_checked_probabilities(probabilities, local),
-        )
+        self.options: dict[str, Any] = {
+            "local": _checked_local(local),
+            "epsilons": _checked_epsilons(epsilons),
+            "index_time": _checked_index_time(index_time),
+            "min_bridge_probability": _checked_share(min_bridge_probability),
+            "probabilities": _checked_probabilities(probabilities, local),
+        }
+        if reparam not in ("auto", None):
+            raise ValueError(
+                f'reparam must be "auto" or None, got {reparam!r}. For your own, use pyro.poutine.reparam.'
+            )
         self.num_particles = num_particles
         self.start = start
+        self.reparam = reparam
         self.num_chains: int | None = None
-        self._joint_options = dict(
-            init_strategy=init_strategy,
-            max_plate_nesting=max_plate_nesting,
-            transforms=transforms,
-            jit_compile=jit_compile,
-        )
+        self._joint_options: dict[str, Any] = {
+            "init_strategy": init_strategy,
+            "max_plate_nesting": max_plate_nesting,
+            "transforms": transforms,
+            "jit_compile": jit_compile,
+        }
         self.population: Population | None = None
         self.frozen: Frozen | None = None
+        self.coordinates: NonCentred | None = None
         self._initial_params: dict[str, Tensor] | None = None
         self._reset()
 
     def _reset(self) -> None:
         self._walk: Walk | None = None
+        self._standing: Tensor | None = None
         self._steps_left = 0
 
-    # ---- Pyro's contract ------------------------------------------------------------------------------------------------------
+    # Pyro's contract
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Bind the model's arguments; what was learnt from others is dropped. The population is built at the first draw."""
+        """Bind the model's arguments; what was learnt from others is dropped.
+
+        The population is built at the first draw.
+        """
         self._reset()
-        self.population = self.frozen = None
+        self.population = self.frozen = self.coordinates = None
         self._steps_left = warmup_steps
-        self.log_joint: LogJoint = log_joint(
-            self.model,
-            self.potential_fn,
-            args=args,
-            kwargs=kwargs,
-            initial_params=self._initial_params,
-            **self._joint_options,
-        )
+        self._arguments = (args, kwargs)
+        self.log_joint: LogJoint = self._build(self.model, self._initial_params)
 
     @property
     def transforms(self) -> dict[str, Any]:
@@ -151,7 +173,8 @@ class KernelLangevin(MCMCKernel):
             num = 1 if self.num_chains is None else self.num_chains
             weights = normalise(temper_weights(self.population.log_weights, 50.0))
             index = torch.multinomial(weights, num, replacement=True)
-            self._initial_params = self._unpack(self.population.points[index])
+            z = self._shown(self.population.points[index])
+            self._initial_params = self.log_joint.unpack(z if self.num_chains is not None else z[0])
         return self._initial_params
 
     @initial_params.setter
@@ -164,17 +187,16 @@ class KernelLangevin(MCMCKernel):
         return {name: value[0] if self.num_chains is not None else value[0, 0] for name, value in draws.items()}
 
     def sample_block(self, params: dict[str, Tensor], num_steps: int) -> Block:
-        """``num_steps`` transitions of every chain from ``params``; draws and statistics with a leading step dimension."""
+        """``num_steps`` transitions of every chain from ``params``: draws and statistics, steps first."""
         self._prepare()
-        x = self._pack(params)
-        walk = self._walk
-        if walk is None or walk.x.shape != x.shape or not torch.equal(walk.x.to(self.log_joint.dtype), x):
-            walk = self._walk = self._start_walk(x)
+        walk = self._walk = self._walk_from(self._pack(params))
         if self._steps_left == 0:
             walk.forget_warmup()
-        block, stats = walk.run(num_steps)
+        states, stats = walk.run(num_steps)
         self._steps_left -= num_steps
-        return Block(self.log_joint.unpack(block.to(self.log_joint.dtype)), stats)
+        draws = self._shown(states)
+        self._standing = draws[-1]
+        return Block(self.log_joint.unpack(draws), stats)
 
     def logging(self) -> OrderedDict[str, str]:
         """Acceptance rate and divergences, for the progress bar."""
@@ -184,7 +206,7 @@ class KernelLangevin(MCMCKernel):
         return OrderedDict([("acc. prob", f"{walk.acceptance_rate:.3f}"), ("divergences", str(walk.num_divergences))])
 
     def diagnostics(self) -> dict[str, Any]:
-        """Acceptance rates in all and per move, the moves' probabilities, evaluations, divergences of a single chain."""
+        """Acceptance rates in all and per move, the moves' probabilities, evaluations, divergences."""
         walk, frozen, population = self._walk, self.frozen, self.population
         if walk is None or frozen is None or population is None:
             return {"divergences": []}
@@ -199,7 +221,7 @@ class KernelLangevin(MCMCKernel):
             "population share": population.ess_share,
         }
         for role, rate in walk.acceptance_by_role().items():
-            report[f"acceptance {role}"] = rate
+            report[f"acceptance {role}"] = rate.tolist() if self.num_chains is not None else float(rate)
             report[f"probability {role}"] = frozen.probabilities[role]
         if self.num_chains is None:
             report["divergences"] = walk.divergent_steps
@@ -219,46 +241,72 @@ class KernelLangevin(MCMCKernel):
     def save_params(self, names: Sequence[str]) -> None:
         self._save_params = sorted(names)
 
-    # ---- warm-up ----------------------------------------------------------------------------------------------------------------
+    # Warm-up
+
+    def _build(self, model: Callable[..., Any] | None, initial_params: dict[str, Tensor] | None = None) -> LogJoint:
+        args, kwargs = self._arguments
+        return log_joint(
+            model,
+            self.potential_fn,
+            args=args,
+            kwargs=kwargs,
+            initial_params=initial_params,
+            batched_initial=self.num_chains is not None,
+            **self._joint_options,
+        )
 
     def _prepare(self) -> None:
         """Build the population, and fit, tune and freeze the moves on it, once."""
         if self.frozen is not None:
             return
-        self.population = populate(self.log_joint, self.num_particles, start=self.start)
-        self.frozen = freeze(self.log_joint, self.population, **self.options)
+        self.coordinates, self.population = choose_coordinates(
+            self.log_joint, self._build, self.num_particles, self.start, self.reparam
+        )
+        self.frozen = freeze(self._target, self.population, **self.options)
         logger.info("moves: %s", self.frozen.describe())
         index = self.frozen.acceptance.get("index", 1.0)
         if index < 0.05:
             warnings.warn(
-                f"The index move accepts {index:.3f} < 0.05: chains hardly cross between modes, and the start decides the modes' "
-                f"shares. Raise num_particles (now {self.num_particles}), or reparametrise the model.",
+                f"The index move accepts {index:.3f} < 0.05: chains hardly cross between modes, and the start decides "
+                f"the modes' shares. Raise num_particles (now {self.num_particles}), or reparametrise the model.",
                 RuntimeWarning,
                 stacklevel=4,
             )
 
-    def _start_walk(self, x: Tensor) -> Walk:
+    @property
+    def _target(self) -> LogJoint:
+        """Log joint in the coordinates that the chains walk in."""
+        return self.log_joint if self.coordinates is None else self.coordinates.log_joint
+
+    def _shown(self, state: Tensor) -> Tensor:
+        """The model's unconstrained vector at states of the walk."""
+        z = state if self.coordinates is None else self.coordinates.forward(state)
+        return z.to(self.log_joint.dtype)
+
+    def _walk_from(self, z: Tensor) -> Walk:
+        """The running walk if it stands at z, else a new one from there."""
+        if self._walk is not None and self._standing is not None and torch.equal(self._standing, z):
+            return self._walk
         assert self.frozen is not None
-        state = x.to(torch.float64)
-        log_density = self.log_joint.log_prob(state)
+        state = z.to(torch.float64)
+        state = state if self.coordinates is None else self.coordinates.inverse(state)
+        log_density = self._target.log_prob(state)
         finite = torch.isfinite(log_density)
         if not bool(finite.all()):
+            rows = (~finite).nonzero().flatten().tolist()
             raise ValueError(
-                f"The log joint must be finite at every chain's start, but is not at chains {(~finite).nonzero().flatten().tolist()}. "
+                f"The log joint must be finite at every chain's start, but is not at chains {rows}. "
                 "Omit initial_params, or give points inside the support."
             )
-        return Walk(self.log_joint, self.frozen, state, log_density)
+        return Walk(self._target, self.frozen, state, log_density)
 
     def _pack(self, params: dict[str, Tensor]) -> Tensor:
         flat = self.log_joint.pack(params).detach()
         return flat if self.num_chains is not None else flat[None]
 
-    def _unpack(self, x: Tensor) -> dict[str, Tensor]:
-        return self.log_joint.unpack((x if self.num_chains is not None else x[0]).to(self.log_joint.dtype))
-
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the chains' state, so that a kernel travels to another process."""
-        return self.__dict__ | {"_walk": None}
+        """Everything but the chains' state and coordinates, so that a kernel travels to another process."""
+        return self.__dict__ | {"_walk": None, "coordinates": None}
 
 
 def _checked_local(local: str | None) -> str | None:

@@ -25,9 +25,12 @@ def fit_mixture(
 ) -> StudentMixture:
     r"""Student-t mixture of a weighted sample, chosen on the half of it that was not fitted.
 
-    The number of components doubles while the held-out mean log density rises by more than .02 nats. At every size EM from k-means
-    clusters competes with EM from slices of the log density (which follow a funnel's neck, where k-means does not), at two strengths
-    of shrinkage towards the start; the tails are chosen at the first size. With ``previous`` the first size is its own, and EM from it
+    The number of components doubles while the held-out mean log density rises by more than .02 nats. At every size EM
+    from k-means
+    clusters competes with EM from slices of the log density (which follow a funnel's neck, where k-means does not), at
+    two strengths
+    of shrinkage towards the start; the tails are chosen at the first size. With ``previous`` the first size is its own,
+    and EM from it
     competes too.
 
     Args:
@@ -44,7 +47,7 @@ def fit_mixture(
     """
     keep = _thinned(weights, points.shape[-1])
     points, weights, log_density = points[keep], _share(weights[keep]), log_density[keep]
-    half = torch.rand(len(points), device=points.device) < 0.5
+    half = torch.randperm(len(points), device=points.device) < len(points) // 2
     train, test = (points[half], _share(weights[half])), (points[~half], _share(weights[~half]))
     size = max(1, num_components if previous is None else previous.num_components)
     best = _contest(
@@ -86,7 +89,10 @@ def _starts(points: Tensor, weights: Tensor, log_density: Tensor, num: int) -> l
 
 
 def cluster_start(points: Tensor, weights: Tensor, num: int) -> StudentMixture:
-    """K-means clusters (in whitened coordinates, seeded from torch's generator) that share their pooled within-cluster covariance."""
+    """K-means clusters that share their pooled within-cluster covariance.
+
+    The coordinates are whitened first, and the seed comes from torch's generator.
+    """
     if num == 1:
         return kernel_start((weights @ points)[None], weighted_covariance(points, weights)[None])
     scale = torch.linalg.cholesky(weighted_covariance(points, weights))
@@ -100,17 +106,24 @@ def cluster_start(points: Tensor, weights: Tensor, num: int) -> StudentMixture:
 
 
 def slice_start(points: Tensor, weights: Tensor, log_density: Tensor, num: int) -> StudentMixture:
-    """Equal-weight slices of the sample sorted by log density, each with its own mean and covariance."""
+    """Equal-weight slices of the sample sorted by log density, each with its own mean and covariance.
+
+    Covariances shrink to the neighbours' by d + 2 draws, so that a slice of few distinct points does not degenerate.
+    """
+    dim = points.shape[-1]
     order = log_density.argsort()
     bounds = (torch.arange(1, num, dtype=weights.dtype, device=weights.device) / num) * (1 - 1e-12)
-    parts = torch.tensor_split(order, torch.searchsorted(weights[order].cumsum(0), bounds).cpu())
-    parts = [part for part in parts if len(part) > points.shape[-1]] or [order]
+    slices = torch.tensor_split(order, torch.searchsorted(weights[order].cumsum(0), bounds).cpu())
+    parts = [part for part in slices if len(part) > dim] or [order]
     locs = torch.stack([_share(weights[part]) @ points[part] for part in parts])
-    return kernel_start(locs, torch.stack([weighted_covariance(points[part], _share(weights[part])) for part in parts]))
+    own = torch.stack([weighted_covariance(points[part], _share(weights[part])) for part in parts])
+    count = torch.stack([1.0 / _share(weights[part]).square().sum() for part in parts])[:, None, None]
+    near = 0.5 * (torch.cat([own[:1], own[:-1]]) + torch.cat([own[1:], own[-1:]]))
+    return kernel_start(locs, (count * own + (dim + 2) * near) / (count + dim + 2))
 
 
 def _thinned(weights: Tensor, dim: int) -> Tensor:
-    """Rows that the fit uses: those with weight, the heaviest ``MAX_POINTS`` or what keeps the outer products under 160 MB."""
+    """Rows that the fit uses: the heaviest ``MAX_POINTS``, or what keeps the outer products under 160 MB."""
     keep = weights.argsort(descending=True)[: min(MAX_POINTS, max(256, 20_000_000 // dim**2))]
     return keep[weights[keep] > 0]
 

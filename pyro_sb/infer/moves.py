@@ -1,6 +1,7 @@
 r"""Metropolis moves of a batch of chains: each leaves the target exactly invariant.
 
-A move draws proposals for all chains at once and accepts them one by one with :func:`metropolis`. What a move learnt is frozen: its
+A move draws proposals for all chains at once and accepts them one by one with :func:`metropolis`. What a move learnt is
+frozen: its
 proposal density depends on the current point alone.
 """
 
@@ -19,7 +20,7 @@ MAX_ENERGY_ERROR = 1000.0
 
 
 class Transition(NamedTuple):
-    """New states ``(C, d)``, their log densities, the acceptance probabilities, and which proposals diverged, all of shape ``(C,)``."""
+    """New states ``(C, d)``, log densities, acceptance probabilities, and which proposals diverged, ``(C,)`` each."""
 
     x: Tensor
     log_density: Tensor
@@ -33,13 +34,13 @@ class Move(Protocol):
     Attributes:
         name: Shown in reports.
         cost: Evaluations a step and chain, in density evaluations.
-        step_size: Tuned length, or None if there is nothing to tune.
+        step_size: Tuned length, or 0 if there is nothing to tune.
         target_accept: Acceptance rate that the tuning aims at.
     """
 
     name: str
     cost: float
-    step_size: float | None
+    step_size: float
     target_accept: float
 
     def step(self, log_joint: LogJoint, x: Tensor, log_density: Tensor) -> Transition:
@@ -74,8 +75,10 @@ class BridgeMove:
     .. math:: q(x, \cdot) = N\big(x + c\,(m(x) - x),\, (1 - A_\tau^2) K\big), \quad
               c = \frac{1 - A_\tau}{1 - A_\eta}, \quad A_s = e^{-\operatorname{asinh} s}
 
-    for a step :math:`\tau \le \eta` of a bridge of bandwidth :math:`\eta = \epsilon / 2`, in units of its metric K. At the bridge's own
-    bandwidth the mean is m(x) itself. It needs no gradient. As :math:`\eta \to \infty` it is preconditioned Crank-Nicolson.
+    for a step :math:`\tau \le \eta` of a bridge of bandwidth :math:`\eta = \epsilon / 2`, in units of its metric K. At
+    the bridge's own
+    bandwidth the mean is m(x) itself. It needs no gradient. As :math:`\eta \to \infty` it is preconditioned
+    Crank-Nicolson.
 
     Args:
         bridge: A fitted bridge with a fixed bandwidth.
@@ -103,14 +106,18 @@ class BridgeMove:
         """Log density of proposing y from x, up to a constant that both directions share. ``(C,)``."""
         return self._log_noise(y - self.mean(x))
 
+    def log_ratio(self, x: Tensor, log_density: Tensor, y: Tensor, value: Tensor, forward: Tensor) -> Tensor:
+        """Log Metropolis ratio of y from x, given the target's log densities and ``forward`` = log q(x, y)."""
+        return value - log_density + self.log_proposal(y, x) - forward
+
     def step(self, log_joint: LogJoint, x: Tensor, log_density: Tensor) -> Transition:
         """One transition of every chain: one density evaluation."""
-        centre = self.mean(x)
         noise = torch.randn_like(x) @ self._noise_scale.T
-        proposal = centre + noise
+        proposal = self.mean(x) + noise
         value = log_joint.log_prob(proposal)
-        log_ratio = value - log_density + self.log_proposal(proposal, x) - self._log_noise(noise)
-        return metropolis(x, log_density, proposal, value, log_ratio)
+        return metropolis(
+            x, log_density, proposal, value, self.log_ratio(x, log_density, proposal, value, self._log_noise(noise))
+        )
 
     @property
     def _tau(self) -> float:
@@ -135,13 +142,15 @@ class IndexMove:
 
     Args:
         mixture: The mixture, with tails heavier than the target's.
-        transition: Row-stochastic matrix with :math:`w_k P_{kk'}` symmetric, shape ``(K, K)``; the bridge's coupling of the components.
-            None is its limit for a long time, rows all equal to w: then the proposals are independent of x and can be drawn ahead.
+        transition: Row-stochastic matrix with :math:`w_k P_{kk'}` symmetric, shape ``(K, K)``; the bridge's coupling of
+            the components.
+            None is its limit for a long time, rows all equal to w: then the proposals are independent of x and can be
+            drawn ahead.
     """
 
     name = "index"
     cost = 1.0
-    step_size: float | None = None
+    step_size = 0.0
     target_accept = 0.0
 
     def __init__(self, mixture: StudentMixture, transition: Tensor | None = None) -> None:
@@ -183,19 +192,28 @@ class IndexMove:
 class HamiltonianMove:
     r"""Hamiltonian Monte Carlo in the metric of the mixture component that a chain belongs to.
 
-    A component k is drawn from :math:`r_k(x)`, and the leapfrog trajectory targets :math:`\pi(x)\, r_k(x)` in the metric of k: a Gibbs
-    step and a Metropolis step on the joint law :math:`\pi(x) r_k(x)`, whose x-marginal is :math:`\pi`. So curved or separated targets
-    get a local metric without losing exactness. With one component it is plain preconditioned HMC; with one step it is MALA.
+    A component k is drawn from :math:`r_k(x)`, and the leapfrog trajectory targets :math:`\pi(x)\, r_k(x)` in the
+    metric of k: a Gibbs
+    step and a Metropolis step on the joint law :math:`\pi(x) r_k(x)`, whose x-marginal is :math:`\pi`. So curved or
+    separated targets
+    get a local metric without losing exactness. With one component it is plain preconditioned HMC; with one step it is
+    MALA.
 
     Args:
         mixture: Mixture whose components give the metrics and responsibilities.
         num_steps: Leapfrog steps, at least 1.
-        step_size: Leapfrog step in units of the metric; jittered by up to 20 % a chain, independently of the state.
+        step_size: Leapfrog step in units of the metric, multiplied for every chain and trajectory by a factor that is
+            independent of
+            the state and log-uniform between ``1 / spread`` and 1.
+        spread: Ratio of the largest to the smallest step, at least 1. Large values let chains leave regions that are
+            much narrower
+            than the mixture's components, such as a funnel's neck.
     """
 
-    def __init__(self, mixture: StudentMixture, num_steps: int, step_size: float = 0.5) -> None:
+    def __init__(self, mixture: StudentMixture, num_steps: int, step_size: float = 0.5, spread: float = 1.5) -> None:
         self.mixture = mixture
         self.num_steps = num_steps
+        self.spread = spread
         self.step_size: float = step_size
         self.name = "mala" if num_steps == 1 else "hmc"
         self.cost = 2.5 * (num_steps + 1)
@@ -224,7 +242,7 @@ class HamiltonianMove:
         else:
             component = torch.multinomial(self.mixture.log_responsibilities(x).exp(), 1).squeeze(-1)
         start = PhasePoint(x, torch.randn_like(x), *self.local_target(log_joint, x, component))
-        jitter = self.step_size * (0.8 + 0.4 * torch.rand(len(x), 1, dtype=x.dtype, device=x.device))
+        jitter = self.step_size * self.spread ** -torch.rand(len(x), 1, dtype=x.dtype, device=x.device)
         end = self.trajectory(log_joint, start, component, jitter)
         log_ratio = start.energy - end.energy
         value = end.log_density

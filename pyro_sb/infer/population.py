@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_sb.infer.archive import Archive
+from pyro_sb.infer.archive import HEAVY_GUARD, LIGHT_GUARD, Archive
+from pyro_sb.infer.exploration import explore
 from pyro_sb.infer.mixture_fit import fit_mixture
 from pyro_sb.infer.potential import LogJoint
 from pyro_sb.infer.search import Optima, find_optima
@@ -17,8 +18,8 @@ from pyro_sb.weights import effective_sample_size, log_evidence, normalise
 
 logger = logging.getLogger(__name__)
 
-LIGHT_GUARD, HEAVY_GUARD = (0.05, 4.0, 4.0), (0.1, 3.0, 9.0)
-"""Share, degrees of freedom and inflation of the wide components that bound the weights in the tails."""
+FAIR_SHARE = 0.6
+"""Effective share above which a mixture is left as it is."""
 
 POOR_SHARE = 0.1
 """Effective share of the population under which it is called poor."""
@@ -36,8 +37,10 @@ class Population:
         core: The mixture without its guard.
         log_evidence: Estimate of :math:`\log \int p` from the draws of all rounds, in nats.
         log_evidence_error: Its standard error, in nats.
-        ess_share: Effective sample size over N of importance weights against the proposal, in [0, 1], judged on the draws of all rounds.
+        ess_share: Effective sample size over N of importance weights against the proposal, in [0, 1], judged on the
+            draws of all rounds.
         num_modes: Distinct maxima found by the search; 0 if there was none or no search.
+        funnel: Whether the search ended without a maximum.
         stages: What was done, in order: readable claims with their figures.
     """
 
@@ -50,6 +53,7 @@ class Population:
     log_evidence_error: float
     ess_share: float
     num_modes: int
+    funnel: bool
     stages: tuple[str, ...]
 
     @property
@@ -68,23 +72,36 @@ def populate(
     *,
     start: str | Tensor = "search",
     check_share: float = 0.2,
+    fair_share: float = FAIR_SHARE,
     good_share: float = 0.8,
-    max_rounds: int = 8,
+    max_rounds: int = 5,
+    exploring: bool = True,
 ) -> Population:
     r"""Weighted population of an unnormalised target, unattended.
 
-    1. A start law: a multi-start Newton search and a t-mixture from the curvature of its maxima; or prior draws; or given points.
-    2. Importance check of the start law. Only where its effective share is under ``check_share``: adaptively tempered SMC.
-    3. Refits of the mixture to all weighted draws so far (adaptive multiple importance sampling), until the share is good or stops rising.
+    1. A start law: a multi-start Newton search and a t-mixture from the curvature of its maxima; or prior draws; or
+    given points.
+    2. Importance check of the start law. Only where its effective share is under ``check_share``: adaptively tempered
+    SMC.
+    3. Refits of the mixture to all weighted draws so far (adaptive multiple importance sampling), until the share is
+    good or stops
+       rising.
+    4. Only where the share is still under ``fair_share`` or the search met no maximum (a funnel): Metropolis-corrected
+    chains explore, and the
+    mixture is refitted
+       to their states: they enter narrow regions that no proposal of the mixture hits.
 
     Args:
         log_joint: Target on the unconstrained vector.
         num_particles: Draws N of a round, at least 50.
-        start: ``"search"``, ``"prior"``, or points of shape ``(M, dim)``. A search that ends without a maximum falls back to the prior,
+        start: ``"search"``, ``"prior"``, or points of shape ``(M, dim)``. A search that ends without a maximum falls
+            back to the prior,
             or to a wide t law if the prior is improper.
         check_share: Effective share in [0, 1] above which the start law needs no tempering.
+        fair_share: Effective share in [0, 1] above which no chains explore.
         good_share: Effective share in [0, 1] at which refitting stops.
         max_rounds: Largest number of refits.
+        exploring: Whether chains may explore (stage 4).
 
     Returns:
         The population; a poor one (share under 0.1) comes with a RuntimeWarning that gives the figure.
@@ -108,13 +125,16 @@ def populate(
         archive = Archive(log_joint)
         share = archive.add(core, num_particles, LIGHT_GUARD)
         stages.append(f"fit to the SMC particles: effective share {share:.3f}")
-    _refit(archive, core, good_share, max_rounds, stages)
-    result = _best_round(archive, num_modes, stages)
+    core, share = _refit(archive, core, good_share, max_rounds, stages)
+    funnel = isinstance(start, str) and start == "search" and num_modes == 0
+    if exploring and (share < fair_share or funnel):
+        explore(archive, core, good_share, stages)
+    result = _best_round(archive, num_modes, funnel, stages)
     logger.info("population: %s", "; ".join(stages))
     if result.ess_share < POOR_SHARE:
         warnings.warn(
-            f"The population is poor: its effective share is {result.ess_share:.3f} < {POOR_SHARE} of {num_particles} draws. "
-            f"Raise num_particles (now {num_particles}), reparametrise the model, or give points by start=.",
+            f"The population is poor: its effective share is {result.ess_share:.3f} < {POOR_SHARE} of {num_particles} "
+            f"draws. Raise num_particles (now {num_particles}), reparametrise the model, or give points by start=.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -147,7 +167,7 @@ def _start_law(log_joint: LogJoint, num: int, start: str | Tensor) -> tuple[Stud
 
 
 def laplace_mixture(optima: Optima, df: float = 5.0, inflation: float = 2.25) -> StudentMixture:
-    """Mixture of t laws at the maxima, weighted by Laplace evidence but at least .05 / K each, scales inflated inverse curvatures."""
+    """Mixture of t laws at the maxima: inflated inverse curvatures, Laplace weights of at least .05 / K."""
     share = torch.softmax(optima.log_laplace, 0).clamp_min(0.05 / len(optima.points))
     scales = torch.linalg.cholesky(inflation * torch.linalg.inv(optima.precisions))
     return StudentMixture((share / share.sum()).log(), optima.points, scales, torch.full_like(share, df))
@@ -160,22 +180,29 @@ def _prior_law(log_joint: LogJoint, num: int) -> StudentMixture:
 
 
 def _checked_points(log_joint: LogJoint, points: Tensor) -> Tensor:
-    if points.ndim != 2 or points.shape[1] != log_joint.dim or len(points) < 2:
+    if points.ndim != 2 or points.shape[1] != log_joint.dim or len(points) < 4:
         raise ValueError(
-            f"start points must be at least 2 rows of shape (M, {log_joint.dim}), got {tuple(points.shape)}."
+            f"start points must be at least 4 rows of shape (M, {log_joint.dim}), got {tuple(points.shape)}."
         )
-    points = points.to(torch.float64)
+    points = points.to(log_joint.device, torch.float64)
     if not bool(torch.isfinite(points).all()):
         raise ValueError("start points must be finite, got NaN or infinite entries. Drop those rows.")
+    if bool((points == points[0]).all(0).any()):
+        raise ValueError(
+            "start points must differ in every coordinate, got a constant one. Spread them, or drop start=."
+        )
     return points
 
 
-def _refit(archive: Archive, core: StudentMixture, good_share: float, max_rounds: int, stages: list[str]) -> None:
+def _refit(
+    archive: Archive, core: StudentMixture, good_share: float, max_rounds: int, stages: list[str]
+) -> tuple[StudentMixture, float]:
     """Rounds of adaptive multiple importance sampling until the share is good, or fair and no longer rising.
 
-    A round under half the good share doubles the draws of the next, up to four times the first, and asks for a heavier guard.
+    A round under half the good share doubles the draws of the next, up to four times the first, and asks for a heavier
+    guard.
     """
-    num, best, stale = archive.counts[0], 0.0, 0
+    num, best, share, stale = archive.counts[0], 0.0, 0.0, 0
     for _ in range(max_rounds):
         enough = max(20.0 * core.locs.shape[-1], 0.05 * len(archive.points))
         weights = normalise(temper_weights(archive.log_weights, enough))
@@ -185,13 +212,14 @@ def _refit(archive: Archive, core: StudentMixture, good_share: float, max_rounds
         stale = stale + 1 if 0.5 * good_share < share < 1.2 * best else 0
         best = max(best, share)
         if share > good_share or stale == 2:
-            return
+            break
         if share < 0.5 * good_share:
             num = min(2 * num, 4 * archive.counts[0])
+    return core, share
 
 
-def _best_round(archive: Archive, num_modes: int, stages: list[str]) -> Population:
-    """The round whose proposal has the largest effective share on all rounds' draws: those see the regions that its own may miss."""
+def _best_round(archive: Archive, num_modes: int, funnel: bool, stages: list[str]) -> Population:
+    """The round whose proposal has the largest effective share on all draws: those see what its own may miss."""
     shares = archive.shares()
     best = max(range(len(shares)), key=shares.__getitem__)
     rows = archive.rows(best)
@@ -206,6 +234,7 @@ def _best_round(archive: Archive, num_modes: int, stages: list[str]) -> Populati
         log_evidence_error=error,
         ess_share=shares[best],
         num_modes=num_modes,
+        funnel=funnel,
         stages=tuple(stages),
     )
 
@@ -218,4 +247,4 @@ def temper_weights(log_weights: Tensor, enough: float) -> Tensor:
     for _ in range(30):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if effective_sample_size(middle * log_weights) >= enough else (low, middle)
-    return low * log_weights
+    return torch.where(torch.isneginf(log_weights), log_weights, low * log_weights)  # 0 times -inf would be NaN

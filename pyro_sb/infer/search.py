@@ -33,7 +33,8 @@ class Optima(NamedTuple):
 def find_optima(log_joint: LogJoint, *, batch: int = 32, max_starts: int = 160, max_iter: int = 60) -> Optima:
     r"""Maxima of a log joint from overdispersed starts, until no maximum was met only once.
 
-    A quarter of the starts is uniform(-2, 2), half five times as wide, a quarter prior draws where the prior can be drawn. A maximum hit once
+    A quarter of the starts is uniform(-2, 2), half five times as wide, a quarter prior draws where the prior can be
+    drawn. A maximum hit once
     suggests others unseen (Good and Turing), so further batches follow up to ``max_starts``.
 
     Args:
@@ -54,8 +55,8 @@ def find_optima(log_joint: LogJoint, *, batch: int = 32, max_starts: int = 160, 
         if len(found.points) == 0 or bool((found.hits > 1).all()):
             break
         batch *= 2
-    keep = found.log_laplace > found.log_laplace.max() - 15.0 if len(found.points) else slice(None)
-    return Optima(*(value[keep] for value in found[:-1]), found.num_starts)
+    keep = (found.log_laplace > found.log_laplace.max() - 15.0).nonzero().flatten() if len(found.points) else found.hits
+    return _select(found, keep)
 
 
 def dispersed_starts(log_joint: LogJoint, num: int) -> Tensor:
@@ -77,7 +78,9 @@ def dispersed_starts(log_joint: LogJoint, num: int) -> Tensor:
 
 
 def newton_ascent(log_joint: LogJoint, starts: Tensor, max_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""Saddle-free Newton ascent of a batch: :math:`x \mathrel{+}= s |H|^{-1} \nabla \log p`, the best of seven lengths s.
+    r"""Saddle-free Newton ascent of a batch.
+
+    .. math:: x \mathrel{+}= s |H|^{-1} \nabla \log p, \quad \text{s the best of seven lengths.}
 
     The Hessian is a central difference of the batched gradient: one call of 2 d rows a start, no second derivatives.
 
@@ -93,7 +96,7 @@ def newton_ascent(log_joint: LogJoint, starts: Tensor, max_iter: int) -> tuple[T
     precisions = torch.zeros(num, dim, dim, dtype=x.dtype, device=x.device)
     converged = torch.zeros(num, dtype=torch.bool, device=x.device)
     active = torch.isfinite(value)
-    tolerance = 1e-8 if log_joint.dtype == torch.float64 else 1e-4
+    tolerance, flattest = (1e-8, 1e-8) if log_joint.dtype == torch.float64 else (1e-4, 1e-3)
     lengths = torch.tensor(STEP_LENGTHS, dtype=x.dtype, device=x.device)
     for _ in range(max_iter):
         rows = active.nonzero().squeeze(-1)
@@ -107,7 +110,8 @@ def newton_ascent(log_joint: LogJoint, starts: Tensor, max_iter: int) -> tuple[T
         size = curvature.abs().clamp_min(1e-10 * curvature.abs().amax(-1, keepdim=True)).clamp_min(1e-300)
         along = torch.einsum("sij,si->sj", basis, grad[rows])
         decrement = (along.square() / size).sum(-1)
-        done = (decrement < tolerance) & (curvature[:, 0] > 1e-10 * curvature[:, -1])
+        concave = strictly_concave(precision, flattest)
+        done = (decrement < tolerance) & concave
         precisions[rows], converged[rows[done]], active[rows[done]] = precision, True, False
         direction = torch.einsum("sij,sj->si", basis, along / size)
         rows, direction, current = rows[~done], direction[~done], value[rows[~done]]
@@ -117,13 +121,33 @@ def newton_ascent(log_joint: LogJoint, starts: Tensor, max_iter: int) -> tuple[T
         best, index = log_joint.log_prob(trials.flatten(0, 1)).view(len(rows), -1).max(-1)
         moved = best > current
         active[rows[~moved]] = False
-        stalled = (~moved) & (decrement[~done] < 1e4 * tolerance) & (curvature[~done][:, 0] > 0)
+        stalled = (~moved) & (decrement[~done] < 1e4 * tolerance) & concave[~done]
         converged[rows[stalled]] = True  # rounding, not geometry, ended this ascent
         rows = rows[moved]
         if rows.numel():
             x[rows] = trials[moved, index[moved]]
             value[rows], grad[rows] = log_joint.value_and_grad(x[rows])
     return x, value, precisions, converged
+
+
+def strictly_concave(precision: Tensor, flattest: float) -> Tensor:
+    """Whether minus a Hessian is positive definite beyond the noise of its differences.
+
+    Judged by the smallest eigenvalue of the matrix scaled to a unit diagonal, so that units do not matter: flat
+    directions that
+    lie oblique to the axes have curvature of either sign and of the size of the noise.
+
+    Args:
+        precision: Minus Hessians. Shape ``(S, d, d)``.
+        flattest: Smallest eigenvalue that is not called flat, in (0, 1).
+
+    Returns:
+        Shape ``(S,)``.
+    """
+    diagonal = precision.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
+    unit = (scale[:, :, None] * precision * scale[:, None, :]).clamp(-2.0, 2.0)  # beyond 1 is indefinite, however far
+    return torch.linalg.eigvalsh(unit)[:, 0] > flattest
 
 
 def minus_hessian(log_joint: LogJoint, x: Tensor) -> Tensor:
@@ -145,28 +169,41 @@ def _empty(log_joint: LogJoint) -> Optima:
 
 def _merge(found: Optima, points: Tensor, log_density: Tensor, precisions: Tensor, num_starts: int) -> Optima:
     """Add ends to the distinct maxima; an end within three sds of a known maximum is a hit of it."""
-    log_laplace = laplace_evidence(log_density, precisions)
-    kept = [list(values) for values in found[:-1]]
-    for i in torch.argsort(log_density, descending=True).tolist():
-        gaps = [
-            float((points[i] - other) @ precision @ (points[i] - other))
-            for other, precision in zip(kept[0], kept[2], strict=True)
-        ]
-        near = next((j for j, gap in enumerate(gaps) if gap < 9.0), None)
-        if near is not None:
-            kept[4][near] = kept[4][near] + 1
+    every = Optima(
+        torch.cat([found.points, points]),
+        torch.cat([found.log_density, log_density]),
+        torch.cat([found.precisions, precisions]),
+        torch.cat([found.log_laplace, laplace_evidence(log_density, precisions)]),
+        torch.cat([found.hits, torch.ones(len(points), dtype=torch.long, device=points.device)]),
+        found.num_starts + num_starts,
+    )
+    kept: list[int] = []
+    for i in every.log_density.argsort(descending=True).tolist():
+        gaps = every.points[kept] - every.points[i]
+        near = torch.einsum("ki,kij,kj->k", gaps, every.precisions[kept], gaps) < 9.0
+        if bool(near.any()):
+            every.hits[kept[int(near.nonzero()[0])]] += every.hits[i]
         else:
-            for column, value in zip(
-                kept, (points[i], log_density[i], precisions[i], log_laplace[i], found.hits.new_ones(())), strict=True
-            ):
-                column.append(value)
-    if not kept[0]:
-        return found._replace(num_starts=found.num_starts + num_starts)
-    return Optima(*(torch.stack(column) for column in kept), found.num_starts + num_starts)
+            kept.append(i)
+    return _select(every, torch.tensor(kept, dtype=torch.long, device=points.device))
+
+
+def _select(optima: Optima, rows: Tensor) -> Optima:
+    return Optima(
+        optima.points[rows],
+        optima.log_density[rows],
+        optima.precisions[rows],
+        optima.log_laplace[rows],
+        optima.hits[rows],
+        optima.num_starts,
+    )
 
 
 def laplace_evidence(log_density: Tensor, precisions: Tensor) -> Tensor:
-    r"""Laplace's log evidence :math:`\log p(\hat x) + \tfrac d2 \log 2\pi - \tfrac12 \log\det(-H)` of every maximum. Shape ``(K,)``."""
+    r"""Laplace's log evidence :math:`\log p(\hat x) + \tfrac d2 \log 2\pi - \tfrac12 \log\det(-H)` of every maximum.
+
+    Shape ``(K,)``.
+    """
     dim = precisions.shape[-1]
     constant = 0.5 * dim * torch.log(torch.tensor(2 * torch.pi, dtype=log_density.dtype))
     return log_density + constant - 0.5 * torch.linalg.slogdet(precisions)[1]

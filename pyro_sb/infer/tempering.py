@@ -1,6 +1,7 @@
 """Adaptively tempered sequential Monte Carlo from a mixture to a log joint."""
 
 import logging
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tempered(NamedTuple):
-    """Result of a tempered run: equally weighted points ``(N, d)`` and log p there, the log evidence, the number of levels, the last acceptance rate."""
+    """Equally weighted points ``(N, d)``, log p there, log evidence, number of levels, last acceptance rate."""
 
     points: Tensor
     log_density: Tensor
@@ -36,8 +37,10 @@ def temper(
 ) -> Tempered:
     r"""Particles carried from a mixture :math:`q` to the target along :math:`\pi_\beta \propto q^{1 - \beta} p^\beta`.
 
-    Each level raises :math:`\beta` until the incremental weights' effective sample size falls to ``ess_share``, resamples
-    systematically, and moves every particle by Hamiltonian Monte Carlo preconditioned with the within-component covariance.
+    Each level raises :math:`\beta` until the incremental weights' effective sample size falls to ``ess_share``,
+    resamples
+    systematically, and moves every particle by Hamiltonian Monte Carlo preconditioned with the within-component
+    covariance.
 
     Args:
         log_joint: Target.
@@ -53,12 +56,19 @@ def temper(
     """
     x = base.sample(num_particles)
     log_p, grad_p = log_joint.value_and_grad(x)
+    num_finite = int(torch.isfinite(log_p).sum())
+    if num_finite < log_joint.dim + 2:  # too few to tell a shape: they would collapse to a point and look perfect
+        raise ValueError(
+            f"The log joint must be finite at {log_joint.dim + 2} draws of the start law or more, but is NaN or "
+            f"infinite at all but {num_finite} of {num_particles}. Raise num_particles, or give points inside the "
+            "support by start=."
+        )
     beta, log_evidence, step_size, acceptance = 0.0, 0.0, 0.5, 0.0
     for level in range(1, max_levels + 1):
         log_ratio = log_p - base.log_prob(x)
         increment = _next_increment(log_ratio, 1.0 - beta, ess_share)
         log_weights = increment * log_ratio
-        log_evidence += float(torch.logsumexp(log_weights, 0)) - torch.tensor(float(num_particles)).log().item()
+        log_evidence += float(torch.logsumexp(log_weights, 0)) - math.log(num_particles)
         beta = min(1.0, beta + increment)
         scale = torch.linalg.cholesky(within_covariance(base, x, normalise(log_weights)))
         index = systematic_resample(normalise(log_weights), num_particles)
@@ -72,7 +82,7 @@ def temper(
         if beta >= 1.0:
             return Tempered(x, log_p, log_evidence, level, acceptance)
     raise RuntimeError(
-        f"Tempering must reach the target, but stands at temperature exponent {beta:.3g} of 1 after {max_levels} levels. "
+        f"Tempering must reach the target, but stands at exponent {beta:.3g} of 1 after {max_levels} levels. "
         "Raise num_particles, or start nearer the target by start=."
     )
 

@@ -30,8 +30,10 @@ class Tuned(NamedTuple):
 def tune(move: Move, log_joint: LogJoint, batch: Batch, metric_cholesky: Tensor) -> tuple[Tuned, Batch]:
     r"""Fit a move's step size to its target acceptance, then measure its efficiency.
 
-    The step size follows Robbins and Monro on its logarithm. The efficiency is the expected squared jump of the slowest coordinate in
-    the metric, :math:`\min_i E[(L^{-1} \Delta x)_i^2]`, over the move's cost in density evaluations (a gradient counts 2.5).
+    The step size follows Robbins and Monro on its logarithm. The efficiency is the expected squared jump of the slowest
+    coordinate in
+    the metric, :math:`\min_i E[(L^{-1} \Delta x)_i^2]`, over the move's cost in density evaluations (a gradient counts
+    2.5).
 
     Args:
         move: The move; its ``step_size`` is set in place.
@@ -42,7 +44,7 @@ def tune(move: Move, log_joint: LogJoint, batch: Batch, metric_cholesky: Tensor)
     Returns:
         The tuned move with its figures, and the batch that it left.
     """
-    if move.step_size is not None:
+    if move.step_size > 0.0:
         for count in range(1, ADAPT_STEPS + 1):
             moved = move.step(log_joint, *batch)
             batch = Batch(moved.x, moved.log_density)
@@ -61,8 +63,11 @@ def tune(move: Move, log_joint: LogJoint, batch: Batch, metric_cholesky: Tensor)
 def share_moves(tuned: dict[str, Tuned], min_bridge_probability: float) -> dict[str, float]:
     r"""Probabilities of the moves: floors for all, and the rest to the most efficient.
 
-    The bridge's local move keeps ``min_bridge_probability``, the index move .1. The local move's floor falls from .5 where the index
-    move accepts under .3, over .1 at .7, to .05 above .85: the local move guards the tails that proposals from a mixture reach seldom.
+    The bridge's local move keeps ``min_bridge_probability``, the index move .1; floors that do not fit beside the
+    bridge's shrink. The
+    local move's floor falls from .5 where the index move accepts under .3, over .1 at .7, to .05 above .85: the local
+    move guards the
+    tails that proposals from a mixture reach seldom.
 
     Args:
         tuned: Moves by role: ``"bridge"``, ``"index"`` and, unless left out, ``"local"``.
@@ -75,11 +80,11 @@ def share_moves(tuned: dict[str, Tuned], min_bridge_probability: float) -> dict[
     """
     floors = {"bridge": min_bridge_probability, "index": 0.1, "local": local_floor(tuned["index"].acceptance)}
     floors = {role: floors[role] for role in tuned}
-    winner = max(tuned, key=lambda role: tuned[role].efficiency)
-    total = sum(value for role, value in floors.items() if role != winner)
-    scale = min(1.0, 0.9 / total) if total else 1.0
+    others = sum(value for role, value in floors.items() if role != "bridge")
+    scale = min(1.0, (1.0 - min_bridge_probability) / others)
     shares = {role: value if role == "bridge" else value * scale for role, value in floors.items()}
-    shares[winner] = 1.0 - sum(value for role, value in shares.items() if role != winner)
+    winner = max(tuned, key=lambda role: tuned[role].efficiency)
+    shares[winner] += 1.0 - sum(shares.values())
     return shares
 
 

@@ -14,7 +14,8 @@ ROWS_AHEAD = 256
 class Walk:
     """Chains under a mixture of frozen moves; counts what it accepts.
 
-    Every step one move is drawn, independently of the states, and applied to all chains. Proposals of an index move that does not
+    Every step one move is drawn, independently of the states, and applied to all chains. Proposals of an index move
+    that does not
     depend on the state are drawn for many steps ahead and evaluated in few calls.
 
     Args:
@@ -57,7 +58,7 @@ class Walk:
             self.x, self.log_density = moved.x, moved.log_density
             draws[i], lp[i], accept[i], diverging[i] = moved.x, moved.log_density, moved.accept_prob, moved.diverging
         self._count(schedule, accept, diverging)
-        steps = [self.frozen.moves[role].step_size or 0.0 for role in self.roles]
+        steps = [self.frozen.moves[role].step_size for role in self.roles]
         column = torch.tensor(schedule, device=self.x.device)[:, None]
         stats = {
             "acceptance_rate": accept,
@@ -79,13 +80,10 @@ class Walk:
         """Mean acceptance probability of every chain. Shape ``(C,)``."""
         return self._accepted.sum(0) / max(1, self.num_steps)
 
-    def acceptance_by_role(self) -> dict[str, float]:
-        """Mean acceptance probability of every move; NaN for one that was not tried."""
-        means = self._accepted.mean(1).tolist()
-        return {
-            role: mean / tried if tried else float("nan")
-            for role, mean, tried in zip(self.roles, means, self._tried, strict=True)
-        }
+    def acceptance_by_role(self) -> dict[str, Tensor]:
+        """Mean acceptance probability of every move and chain, ``(C,)`` each; NaN for a move that was not tried."""
+        tried = torch.tensor(self._tried, dtype=self.x.dtype, device=self.x.device)
+        return dict(zip(self.roles, self._accepted / tried[:, None], strict=True))
 
     def _step(self, choice: int) -> Transition:
         move = self.frozen.moves[self.roles[choice]]

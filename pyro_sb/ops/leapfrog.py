@@ -12,7 +12,8 @@ ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 class PhasePoint(NamedTuple):
     r"""Positions, whitened momenta, log densities and gradients of a batch of trajectories.
 
-    The Hamiltonian is :math:`H(x, r) = -\log \pi(x) + |r|^2 / 2` with :math:`r = L^\top p` standard normal, so the mass matrix is
+    The Hamiltonian is :math:`H(x, r) = -\log \pi(x) + |r|^2 / 2` with :math:`r = L^\top p` standard normal, so the mass
+    matrix is
     :math:`(L L^\top)^{-1}` for the metric :math:`L L^\top`.
     """
 
@@ -32,7 +33,8 @@ def leapfrog(
 ) -> PhasePoint:
     r"""Leapfrog trajectories; volume preserving, and reversed by flipping the momentum.
 
-    .. math:: r \mathrel{+}= \tfrac{h}{2} L^\top \nabla \log\pi(x), \quad x \mathrel{+}= h L r, \quad r \mathrel{+}= \tfrac{h}{2} L^\top \nabla\log\pi(x)
+    .. math:: r \mathrel{+}= \tfrac{h}{2} L^\top \nabla \log\pi(x), \quad x \mathrel{+}= h L r, \quad r \mathrel{+}=
+    \tfrac{h}{2} L^\top \nabla\log\pi(x)
 
     Args:
         point: Start, with its gradient. Shapes ``(C, d)`` and ``(C,)``.

@@ -12,7 +12,8 @@ class StudentMixture(NamedTuple):
 
     .. math:: \rho(x) = \sum_k w_k\, t_{\nu_k}(x;\, b_k,\, L_k L_k^\top)
 
-    The tails are polynomial, so :math:`p / \rho` stays bounded for every target with lighter tails: what an independence move needs to be
+    The tails are polynomial, so :math:`p / \rho` stays bounded for every target with lighter tails: what an
+    independence move needs to be
     uniformly ergodic. ``df = inf`` makes a component Gaussian.
 
     Args:
@@ -62,7 +63,10 @@ class StudentMixture(NamedTuple):
         return torch.log_softmax(self.log_weights + self.component_log_prob(x), -1)
 
     def component_scores(self, x: Tensor) -> Tensor:
-        r"""Gradients :math:`\nabla \log t_k(x) = -\frac{\nu_k + d}{\nu_k + q_k} (L_k L_k^\top)^{-1} (x - b_k)`. ``(C, d)`` to ``(C, K, d)``."""
+        r"""Gradients :math:`\nabla \log t_k(x) = -\frac{\nu_k + d}{\nu_k + q_k} (L_k L_k^\top)^{-1} (x - b_k)`.
+
+        ``(C, d)`` to ``(C, K, d)``.
+        """
         whitened = self.whiten(x)
         pull = tail_weight(whitened.square().sum(-1), self.df, x.shape[-1])
         return -torch.einsum("ck,cki,kij->ckj", pull, whitened, self._inverse_trils)
@@ -86,7 +90,7 @@ class StudentMixture(NamedTuple):
         return self.locs[index] + stretch[..., None] * torch.einsum("...ij,...j->...i", self.scale_trils[index], noise)
 
     def with_guard(self, fraction: float, df: float, inflation: float) -> "StudentMixture":
-        r"""The mixture :math:`(1 - \delta)\rho + \delta \tilde\rho`, where the guard :math:`\tilde\rho` is wider and has heavier tails.
+        r"""The mixture :math:`(1 - \delta)\rho + \delta \tilde\rho` and a wide guard :math:`\tilde\rho`.
 
         Args:
             fraction: Share :math:`\delta` of the guard, in (0, 1).
@@ -111,7 +115,7 @@ class StudentMixture(NamedTuple):
 
 
 def student_log_density(squared: Tensor, df: Tensor, dim: int) -> Tensor:
-    r"""Log density of a standard Student-t law in ``dim`` dimensions at squared radius ``squared``; Gaussian where ``df`` is infinite."""
+    r"""Log density of a standard Student-t law at a squared radius; Gaussian where ``df`` is infinite."""
     gaussian = -0.5 * (squared + dim * math.log(2 * math.pi))
     nu = torch.where(torch.isinf(df), torch.ones_like(df), df)
     normaliser = torch.lgamma((nu + dim) / 2) - torch.lgamma(nu / 2) - dim / 2 * torch.log(nu * math.pi)
@@ -127,12 +131,14 @@ def tail_weight(squared: Tensor, df: Tensor, dim: int) -> Tensor:
 def em_step(
     mixture: StudentMixture, points: Tensor, squares: Tensor, weights: Tensor, prior_scales: Tensor, prior_count: float
 ) -> tuple[StudentMixture, float]:
-    r"""One EM step for a weighted sample at fixed degrees of freedom, with an inverse-Wishart prior on the scale matrices.
+    r"""One EM step for a weighted sample at fixed degrees of freedom, scale matrices shrunk.
 
     .. math:: b_k = \frac{\sum_i w_i r_{ik} u_{ik} x_i}{\sum_i w_i r_{ik} u_{ik}}, \qquad
-              \Sigma_k = \frac{n \sum_i w_i r_{ik} u_{ik} (x_i - b_k)(x_i - b_k)^\top + \kappa \Lambda_k}{n \sum_i w_i r_{ik} + \kappa}
+              \Sigma_k = \frac{n \sum_i w_i r_{ik} u_{ik} (x_i - b_k)(x_i - b_k)^\top + \kappa \Lambda_k}{n \sum_i w_i
+              r_{ik} + \kappa}
 
-    with :math:`u_{ik} = (\nu_k + d)/(\nu_k + q_{ik})`, n the effective sample size and :math:`\Lambda_k` = ``prior_scales``. Squared
+    with :math:`u_{ik} = (\nu_k + d)/(\nu_k + q_{ik})`, n the effective sample size and :math:`\Lambda_k` =
+    ``prior_scales``. Squared
     radii and scatters are matrix products with the ``squares``, so no ``(K, M, d)`` array is formed.
 
     Args:
@@ -164,12 +170,16 @@ def em_step(
     second = (pulled.T @ squares).view(-1, dim, dim)
     scatter = second - pull[:, None, None] * locs[:, :, None] * locs[:, None, :]
     scales = (effective * scatter + prior_count * prior_scales) / (effective * share + prior_count)[:, None, None]
-    updated = StudentMixture((share / share.sum()).log(), locs, torch.linalg.cholesky(scales), mixture.df)
+    trils, failed = torch.linalg.cholesky_ex(scales)
+    trils = torch.where(
+        (failed > 0)[:, None, None], mixture.scale_trils, trils
+    )  # thinner than rounding: keep the old shape
+    updated = StudentMixture((share / share.sum()).log(), locs, trils, mixture.df)
     return updated, float(weights @ total)
 
 
 def kernel_start(locs: Tensor, covariances: Tensor) -> StudentMixture:
-    """Gaussian mixture of equal weights at ``locs`` ``(K, d)`` with ``covariances`` ``(K, d, d)``: a start for :func:`em_fit`."""
+    """Gaussian mixture of equal weights at ``(K, d)`` with covariances ``(K, d, d)``: a start for EM."""
     num = len(locs)
     log_weights = torch.full((num,), -math.log(num), dtype=locs.dtype, device=locs.device)
     return StudentMixture(log_weights, locs, torch.linalg.cholesky(covariances), torch.full_like(log_weights, math.inf))
