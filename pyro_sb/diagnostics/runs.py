@@ -12,11 +12,11 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from pyro_sb.infer.prototype import Start, can_sample, first_float, is_deterministic, is_sample, run
+from pyro_sb.infer.replay import PlainSampling
 
 __all__ = ["ModelRuns", "Sites"]
 
@@ -138,7 +138,7 @@ class ModelRuns:
             sites = self._single(model, draw)
             return sites.values, sites.log_probs
 
-        with _PlainSampling():
+        with PlainSampling():
             return Sites(*torch.func.vmap(single, randomness="different")(torch.zeros(num), draws))
 
     def _plate(self, model: Any, draws: Draws, num: int) -> Sites:
@@ -157,14 +157,6 @@ class ModelRuns:
             {name: _fitted(torch.as_tensor(nodes[name]["value"]), num, shape) for name, shape in self.shapes.items()},
             {name: _fitted(_log_prob(nodes[name]), num, shape) for name, shape in self._log_prob_shapes.items()},
         )
-
-
-class _PlainSampling(Messenger):
-    """Draws by ``sample``: ``rsample`` fills an empty tensor with noise, which vmap refuses."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is None:
-            msg["value"] = msg["fn"].sample()
 
 
 def _log_prob(site: dict[str, Any]) -> Tensor:

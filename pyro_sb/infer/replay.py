@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_sb.infer.prototype import Prototype
 
-__all__ = ["chunked", "deterministic_sites", "prior_draws"]
+__all__ = ["PlainSampling", "chunked", "deterministic_sites", "prior_draws"]
 
 Sites = dict[str, Tensor]
 MAX_NUMBERS = 2**23  # numbers that one chunk of runs may hold in its sites, 64 MB in float64
@@ -34,6 +34,14 @@ class Record(Messenger):
             self.found[msg["name"]] = msg["value"]
 
 
+class PlainSampling(Messenger):
+    """Draws by ``sample``: ``rsample`` fills an empty tensor with noise, which vmap refuses."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None:
+            msg["value"] = msg["fn"].sample()
+
+
 def record(prototype: Prototype, wanted: Iterable[str], values: Sites) -> Sites:
     """Values of the ``wanted`` sites in one chain's run with latents at ``values``."""
     with Record(values, wanted) as messenger:
@@ -49,7 +57,8 @@ def deterministic_sites(prototype: Prototype, values: Sites) -> Sites:
 def prior_draws(prototype: Prototype, num: int) -> Sites:
     """Independent draws of the continuous latents from the prior, constrained. Shape ``(num, *shape)`` each."""
     index = {"draw": torch.zeros(num)}  # no site's name, only something to map over
-    return by_vmap_or_loop(lambda _: record(prototype, prototype.transforms, {}), index)
+    with PlainSampling():
+        return by_vmap_or_loop(lambda _: record(prototype, prototype.transforms, {}), index)
 
 
 def by_vmap_or_loop(one: Callable[[Sites], Sites], inputs: Sites) -> Sites:
