@@ -1,6 +1,6 @@
 """The claim: KernelLangevin agrees with posteriordb's references and gives far more effective draws a second than NUTS.
 
-For each posterior, one after the other on one thread: KernelLangevin (256 chains of 500 draws), Pyro's NUTS (one chain,
+For each posterior, one after the other on one thread: KernelLangevin (256 chains of 1,000 draws), Pyro's NUTS (one chain,
 300 + 500, the same model) and NumPyro's NUTS (4 vectorised chains, 1,000 + 1,000), warm-up and compilation counted.
 Run by `make bench`, or
 
@@ -33,7 +33,7 @@ NAMES = [
     "logearn_interaction",
     "kidscore_interaction",
 ]
-CHAINS, DRAWS = 256, 500
+CHAINS, DRAWS = 256, 1000
 MAX_Z, MAX_SD, MIN_ESS, MAX_RHAT = 4.0, 0.05, 10_000, 1.01
 PEERS = {"Pyro NUTS": (50.0, 300.0), "NumPyro NUTS": (3.0, 20.0)}  # goals: ratio on one posterior, geometric mean
 FIGURES = ["seconds", "draws", "bulk ESS", "tail ESS", "R-hat", "error", "ESS/s", "evaluations", "ESS/1000", "note"]

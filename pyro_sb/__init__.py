@@ -1,3 +1,20 @@
 """Schrödinger bridges for Pyro: fit a bridge on draws, call it on a context, and hold a Pyro distribution."""
 
+from pyro_sb.bridges.base import Bridge
+from pyro_sb.bridges.kernel_langevin import KernelLangevinBridge
+from pyro_sb.diagnostics import to_arviz
+from pyro_sb.distributions import BridgeDistribution, Draws
+from pyro_sb.infer.kernels import KernelLangevin
+from pyro_sb.infer.mcmc import MCMC
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "MCMC",
+    "Bridge",
+    "BridgeDistribution",
+    "Draws",
+    "KernelLangevin",
+    "KernelLangevinBridge",
+    "to_arviz",
+]
