@@ -144,7 +144,7 @@ def test_float32_model_gives_float32_draws() -> None:
     assert abs(float(draws.mean()) - 3.0) < 0.15
 
 
-# ---- pyro.infer.MCMC ------------------------------------------------------------------------------------------------------------
+# ---- pyro.infer.MCMC ----
 
 
 def test_one_chain_in_pyro_mcmc() -> None:
@@ -203,7 +203,7 @@ def test_cleanup_is_idempotent_and_setup_starts_anew() -> None:
     assert float(second.mean() - first.mean()) > 50
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------------------------
+# ---- bad input ----
 
 
 @pytest.mark.parametrize(

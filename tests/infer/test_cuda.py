@@ -1,0 +1,30 @@
+"""The main job on a GPU: the same law, and everything stays on the device."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_sb.infer.kernels import KernelLangevin
+from pyro_sb.infer.mcmc import MCMC
+
+
+def conjugate(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(y.new_zeros(()), 2.0))
+    with pyro.plate("n", len(y)):
+        pyro.sample("y", dist.Normal(mu[..., None], 1.0), obs=y)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_posterior_of_a_model_whose_data_lie_on_the_gpu(dtype: torch.dtype) -> None:
+    y = torch.tensor([1.2, 0.3, 2.1, 0.8], dtype=dtype, device="cuda")
+    mcmc = MCMC(KernelLangevin(conjugate), num_samples=100, num_chains=256, disable_progbar=True)
+    mcmc.run(y)
+    draws = mcmc.get_samples()["mu"]
+    assert draws.is_cuda and draws.dtype == dtype
+    n_eff = float(mcmc.diagnostics()["mu"]["n_eff"])
+    assert abs(float(draws.mean()) - float(y.sum()) / 4.25) < 4 / math.sqrt(4.25 * n_eff)
