@@ -36,6 +36,10 @@ class Evaluations:
     density: int = 0
     gradient: int = 0
 
+    def since(self, before: "Evaluations") -> "Evaluations":
+        """Work done since an earlier count."""
+        return Evaluations(self.density - before.density, self.gradient - before.gradient)
+
 
 class LogJoint:
     r"""Batched unnormalised log density on :math:`\mathbb{R}^d`.

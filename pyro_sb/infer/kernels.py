@@ -218,6 +218,7 @@ class KernelLangevin(MCMCKernel):
             "density evaluations": evaluations.density,
             "gradient evaluations": evaluations.gradient,
             "log evidence": population.log_evidence,
+            "log evidence error": population.log_evidence_error,
             "population share": population.ess_share,
         }
         for role, rate in walk.acceptance_by_role().items():

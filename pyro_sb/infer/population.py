@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_sb.infer.archive import HEAVY_GUARD, LIGHT_GUARD, Archive
 from pyro_sb.infer.exploration import explore
 from pyro_sb.infer.mixture_fit import fit_mixture
-from pyro_sb.infer.potential import LogJoint
+from pyro_sb.infer.potential import Evaluations, LogJoint
 from pyro_sb.infer.search import Optima, find_optima
 from pyro_sb.infer.tempering import temper
 from pyro_sb.ops.student_mixture import StudentMixture
@@ -42,6 +42,7 @@ class Population:
         num_modes: Distinct maxima found by the search; 0 if there was none or no search.
         funnel: Whether the search ended without a maximum.
         stages: What was done, in order: readable claims with their figures.
+        evaluations: Rows of the log joint that it cost, density alone and with gradient.
     """
 
     points: Tensor
@@ -55,6 +56,7 @@ class Population:
     num_modes: int
     funnel: bool
     stages: tuple[str, ...]
+    evaluations: Evaluations
 
     @property
     def weights(self) -> Tensor:
@@ -113,6 +115,7 @@ def populate(
         raise ValueError(
             f"num_particles must be at least 50 to fit a proposal, got {num_particles}. Write num_particles=1024."
         )
+    before = replace(log_joint.evaluations)
     core, num_modes, stages = _start_law(log_joint, num_particles, start)
     archive = Archive(log_joint)
     share = archive.add(core, num_particles, HEAVY_GUARD)
@@ -129,7 +132,7 @@ def populate(
     funnel = isinstance(start, str) and start == "search" and num_modes == 0
     if exploring and (share < fair_share or funnel):
         explore(archive, core, good_share, stages)
-    result = _best_round(archive, num_modes, funnel, stages)
+    result = _best_round(archive, num_modes, funnel, stages, log_joint.evaluations.since(before))
     logger.info("population: %s", "; ".join(stages))
     if result.ess_share < POOR_SHARE:
         warnings.warn(
@@ -218,7 +221,9 @@ def _refit(
     return core, share
 
 
-def _best_round(archive: Archive, num_modes: int, funnel: bool, stages: list[str]) -> Population:
+def _best_round(
+    archive: Archive, num_modes: int, funnel: bool, stages: list[str], evaluations: Evaluations
+) -> Population:
     """The round whose proposal has the largest effective share on all draws: those see what its own may miss."""
     shares = archive.shares()
     best = max(range(len(shares)), key=shares.__getitem__)
@@ -236,6 +241,7 @@ def _best_round(archive: Archive, num_modes: int, funnel: bool, stages: list[str
         num_modes=num_modes,
         funnel=funnel,
         stages=tuple(stages),
+        evaluations=evaluations,
     )
 
 
