@@ -34,9 +34,9 @@ $(SETUP):
 demo: setup
 	$(PY) -m demo
 
-# The whole suite, doctests and notebooks (CI=1 shortens the notebooks).
+# The whole suite: tests, doctests, and the notebooks in their short mode (tests/test_tutorials.py).
 test: setup arviz1-env
-	CI=1 $(PY) -m pytest -q --nbmake --nbmake-timeout=300 --durations=10 tests pyro_sb $(wildcard tutorials)
+	CI=1 $(PY) -m pytest -q --durations=10 tests pyro_sb
 
 lint: setup
 	$(PY) -m ruff check .

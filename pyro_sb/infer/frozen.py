@@ -15,9 +15,6 @@ from pyro_sb.ops.student_mixture import StudentMixture
 from pyro_sb.weights import normalise, systematic_resample
 
 TUNING_CHAINS = 64
-MAX_LEAPFROG_STEPS = 32
-GOOD_FIT = 0.6
-"""Acceptance of the index move above which the local move is but a guard, and short trajectories suffice."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +74,8 @@ def freeze(
         move = index_move(population, next(iter(bridges.values()), None), points, index_time)
         tuned["index"], batch = tune(move, log_joint, batch, scale)
     if "local" in roles:
-        good_fit = "index" in tuned and tuned["index"].acceptance > GOOD_FIT
-        limit = 1 if local == "mala" else 4 if good_fit else MAX_LEAPFROG_STEPS
-        spread = 1.5 if good_fit else 30.0
+        fit = tuned["index"].acceptance if "index" in tuned else 0.0
+        limit, spread = (1, 1.5) if local == "mala" else trajectory_range(fit)
         tuned["local"], batch = tune_local(population.core, log_joint, batch, scale, max_steps=limit, spread=spread)
     shares = probabilities if probabilities is not None else share_moves(tuned, min_bridge_probability)
     bridge_move = tuned["bridge"].move if "bridge" in tuned else None
@@ -130,6 +126,17 @@ def index_move(
     mixture: StudentMixture = population.proposal._replace(log_weights=(weights / weights.sum()).log())
     transition = torch.linalg.matrix_power(coupling / weights[:, None], index_time)
     return IndexMove(mixture, transition / transition.sum(1, keepdim=True))
+
+
+def trajectory_range(fit: float) -> tuple[int, float]:
+    """Largest number of leapfrog steps and spread of step sizes, given the index move's acceptance.
+
+    Where the mixture fits, the local move is but a guard. Where it does not, there are regions much narrower than its
+    components, which only small steps leave.
+    """
+    if fit > 0.85:
+        return 4, 1.5
+    return (8, 10.0) if fit > 0.6 else (32, 30.0)
 
 
 def tune_local(

@@ -17,12 +17,10 @@ from pyro_sb.infer.noncentred import NonCentred
 from pyro_sb.infer.population import Population, temper_weights
 from pyro_sb.infer.potential import LogJoint, log_joint
 from pyro_sb.infer.record import Block
-from pyro_sb.infer.walk import Walk
+from pyro_sb.infer.walk import ROLES, Walk
 from pyro_sb.weights import normalise
 
 logger = logging.getLogger(__name__)
-
-ROLES = ("bridge", "index", "local")
 
 
 class KernelLangevin(MCMCKernel):
@@ -42,6 +40,8 @@ class KernelLangevin(MCMCKernel):
     time
       independence proposals, which cross between separated modes;
     - ``local``: Hamiltonian Monte Carlo in the population's metric.
+
+    The statistic ``move`` of a draw is 0, 1 or 2 in this order; :meth:`describe` says what warm-up found.
 
     It runs in ``pyro.infer.MCMC`` (one chain a process) and, with chains as a tensor dimension, in
     ``pyro_sb.infer.MCMC``.
@@ -227,6 +227,15 @@ class KernelLangevin(MCMCKernel):
         if self.num_chains is None:
             report["divergences"] = walk.divergent_steps
         return report
+
+    def describe(self) -> str:
+        """What warm-up found and froze, in lines: the population's stages, its evidence, the coordinates, the moves."""
+        if self.population is None or self.frozen is None:
+            return "KernelLangevin before its warm-up"
+        coordinates = "the model's own" if self.coordinates is None else f"non-centred in {self.coordinates.sites}"
+        evidence = f"{self.population.log_evidence:.3f} +- {self.population.log_evidence_error:.3f}"
+        lines = [*self.population.stages, f"log evidence: {evidence}", f"coordinates: {coordinates}"]
+        return "\n".join([*lines, f"moves: {self.frozen.describe()}"])
 
     def cleanup(self) -> None:
         """Drop the chains' state. The population and the frozen moves stay for inspection."""

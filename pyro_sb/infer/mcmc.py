@@ -183,9 +183,10 @@ class MCMC(api.MCMC):
         """Set the kernel up, warm it up, and collect blocks of draws."""
         self._setup_kernel(self.warmup_steps, args, kwargs)
         record.open(self.kernel.log_joint)
-        params = self.kernel.initial_params
         progress = ProgressBar(self.warmup_steps, self._num_requested, disable=self.disable_progbar)
         try:
+            progress.set_description("Prepare")  # what a kernel learns before its first step
+            params = self.kernel.initial_params
             for stage, num_steps in (("Warmup", self.warmup_steps), ("Sample", self._num_requested)):
                 progress.set_description(stage, refresh=False)
                 for start, size in _blocks(num_steps, single=self.hook_fn is not None):

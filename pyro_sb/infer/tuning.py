@@ -65,7 +65,7 @@ def share_moves(tuned: dict[str, Tuned], min_bridge_probability: float) -> dict[
 
     The bridge's local move keeps ``min_bridge_probability``, the index move .1; floors that do not fit beside the
     bridge's shrink. The
-    local move's floor falls from .5 where the index move accepts under .3, over .1 at .7, to .05 above .85: the local
+    local move's floor falls from .5 where the index move accepts under .3, over .2 at .7, to .05 above .85: the local
     move guards the
     tails that proposals from a mixture reach seldom.
 
@@ -90,7 +90,7 @@ def share_moves(tuned: dict[str, Tuned], min_bridge_probability: float) -> dict[
 
 def local_floor(acceptance: float) -> float:
     """Floor of the local move's probability, given the index move's acceptance: piecewise linear, from .5 to .05."""
-    knots = ((0.0, 0.5), (0.3, 0.5), (0.7, 0.1), (0.85, 0.05), (1.0, 0.05))
+    knots = ((0.0, 0.5), (0.3, 0.5), (0.7, 0.2), (0.85, 0.05), (1.0, 0.05))
     for (left, high), (right, low) in zip(knots, knots[1:], strict=False):
         if acceptance <= right:
             return high + (low - high) * (acceptance - left) / (right - left)

@@ -7,6 +7,9 @@ from pyro_sb.infer.frozen import Frozen
 from pyro_sb.infer.moves import IndexMove, Transition
 from pyro_sb.infer.potential import LogJoint
 
+ROLES = ("bridge", "index", "local")
+"""Roles of the moves; the statistic ``move`` holds their positions here."""
+
 ROWS_A_CALL = 2048
 ROWS_AHEAD = 256
 
@@ -60,12 +63,13 @@ class Walk:
         self._count(schedule, accept, diverging)
         steps = [self.frozen.moves[role].step_size for role in self.roles]
         column = torch.tensor(schedule, device=self.x.device)[:, None]
+        codes = torch.tensor([ROLES.index(role) for role in self.roles], device=self.x.device)
         stats = {
             "acceptance_rate": accept,
             "diverging": diverging,
             "energy": -lp,
             "lp": lp,
-            "move": column.expand_as(lp),
+            "move": codes[column].expand_as(lp),
             "step_size": torch.tensor(steps, dtype=lp.dtype, device=lp.device)[column].expand_as(lp),
         }
         return draws, stats

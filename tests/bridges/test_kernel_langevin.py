@@ -320,7 +320,10 @@ def test_on_a_gaussian_the_path_density_is_the_stationary_one():
     torch.testing.assert_close(log_q, start.log_prob(value), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("options", [{}, {"bandwidth_exponent": -0.3}, {"step_size": 0.7}])
+TILTED = torch.tensor([[2.0, 1.2], [1.2, 1.0]], **F64)
+
+
+@pytest.mark.parametrize("options", [{}, {"bandwidth_exponent": -0.3}, {"step_size": 0.7, "diffusion": TILTED}])
 @pytest.mark.parametrize("conditional", [False, True])
 def test_path_weights_recover_the_normaliser(options, conditional):
     context = torch.randn(300, 1, **F64)
