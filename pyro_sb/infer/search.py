@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyro_sb.infer.potential import LogJoint
 
+STARTS_A_MODE = 12
 STEP_LENGTHS = (4.0, 2.0, 1.0, 0.5, 0.2, 0.05, 0.005)
 
 
@@ -30,12 +31,12 @@ class Optima(NamedTuple):
     num_starts: int
 
 
-def find_optima(log_joint: LogJoint, *, batch: int = 32, max_starts: int = 160, max_iter: int = 60) -> Optima:
+def find_optima(log_joint: LogJoint, *, batch: int = 32, max_starts: int = 256, max_iter: int = 60) -> Optima:
     r"""Maxima of a log joint from overdispersed starts, until no maximum was met only once.
 
     A quarter of the starts is uniform(-2, 2), half five times as wide, a quarter prior draws where the prior can be
-    drawn. A maximum hit once
-    suggests others unseen (Good and Turing), so further batches follow up to ``max_starts``.
+    drawn. A maximum hit once suggests others unseen (Good and Turing), and so do fewer than 12 starts a maximum:
+    further batches follow up to ``max_starts``.
 
     Args:
         log_joint: Target on the unconstrained vector.
@@ -52,7 +53,8 @@ def find_optima(log_joint: LogJoint, *, batch: int = 32, max_starts: int = 160, 
             log_joint, dispersed_starts(log_joint, batch), max_iter
         )
         found = _merge(found, ends[converged], log_density[converged], precisions[converged], len(ends))
-        if len(found.points) == 0 or bool((found.hits > 1).all()):
+        enough = found.num_starts >= STARTS_A_MODE * len(found.points)
+        if len(found.points) == 0 or (enough and bool((found.hits > 1).all())):
             break
         batch *= 2
     keep = (found.log_laplace > found.log_laplace.max() - 15.0).nonzero().flatten() if len(found.points) else found.hits
