@@ -38,7 +38,7 @@ def log_evidence(log_weights: Tensor) -> tuple[float, float]:
         Log evidence and its standard error, in nats.
 
     Example:
-        >>> log_evidence(torch.zeros(10))
+        >>> log_evidence(torch.zeros(4, dtype=torch.float64))
         (0.0, 0.0)
     """
     num = log_weights.numel()
