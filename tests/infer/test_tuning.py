@@ -106,6 +106,6 @@ def test_probabilities_sum_to_one_and_keep_their_floors(efficiency, acceptance, 
 
 def test_the_local_floor_falls_without_jumps_from_half_to_a_twentieth():
     values = torch.tensor([local_floor(i / 1000) for i in range(1001)], **F64)
-    torch.testing.assert_close(values[[0, 300, 850, 1000]], torch.tensor([0.5, 0.5, 0.05, 0.05], **F64))
+    torch.testing.assert_close(values[[0, -1]], torch.tensor([0.5, 0.05], **F64))
     assert values.diff().max() <= 1e-12
     assert values.diff().abs().max() < 3e-3
