@@ -33,8 +33,7 @@ class Archive:
 
     References:
         Optimally combining sampling techniques for Monte Carlo rendering (Veach and Guibas, 1995); Adaptive multiple
-        importance
-        sampling (Cornuet et al., 2012), https://arxiv.org/abs/0907.1254
+        importance sampling (Cornuet et al., 2012), https://arxiv.org/abs/0907.1254
     """
 
     def __init__(self, log_joint: LogJoint) -> None:

@@ -1,6 +1,7 @@
 """Metropolis-corrected chains that carry a mixture into regions which its own draws miss."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,43 +14,60 @@ from pyro_sb.infer.tuning import Batch
 from pyro_sb.ops.student_mixture import StudentMixture
 from pyro_sb.weights import normalise
 
-NUM_CHAINS, NUM_STEPS, MAX_ROUNDS = 256, 48, 4
+
+class Effort(NamedTuple):
+    """Size of an exploration: chains, steps a round, and the largest number of rounds."""
+
+    num_chains: int
+    num_steps: int
+    max_rounds: int
 
 
-def explore(archive: Archive, core: StudentMixture, good_share: float, stages: list[str]) -> None:
+BRIEF, LONG = Effort(64, 24, 1), Effort(256, 48, 4)
+
+
+def explore(
+    archive: Archive, core: StudentMixture, good_share: float, stages: list[str], effort: Effort
+) -> StudentMixture:
     """Rounds of chains and refits, each followed by an importance round, until the share is good.
 
-    The chains alternate Hamiltonian moves whose steps spread over a factor of 30 with jumps of the mixture. Each round
-    starts from the
-    states that the last one left.
+    The chains alternate Hamiltonian moves whose steps spread over a factor of 30 with jumps of the mixture. Each
+    round starts from the states that the last one left.
 
     Args:
         archive: Draws so far; the new proposals are added.
         core: Mixture to start from.
         good_share: Effective share in [0, 1] at which to stop.
         stages: Report, appended to.
+        effort: How much of it.
+
+    Returns:
+        The last mixture.
     """
     weights = normalise(archive.log_weights)
-    index = torch.multinomial(weights, NUM_CHAINS, replacement=True)
+    index = torch.multinomial(weights, effort.num_chains, replacement=True)
     batch = Batch(archive.points[index], archive.log_density[index])
     step_size = 0.5
-    for _ in range(MAX_ROUNDS):
+    for _ in range(effort.max_rounds):
         move = HamiltonianMove(core, 4, step_size, spread=30.0)
-        points, log_density, batch = _run_chains(archive.log_joint, move, batch)
+        points, log_density, batch = _run_chains(archive.log_joint, move, batch, effort.num_steps)
         step_size = move.step_size
         uniform = torch.full_like(log_density, 1.0 / len(points))
         core = fit_mixture(points, uniform, log_density, previous=core)
-        share = archive.add(core, 2 * archive.counts[0], HEAVY_GUARD)
+        share = archive.add(core, archive.counts[0], HEAVY_GUARD)
         stages.append(f"exploration: {core.num_components} components, effective share {share:.3f}")
         if share > good_share:
-            return
+            break
+    return core
 
 
-def _run_chains(log_joint: LogJoint, move: HamiltonianMove, batch: Batch) -> tuple[Tensor, Tensor, Batch]:
+def _run_chains(
+    log_joint: LogJoint, move: HamiltonianMove, batch: Batch, num_steps: int
+) -> tuple[Tensor, Tensor, Batch]:
     """States and log densities that the chains pass through while the step size adapts, and where they end."""
     index = IndexMove(move.mixture.with_guard(*HEAVY_GUARD))
     states = []
-    for step in range(NUM_STEPS):
+    for step in range(num_steps):
         if step % 4 == 3:
             moved = index.step(log_joint, *batch)
         else:

@@ -113,9 +113,9 @@ def index_move(
 ) -> IndexMove:
     r"""The index move of the population's mixture, coupled by ``index_time`` steps of the bridge.
 
-    With responsibilities R of the components at the points and the bridge's coupling :math:`\Pi`, :math:`C = R^\top \Pi
-    R` is
-    symmetric; its row sums are the components' weights, :math:`D(w)^{-1} C` is w-reversible, and so are its powers.
+    With responsibilities R of the components at the points and the bridge's coupling :math:`\Pi`, :math:`C = R^\top
+    \Pi R` is symmetric; its row sums are the components' weights, :math:`D(w)^{-1} C` is w-reversible, and so are its
+    powers.
     """
     if index_time is None or bridge is None:
         return IndexMove(population.proposal)

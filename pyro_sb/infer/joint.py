@@ -41,6 +41,9 @@ class Evaluations:
         return Evaluations(self.density - before.density, self.gradient - before.gradient)
 
 
+VECTOR = ""  # key of the vector beside the sites: no site has an empty name
+
+
 class LogJoint:
     r"""Batched unnormalised log density on :math:`\mathbb{R}^d`.
 
@@ -173,7 +176,7 @@ class LogJoint:
         if self.prototype is None:
             free = self.unpack(z)
             return {name: self.transforms[name].inv(u) if name in self.transforms else u for name, u in free.items()}
-        return self._replay(lambda part: self._constrained(part["z"]), z)
+        return self._replay(lambda part: self._constrained(part[VECTOR]), z)
 
     def deterministic(self, z: Tensor, discrete: Sites | None = None) -> Sites:
         r"""The model's ``pyro.deterministic`` sites.
@@ -192,7 +195,7 @@ class LogJoint:
         drawn = self.discrete(z) if discrete is None else discrete
 
         def sites(part: Sites) -> Sites:
-            values = self._constrained(part.pop("z"))
+            values = self._constrained(part.pop(VECTOR))
             return deterministic_sites(prototype, values | part)
 
         return self._replay(sites, z, drawn)
@@ -209,7 +212,7 @@ class LogJoint:
         route = self.route
 
         def sites(part: Sites) -> Sites:
-            return discrete_sites(prototype, self._constrained(part["z"]), route, temperature)
+            return discrete_sites(prototype, self._constrained(part[VECTOR]), route, temperature)
 
         return self._replay(sites, z, cost=ENUMERATION_COST)
 
@@ -219,7 +222,7 @@ class LogJoint:
     def _replay(self, fn: Callable[[Sites], Sites], z: Tensor, drawn: Sites | None = None, cost: int = 1) -> Sites:
         """``fn`` on ``z`` and on draws that belong to it, in chunks; leading dimensions kept."""
         batch, shapes = z.shape[:-1], self._sited().enumerated
-        inputs = {"z": z.detach().to(self.device, self.dtype).reshape(-1, self.dim)}
+        inputs = {VECTOR: z.detach().to(self.device, self.dtype).reshape(-1, self.dim)}
         inputs |= {name: x.reshape(-1, *shapes[name]) for name, x in (drawn or {}).items()}
         found = chunked(fn, inputs, cost * self._sited().numel)
         return {name: x.reshape(batch + x.shape[1:]) for name, x in found.items()}

@@ -26,19 +26,16 @@ logger = logging.getLogger(__name__)
 class KernelLangevin(MCMCKernel):
     r"""Exact MCMC by the kernel-Langevin bridge of a population, every move Metropolis-corrected.
 
-    Warm-up builds a weighted population of the target (multi-start Newton search, importance check, tempered SMC where
-    the check
-    fails), fits a :class:`~pyro_sb.bridges.kernel_langevin.KernelLangevinBridge` to it, chooses its bandwidth, tunes
-    steps,
-    trajectory length and the mixture of moves by expected squared jump per evaluation, and freezes all of it. The
-    chains then run a
-    mixture of three moves, each of which leaves the target exactly invariant:
+    Warm-up builds a weighted population of the target (multi-start Newton search, importance check, tempered SMC
+    where the check fails), fits a :class:`~pyro_sb.bridges.kernel_langevin.KernelLangevinBridge` to it, chooses its
+    bandwidth, tunes steps, trajectory length and, above floors, the mixture of moves by expected squared jump per
+    evaluation, and freezes all of it. The chains then run a mixture of three moves, each of which leaves the target
+    exactly invariant:
 
     - ``bridge``: the calibrated local move :math:`N(x + c(m(x) - x), (1 - A_\tau^2) K)` of the bridge, without
-    gradients;
+      gradients;
     - ``index``: jumps between the components of a normalised mixture with heavy-tailed guard, in the limit of a long
-    time
-      independence proposals, which cross between separated modes;
+      time independence proposals, which cross between separated modes;
     - ``local``: Hamiltonian Monte Carlo in the population's metric.
 
     The statistic ``move`` of a draw is 0, 1 or 2 in this order; :meth:`describe` says what warm-up found.
@@ -46,9 +43,8 @@ class KernelLangevin(MCMCKernel):
     It runs in ``pyro.infer.MCMC`` (one chain a process) and, with chains as a tensor dimension, in
     ``pyro_sb.infer.MCMC``.
 
-    What it cannot do: a mode that no start found stays missing, and R-hat does not notice; above some 50 dimensions the
-    bridge and
-    index moves hardly accept and HMC does the work.
+    What it cannot do: a mode that no start found stays missing, and R-hat does not notice; above some 50 dimensions
+    the bridge and index moves hardly accept and HMC does the work.
 
     Args:
         model: Pyro model.
@@ -58,21 +54,18 @@ class KernelLangevin(MCMCKernel):
         start: Where the population starts: ``"search"``, ``"prior"`` or unconstrained points of shape ``(M, dim)``.
         local: ``"hmc"``, ``"mala"``, or None for the bridge's own moves alone.
         epsilons: Bandwidths to choose from, as variances of the bridge's reference over one step in units of the
-            within-mode
-            covariance. ``math.inf`` is not allowed, but 1e6 is its Gaussian limit (pCN).
+            within-mode covariance. ``math.inf`` is not allowed, but 1e6 is its Gaussian limit (pCN).
         index_time: Steps of the bridge's Markov chain between the mixture's components in an index move; None is the
-            limit of
-            infinitely many: independence.
+            limit of infinitely many: independence.
         min_bridge_probability: Smallest probability of the bridge's local move, in [0, 1).
         probabilities: The moves' probabilities by role (``"bridge"``, ``"index"``, ``"local"``), instead of tuning
             them.
         reparam: ``"auto"``: where the population fits poorly (a funnel), chains walk in the model's non-centred
-            coordinates if the
-            population fits better there; draws are the model's own sites either way. None: never.
+            coordinates if the population fits better there; draws are the model's own sites either way. None: never.
         init_strategy: Pyro's per-site strategy for the starts of the search.
         max_plate_nesting: As in Pyro's HMC; found by tracing if omitted.
         transforms: As in Pyro's HMC: site to the transform from its support to the reals.
-        jit_compile: Trace the log joint with the JIT.
+        jit_compile: Refused by name if True: the log joint runs eagerly.
 
     References:
         Stable generative modeling using Schrödinger bridges (Gottwald, Li, Marzouk and Reich, 2024),
@@ -125,8 +118,8 @@ class KernelLangevin(MCMCKernel):
             raise ValueError(
                 f'reparam must be "auto" or None, got {reparam!r}. For your own, use pyro.poutine.reparam.'
             )
-        self.num_particles = num_particles
-        self.start = start
+        self.num_particles = _checked_count("num_particles", num_particles, 50)
+        self.start = _checked_start(start)
         self.reparam = reparam
         self.num_chains: int | None = None
         self._joint_options: dict[str, Any] = {
@@ -142,6 +135,7 @@ class KernelLangevin(MCMCKernel):
         self._reset()
 
     def _reset(self) -> None:
+        self._own_start: dict[str, Tensor] | None = None
         self._walk: Walk | None = None
         self._standing: Tensor | None = None
         self._steps_left = 0
@@ -158,6 +152,7 @@ class KernelLangevin(MCMCKernel):
         self._steps_left = warmup_steps
         self._arguments = (args, kwargs)
         self.log_joint: LogJoint = self._build(self.model, self._initial_params)
+        self._check_sites()
 
     @property
     def transforms(self) -> dict[str, Any]:
@@ -167,15 +162,17 @@ class KernelLangevin(MCMCKernel):
     @property
     def initial_params(self) -> dict[str, Tensor]:
         """Unconstrained start of the chains: the user's, or draws of the population by weight."""
-        if self._initial_params is None:
+        if self._initial_params is not None:
+            return self._initial_params
+        if self._own_start is None:
             self._prepare()
             assert self.population is not None
             num = 1 if self.num_chains is None else self.num_chains
             weights = normalise(temper_weights(self.population.log_weights, 50.0))
             index = torch.multinomial(weights, num, replacement=True)
             z = self._shown(self.population.points[index])
-            self._initial_params = self.log_joint.unpack(z if self.num_chains is not None else z[0])
-        return self._initial_params
+            self._own_start = self.log_joint.unpack(z if self.num_chains is not None else z[0])
+        return self._own_start
 
     @initial_params.setter
     def initial_params(self, params: dict[str, Tensor]) -> None:
@@ -194,9 +191,9 @@ class KernelLangevin(MCMCKernel):
             walk.forget_warmup()
         states, stats = walk.run(num_steps)
         self._steps_left -= num_steps
-        draws = self._shown(states)
-        self._standing = draws[-1]
-        return Block(self.log_joint.unpack(draws), stats)
+        draws = self.log_joint.unpack(self._shown(states))
+        self._standing = self.log_joint.pack({name: value[-1] for name, value in draws.items()})
+        return Block(draws, stats)
 
     def logging(self) -> OrderedDict[str, str]:
         """Acceptance rate and divergences, for the progress bar."""
@@ -253,6 +250,17 @@ class KernelLangevin(MCMCKernel):
 
     # Warm-up
 
+    def _check_sites(self) -> None:
+        """Refuse what the caller set before the model was known."""
+        known = sorted(self.log_joint.site_shapes)
+        unknown = sorted(set(getattr(self, "_save_params", [])) - set(known))
+        if unknown:
+            raise ValueError(f"save_params must name sites of the model, got {unknown}. Known sites: {known}.")
+        if self._initial_params is not None and not bool(torch.isfinite(self._pack(self._initial_params)).all()):
+            raise ValueError(
+                "initial_params must be finite, got NaN or infinite entries. Omit them, or drop those chains."
+            )
+
     def _build(self, model: Callable[..., Any] | None, initial_params: dict[str, Tensor] | None = None) -> LogJoint:
         args, kwargs = self._arguments
         return log_joint(
@@ -269,8 +277,10 @@ class KernelLangevin(MCMCKernel):
         """Build the population, and fit, tune and freeze the moves on it, once."""
         if self.frozen is not None:
             return
+        given = None if self._initial_params is None else self._pack(self._initial_params).to(torch.float64)
+        reparam = self.reparam if self._joint_options["transforms"] is None else None
         self.coordinates, self.population = choose_coordinates(
-            self.log_joint, self._build, self.num_particles, self.start, self.reparam
+            self.log_joint, self._build, self.num_particles, self.start, reparam, given
         )
         self.frozen = freeze(self._target, self.population, **self.options)
         logger.info("moves: %s", self.frozen.describe())
@@ -312,11 +322,19 @@ class KernelLangevin(MCMCKernel):
 
     def _pack(self, params: dict[str, Tensor]) -> Tensor:
         flat = self.log_joint.pack(params).detach()
+        if flat.ndim != (1 if self.num_chains is None else 2):
+            chains = "no chain dimension: one chain" if self.num_chains is None else "one leading chain dimension"
+            raise ValueError(
+                f"initial_params must have {chains}, got {tuple(flat.shape[:-1])} before the site's shape."
+            )
         return flat if self.num_chains is not None else flat[None]
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the chains' state and coordinates, so that a kernel travels to another process."""
-        return self.__dict__ | {"_walk": None, "coordinates": None}
+        lost = {"_walk": None, "coordinates": None}
+        if self.coordinates is not None:  # they are in these coordinates, and mean nothing without them
+            lost |= {"population": None, "frozen": None}
+        return self.__dict__ | lost
 
 
 def _checked_local(local: str | None) -> str | None:
@@ -326,17 +344,30 @@ def _checked_local(local: str | None) -> str | None:
 
 
 def _checked_epsilons(epsilons: Sequence[float]) -> tuple[float, ...]:
-    values = tuple(float(value) for value in epsilons)
+    values = tuple(float(value) for value in epsilons) if isinstance(epsilons, Sequence) else ()
     if not values or not all(0.0 < value < math.inf for value in values):
         raise ValueError(
-            f"epsilons must be positive finite bandwidths, at least one, got {values}. Write epsilons=(1.0, 4.0, 16.0)."
+            "epsilons must be a sequence of positive finite bandwidths, at least one, "
+            f"got {epsilons!r}. Write epsilons=(1.0, 4.0, 16.0)."
         )
     return values
 
 
+def _checked_count(name: str, value: int, least: int) -> int:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be at least {least} and whole, got {value!r}. Write {name}={max(least, 1024)}.")
+    return value
+
+
+def _checked_start(start: str | Tensor) -> str | Tensor:
+    if not isinstance(start, Tensor) and not (isinstance(start, str) and start in ("search", "prior")):
+        raise ValueError(f'start must be "search", "prior" or a tensor of points (M, dim), got {start!r}.')
+    return start
+
+
 def _checked_index_time(index_time: int | None) -> int | None:
-    if index_time is not None and index_time < 1:
-        raise ValueError(f"index_time must be None or at least 1, got {index_time}.")
+    if index_time is not None and (not isinstance(index_time, int) or index_time < 1):
+        raise ValueError(f"index_time must be None or a whole number of at least 1, got {index_time!r}. Write None.")
     return index_time
 
 
@@ -352,7 +383,7 @@ def _checked_probabilities(probabilities: Mapping[str, float] | None, local: str
     roles = ROLES if local is not None else ROLES[:2]
     unknown = set(probabilities) - set(roles)
     total = sum(probabilities.values())
-    if unknown or abs(total - 1.0) > 1e-6 or min(probabilities.values()) < 0.0:
+    if unknown or not abs(total - 1.0) <= 1e-6 or min(probabilities.values()) < 0.0:
         raise ValueError(
             f"probabilities must be non-negative, sum to 1 and be named among {roles}, got {dict(probabilities)}. "
             'Write probabilities={"bridge": 0.1, "index": 0.9}.'

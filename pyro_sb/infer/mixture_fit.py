@@ -26,12 +26,9 @@ def fit_mixture(
     r"""Student-t mixture of a weighted sample, chosen on the half of it that was not fitted.
 
     The number of components doubles while the held-out mean log density rises by more than .02 nats. At every size EM
-    from k-means
-    clusters competes with EM from slices of the log density (which follow a funnel's neck, where k-means does not), at
-    two strengths
-    of shrinkage towards the start; the tails are chosen at the first size. With ``previous`` the first size is its own,
-    and EM from it
-    competes too.
+    from k-means clusters competes with EM from slices of the log density (which follow a funnel's neck, where k-means
+    does not), at two strengths of shrinkage towards the start; the tails are chosen at the first size. With
+    ``previous`` the first size is its own, and EM from it competes too.
 
     Args:
         points: Sample. Shape ``(M, d)``, M at least 4.
@@ -49,7 +46,8 @@ def fit_mixture(
     points, weights, log_density = points[keep], _share(weights[keep]), log_density[keep]
     half = torch.randperm(len(points), device=points.device) < len(points) // 2
     train, test = (points[half], _share(weights[half])), (points[~half], _share(weights[~half]))
-    size = max(1, num_components if previous is None else previous.num_components)
+    most = max(1, min(MAX_COMPONENTS, len(train[0]) // 2))
+    size = min(most, max(1, num_components)) if previous is None else previous.num_components
     best = _contest(
         [previous] if previous is not None else _starts(*train, log_density[half], size), TAILS, train, test
     )

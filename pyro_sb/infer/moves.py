@@ -75,10 +75,9 @@ class BridgeMove:
     .. math:: q(x, \cdot) = N\big(x + c\,(m(x) - x),\, (1 - A_\tau^2) K\big), \quad
               c = \frac{1 - A_\tau}{1 - A_\eta}, \quad A_s = e^{-\operatorname{asinh} s}
 
-    for a step :math:`\tau \le \eta` of a bridge of bandwidth :math:`\eta = \epsilon / 2`, in units of its metric K. At
-    the bridge's own
-    bandwidth the mean is m(x) itself. It needs no gradient. As :math:`\eta \to \infty` it is preconditioned
-    Crank-Nicolson.
+    for a step :math:`\tau \le \eta` of a bridge of bandwidth :math:`\eta = \epsilon / 2`, in units of its metric K.
+    At the bridge's own bandwidth the mean is m(x) itself. It needs no gradient. As :math:`\eta \to \infty` it is
+    preconditioned Crank-Nicolson.
 
     Args:
         bridge: A fitted bridge with a fixed bandwidth.
@@ -142,10 +141,9 @@ class IndexMove:
 
     Args:
         mixture: The mixture, with tails heavier than the target's.
-        transition: Row-stochastic matrix with :math:`w_k P_{kk'}` symmetric, shape ``(K, K)``; the bridge's coupling of
-            the components.
-            None is its limit for a long time, rows all equal to w: then the proposals are independent of x and can be
-            drawn ahead.
+        transition: Row-stochastic matrix with :math:`w_k P_{kk'}` symmetric, shape ``(K, K)``; the bridge's coupling
+            of the components. None is its limit for a long time, rows all equal to w: then the proposals are
+            independent of x and can be drawn ahead.
     """
 
     name = "index"
@@ -193,21 +191,17 @@ class HamiltonianMove:
     r"""Hamiltonian Monte Carlo in the metric of the mixture component that a chain belongs to.
 
     A component k is drawn from :math:`r_k(x)`, and the leapfrog trajectory targets :math:`\pi(x)\, r_k(x)` in the
-    metric of k: a Gibbs
-    step and a Metropolis step on the joint law :math:`\pi(x) r_k(x)`, whose x-marginal is :math:`\pi`. So curved or
-    separated targets
-    get a local metric without losing exactness. With one component it is plain preconditioned HMC; with one step it is
-    MALA.
+    metric of k: a Gibbs step and a Metropolis step on the joint law :math:`\pi(x) r_k(x)`, whose x-marginal is
+    :math:`\pi`. So curved or separated targets get a local metric without losing exactness. With one component it is
+    plain preconditioned HMC; with one step it is MALA.
 
     Args:
         mixture: Mixture whose components give the metrics and responsibilities.
         num_steps: Leapfrog steps, at least 1.
         step_size: Leapfrog step in units of the metric, multiplied for every chain and trajectory by a factor that is
-            independent of
-            the state and log-uniform between ``1 / spread`` and 1.
+            independent of the state and log-uniform between ``1 / spread`` and 1.
         spread: Ratio of the largest to the smallest step, at least 1. Large values let chains leave regions that are
-            much narrower
-            than the mixture's components, such as a funnel's neck.
+            much narrower than the mixture's components, such as a funnel's neck.
     """
 
     def __init__(self, mixture: StudentMixture, num_steps: int, step_size: float = 0.5, spread: float = 1.5) -> None:

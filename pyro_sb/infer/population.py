@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_sb.infer.archive import HEAVY_GUARD, LIGHT_GUARD, Archive
-from pyro_sb.infer.exploration import explore
+from pyro_sb.infer.exploration import BRIEF, LONG, explore
 from pyro_sb.infer.mixture_fit import fit_mixture
 from pyro_sb.infer.potential import Evaluations, LogJoint
 from pyro_sb.infer.search import Optima, find_optima
@@ -35,7 +35,7 @@ class Population:
         log_density: :math:`\log p` at the points. Shape ``(N,)``.
         proposal: The mixture :math:`\rho`, normalised: ``core`` and its guard of wide components.
         core: The mixture without its guard.
-        log_evidence: Estimate of :math:`\log \int p` from the draws of all rounds, in nats.
+        log_evidence: Estimate of :math:`\log \int p` from these draws, in nats.
         log_evidence_error: Its standard error, in nats.
         ess_share: Effective sample size over N of importance weights against the proposal, in [0, 1], judged on the
             draws of all rounds.
@@ -78,32 +78,31 @@ def populate(
     good_share: float = 0.8,
     max_rounds: int = 5,
     exploring: bool = True,
+    hints: Tensor | None = None,
 ) -> Population:
     r"""Weighted population of an unnormalised target, unattended.
 
-    1. A start law: a multi-start Newton search and a t-mixture from the curvature of its maxima; or prior draws; or
-    given points.
+    1. A start law: a multi-start Newton search and t-mixtures from the curvature of its maxima; or prior draws; or
+       given points.
     2. Importance check of the start law. Only where its effective share is under ``check_share``: adaptively tempered
-    SMC.
+       SMC.
     3. Refits of the mixture to all weighted draws so far (adaptive multiple importance sampling), until the share is
-    good or stops
-       rising.
-    4. Only where the share is still under ``fair_share`` or the search met no maximum (a funnel): Metropolis-corrected
-    chains explore, and the
-    mixture is refitted
-       to their states: they enter narrow regions that no proposal of the mixture hits.
+       good or stops rising.
+    4. A brief round of Metropolis-corrected chains, and a refit to their states: they enter regions that no draw of
+       the mixture hits, which its share therefore cannot see. Where the share is then under ``fair_share``, or the
+       search met no maximum (a funnel), longer rounds follow.
 
     Args:
         log_joint: Target on the unconstrained vector.
         num_particles: Draws N of a round, at least 50.
         start: ``"search"``, ``"prior"``, or points of shape ``(M, dim)``. A search that ends without a maximum falls
-            back to the prior,
-            or to a wide t law if the prior is improper.
+            back to the prior, or to a wide t law if the prior is improper.
         check_share: Effective share in [0, 1] above which the start law needs no tempering.
-        fair_share: Effective share in [0, 1] above which no chains explore.
+        fair_share: Effective share in [0, 1] above which chains explore but briefly.
         good_share: Effective share in [0, 1] at which refitting stops.
         max_rounds: Largest number of refits.
-        exploring: Whether chains may explore (stage 4).
+        exploring: Whether longer rounds of chains may follow the brief one.
+        hints: Points from which the search starts besides its own. Shape ``(M, dim)``.
 
     Returns:
         The population; a poor one (share under 0.1) comes with a RuntimeWarning that gives the figure.
@@ -116,22 +115,24 @@ def populate(
             f"num_particles must be at least 50 to fit a proposal, got {num_particles}. Write num_particles=1024."
         )
     before = replace(log_joint.evaluations)
-    core, num_modes, stages = _start_law(log_joint, num_particles, start)
+    cores, num_modes, stages = _start_laws(log_joint, num_particles, start, hints)
     archive = Archive(log_joint)
-    share = archive.add(core, num_particles, HEAVY_GUARD)
+    checks = [archive.add(core, num_particles, HEAVY_GUARD) for core in cores]
+    share, core = max(checks), cores[checks.index(max(checks))]
     stages.append(f"importance check: effective share {share:.3f}")
     if share < check_share:
-        tempered = temper(log_joint, core, num_particles)
+        tempered = temper(log_joint, core.with_guard(*HEAVY_GUARD), num_particles)
         stages.append(f"tempered SMC: {tempered.num_levels} levels, log evidence {tempered.log_evidence:.2f}")
         uniform = torch.full_like(tempered.log_density, 1.0 / num_particles)
         core = fit_mixture(tempered.points, uniform, tempered.log_density, max(num_modes, 1))
         archive = Archive(log_joint)
         share = archive.add(core, num_particles, LIGHT_GUARD)
         stages.append(f"fit to the SMC particles: effective share {share:.3f}")
-    core, share = _refit(archive, core, good_share, max_rounds, stages)
+    core = _refit(archive, core, good_share, max_rounds, stages)
+    core = explore(archive, core, good_share, stages, BRIEF)
     funnel = isinstance(start, str) and start == "search" and num_modes == 0
-    if exploring and (share < fair_share or funnel):
-        explore(archive, core, good_share, stages)
+    if exploring and (max(archive.shares()) < fair_share or funnel):
+        explore(archive, core, good_share, stages, LONG)
     result = _best_round(archive, num_modes, funnel, stages, log_joint.evaluations.since(before))
     logger.info("population: %s", "; ".join(stages))
     if result.ess_share < POOR_SHARE:
@@ -144,29 +145,33 @@ def populate(
     return result
 
 
-def _start_law(log_joint: LogJoint, num: int, start: str | Tensor) -> tuple[StudentMixture, int, list[str]]:
+def _start_laws(
+    log_joint: LogJoint, num: int, start: str | Tensor, hints: Tensor | None
+) -> tuple[list[StudentMixture], int, list[str]]:
+    """Candidates for the start law, the number of modes that the search found, and the first stages."""
     if isinstance(start, Tensor):
         points = _checked_points(log_joint, start)
         uniform = torch.full_like(points[:, 0], 1.0 / len(points))
-        return fit_mixture(points, uniform, log_joint.log_prob(points)), 0, [f"start: {len(points)} given points"]
+        return [fit_mixture(points, uniform, log_joint.log_prob(points))], 0, [f"start: {len(points)} given points"]
     if start == "prior":
-        return _prior_law(log_joint, num), 0, ["start: prior draws"]
+        return [_prior_law(log_joint, num)], 0, ["start: prior draws"]
     if start != "search":
         raise ValueError(f'start must be "search", "prior" or a tensor of points (M, {log_joint.dim}), got {start!r}.')
-    optima = find_optima(log_joint)
+    optima = find_optima(log_joint, hints=hints)
     if len(optima.points):
         stages = [f"search: {len(optima.points)} maxima from {optima.num_starts} starts"]
-        return laplace_mixture(optima), len(optima.points), stages
-    logger.warning(
-        "No maximum found from %d starts (a funnel, or a flat direction): starting wide instead.", optima.num_starts
-    )
+        light = laplace_mixture(
+            optima, df=30.0, inflation=1.0 + 1.0 / log_joint.dim
+        )  # heavy tails cost most at large d
+        return [laplace_mixture(optima), light], len(optima.points), stages
+    logger.warning("No maximum found from %d starts (a funnel, say): starting wide instead.", optima.num_starts)
     stages = [f"search: no maximum from {optima.num_starts} starts, wide start instead"]
     try:
-        return _prior_law(log_joint, num), 0, stages
+        return [_prior_law(log_joint, num)], 0, stages
     except (NotImplementedError, ValueError, RuntimeError):
         eye = torch.eye(log_joint.dim, dtype=torch.float64, device=log_joint.device)
         one = eye.new_ones(1)
-        return StudentMixture(one.log(), eye.new_zeros(1, log_joint.dim), 5.0 * eye[None], 5.0 * one), 0, stages
+        return [StudentMixture(one.log(), eye.new_zeros(1, log_joint.dim), 5.0 * eye[None], 5.0 * one)], 0, stages
 
 
 def laplace_mixture(optima: Optima, df: float = 5.0, inflation: float = 2.25) -> StudentMixture:
@@ -199,18 +204,18 @@ def _checked_points(log_joint: LogJoint, points: Tensor) -> Tensor:
 
 def _refit(
     archive: Archive, core: StudentMixture, good_share: float, max_rounds: int, stages: list[str]
-) -> tuple[StudentMixture, float]:
+) -> StudentMixture:
     """Rounds of adaptive multiple importance sampling until the share is good, or fair and no longer rising.
 
-    A round under half the good share doubles the draws of the next, up to four times the first, and asks for a heavier
-    guard.
+    A round under half the good share doubles the draws of the next, up to four times the first. From the second refit
+    on the guard is heavier: a target that the first does not fit has tails that its components miss.
     """
     num, best, share, stale = archive.counts[0], 0.0, 0.0, 0
-    for _ in range(max_rounds):
+    for first in (True, *[False] * (max_rounds - 1)):
         enough = max(20.0 * core.locs.shape[-1], 0.05 * len(archive.points))
         weights = normalise(temper_weights(archive.log_weights, enough))
         core = fit_mixture(archive.points, weights, archive.log_density, previous=core)
-        share = archive.add(core, num, LIGHT_GUARD if num == archive.counts[0] else HEAVY_GUARD)
+        share = archive.add(core, num, LIGHT_GUARD if first else HEAVY_GUARD)
         stages.append(f"refit: {core.num_components} components, {num} draws, effective share {share:.3f}")
         stale = stale + 1 if 0.5 * good_share < share < 1.2 * best else 0
         best = max(best, share)
@@ -218,7 +223,7 @@ def _refit(
             break
         if share < 0.5 * good_share:
             num = min(2 * num, 4 * archive.counts[0])
-    return core, share
+    return core
 
 
 def _best_round(
@@ -228,10 +233,11 @@ def _best_round(
     shares = archive.shares()
     best = max(range(len(shares)), key=shares.__getitem__)
     rows = archive.rows(best)
-    value, error = log_evidence(archive.log_weights)
+    log_weights = archive.log_density[rows] - archive.log_proposals[best][rows]
+    value, error = log_evidence(log_weights)  # of this round alone: its proposal was fitted before its draws
     return Population(
         points=archive.points[rows],
-        log_weights=archive.log_density[rows] - archive.log_proposals[best][rows],
+        log_weights=log_weights,
         log_density=archive.log_density[rows],
         proposal=archive.proposals[best],
         core=archive.cores[best],

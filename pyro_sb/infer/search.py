@@ -31,7 +31,14 @@ class Optima(NamedTuple):
     num_starts: int
 
 
-def find_optima(log_joint: LogJoint, *, batch: int = 32, max_starts: int = 256, max_iter: int = 60) -> Optima:
+def find_optima(
+    log_joint: LogJoint,
+    *,
+    batch: int = 32,
+    max_starts: int = 256,
+    max_iter: int = 60,
+    hints: Tensor | None = None,
+) -> Optima:
     r"""Maxima of a log joint from overdispersed starts, until no maximum was met only once.
 
     A quarter of the starts is uniform(-2, 2), half five times as wide, a quarter prior draws where the prior can be
@@ -43,6 +50,7 @@ def find_optima(log_joint: LogJoint, *, batch: int = 32, max_starts: int = 256, 
         batch: Starts of the first batch; it doubles.
         max_starts: Largest number of starts.
         max_iter: Largest number of Newton iterations of a start.
+        hints: Points to start from besides, in the first batch. Shape ``(M, d)``.
 
     Returns:
         The maxima within 15 nats of the best Laplace evidence; empty (K = 0) if no start ended in one, as on a funnel.
@@ -50,7 +58,7 @@ def find_optima(log_joint: LogJoint, *, batch: int = 32, max_starts: int = 256, 
     found = _empty(log_joint)
     while found.num_starts < max_starts:
         ends, log_density, precisions, converged = newton_ascent(
-            log_joint, dispersed_starts(log_joint, batch), max_iter
+            log_joint, dispersed_starts(log_joint, batch, hints), max_iter
         )
         found = _merge(found, ends[converged], log_density[converged], precisions[converged], len(ends))
         enough = found.num_starts >= STARTS_A_MODE * len(found.points)
@@ -61,22 +69,38 @@ def find_optima(log_joint: LogJoint, *, batch: int = 32, max_starts: int = 256, 
     return _select(found, keep)
 
 
-def dispersed_starts(log_joint: LogJoint, num: int) -> Tensor:
-    """Overdispersed starts with a finite log joint, ``(n, dim)`` with n at most ``num``; raises if there is none."""
+def dispersed_starts(log_joint: LogJoint, num: int, hints: Tensor | None = None) -> Tensor:
+    """Overdispersed starts with a finite log joint, ``(n, dim)``; raises if there is none.
+
+    Args:
+        log_joint: Target.
+        num: Number of starts tried besides the hints.
+        hints: Points that are tried as they are. Shape ``(M, dim)``.
+    """
+    parts = [] if hints is None else [hints[:num]]
     quarter = num // 4
-    starts = [log_joint.start(num - 3 * quarter), 5.0 * log_joint.start(2 * quarter)]
     try:
-        starts.append(log_joint.prior(quarter))
-    except (NotImplementedError, ValueError, RuntimeError):  # improper prior, or a potential_fn
-        starts.append(2.5 * log_joint.start(quarter))
-    points = torch.cat([start.to(torch.float64) for start in starts])
+        parts += [log_joint.start(num - 3 * quarter), 5.0 * log_joint.start(2 * quarter)]
+        parts.append(_prior_or(log_joint, quarter, 2.5))
+    except ValueError:  # no start of its own is finite: the hints must do
+        if hints is None:
+            raise
+    points = torch.cat([part.to(torch.float64) for part in parts])
     finite = torch.isfinite(log_joint.log_prob(points))
     if not bool(finite.any()):
         raise ValueError(
-            f"The log joint must be finite somewhere, but it is NaN or infinite at all of {num} starts. "
+            f"The log joint must be finite somewhere, but it is NaN or infinite at all of {len(points)} starts. "
             "Check the data and the support of every site, or pass initial points by start= or initial_params=."
         )
     return points[finite]
+
+
+def _prior_or(log_joint: LogJoint, num: int, scale: float) -> Tensor:
+    """Prior draws, or scaled starts where the prior is improper or there is no model."""
+    try:
+        return log_joint.prior(num)
+    except (NotImplementedError, ValueError, RuntimeError):
+        return scale * log_joint.start(num)
 
 
 def newton_ascent(log_joint: LogJoint, starts: Tensor, max_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -136,8 +160,7 @@ def strictly_concave(precision: Tensor, flattest: float) -> Tensor:
     """Whether minus a Hessian is positive definite beyond the noise of its differences.
 
     Judged by the smallest eigenvalue of the matrix scaled to a unit diagonal, so that units do not matter: flat
-    directions that
-    lie oblique to the axes have curvature of either sign and of the size of the noise.
+    directions that lie oblique to the axes have curvature of either sign and of the size of the noise.
 
     Args:
         precision: Minus Hessians. Shape ``(S, d, d)``.

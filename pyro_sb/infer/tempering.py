@@ -38,9 +38,8 @@ def temper(
     r"""Particles carried from a mixture :math:`q` to the target along :math:`\pi_\beta \propto q^{1 - \beta} p^\beta`.
 
     Each level raises :math:`\beta` until the incremental weights' effective sample size falls to ``ess_share``,
-    resamples
-    systematically, and moves every particle by Hamiltonian Monte Carlo preconditioned with the within-component
-    covariance.
+    resamples systematically, and moves every particle by Hamiltonian Monte Carlo preconditioned with the
+    within-component covariance.
 
     Args:
         log_joint: Target.

@@ -30,10 +30,9 @@ class Tuned(NamedTuple):
 def tune(move: Move, log_joint: LogJoint, batch: Batch, metric_cholesky: Tensor) -> tuple[Tuned, Batch]:
     r"""Fit a move's step size to its target acceptance, then measure its efficiency.
 
-    The step size follows Robbins and Monro on its logarithm. The efficiency is the expected squared jump of the slowest
-    coordinate in
-    the metric, :math:`\min_i E[(L^{-1} \Delta x)_i^2]`, over the move's cost in density evaluations (a gradient counts
-    2.5).
+    The step size follows Robbins and Monro on its logarithm. The efficiency is the expected squared jump of the
+    slowest coordinate in the metric, :math:`\min_i E[(L^{-1} \Delta x)_i^2]`, over the move's cost in density
+    evaluations (a gradient counts 2.5).
 
     Args:
         move: The move; its ``step_size`` is set in place.
@@ -64,10 +63,8 @@ def share_moves(tuned: dict[str, Tuned], min_bridge_probability: float) -> dict[
     r"""Probabilities of the moves: floors for all, and the rest to the most efficient.
 
     The bridge's local move keeps ``min_bridge_probability``, the index move .1; floors that do not fit beside the
-    bridge's shrink. The
-    local move's floor falls from .5 where the index move accepts under .3, over .2 at .7, to .05 above .85: the local
-    move guards the
-    tails that proposals from a mixture reach seldom.
+    bridge's shrink. The local move's floor falls from .5 where the index move accepts under .3, over .2 at .7, to .05
+    above .92: the local move guards the tails that proposals from a mixture reach seldom.
 
     Args:
         tuned: Moves by role: ``"bridge"``, ``"index"`` and, unless left out, ``"local"``.
@@ -90,7 +87,7 @@ def share_moves(tuned: dict[str, Tuned], min_bridge_probability: float) -> dict[
 
 def local_floor(acceptance: float) -> float:
     """Floor of the local move's probability, given the index move's acceptance: piecewise linear, from .5 to .05."""
-    knots = ((0.0, 0.5), (0.3, 0.5), (0.7, 0.2), (0.85, 0.05), (1.0, 0.05))
+    knots = ((0.0, 0.5), (0.3, 0.5), (0.7, 0.2), (0.85, 0.1), (0.92, 0.05), (1.0, 0.05))
     for (left, high), (right, low) in zip(knots, knots[1:], strict=False):
         if acceptance <= right:
             return high + (low - high) * (acceptance - left) / (right - left)

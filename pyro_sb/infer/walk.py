@@ -18,8 +18,7 @@ class Walk:
     """Chains under a mixture of frozen moves; counts what it accepts.
 
     Every step one move is drawn, independently of the states, and applied to all chains. Proposals of an index move
-    that does not
-    depend on the state are drawn for many steps ahead and evaluated in few calls.
+    that does not depend on the state are drawn for many steps ahead and evaluated in few calls.
 
     Args:
         log_joint: Target.

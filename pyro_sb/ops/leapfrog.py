@@ -12,9 +12,8 @@ ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 class PhasePoint(NamedTuple):
     r"""Positions, whitened momenta, log densities and gradients of a batch of trajectories.
 
-    The Hamiltonian is :math:`H(x, r) = -\log \pi(x) + |r|^2 / 2` with :math:`r = L^\top p` standard normal, so the mass
-    matrix is
-    :math:`(L L^\top)^{-1}` for the metric :math:`L L^\top`.
+    The Hamiltonian is :math:`H(x, r) = -\log \pi(x) + |r|^2 / 2` with :math:`r = L^\top p` standard normal, so the
+    mass matrix is :math:`(L L^\top)^{-1}` for the metric :math:`L L^\top`.
     """
 
     x: Tensor

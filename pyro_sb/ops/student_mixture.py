@@ -13,8 +13,7 @@ class StudentMixture(NamedTuple):
     .. math:: \rho(x) = \sum_k w_k\, t_{\nu_k}(x;\, b_k,\, L_k L_k^\top)
 
     The tails are polynomial, so :math:`p / \rho` stays bounded for every target with lighter tails: what an
-    independence move needs to be
-    uniformly ergodic. ``df = inf`` makes a component Gaussian.
+    independence move needs to be uniformly ergodic. ``df = inf`` makes a component Gaussian.
 
     Args:
         log_weights: Logarithms of weights that sum to one. Shape ``(K,)``.
@@ -138,8 +137,8 @@ def em_step(
               r_{ik} + \kappa}
 
     with :math:`u_{ik} = (\nu_k + d)/(\nu_k + q_{ik})`, n the effective sample size and :math:`\Lambda_k` =
-    ``prior_scales``. Squared
-    radii and scatters are matrix products with the ``squares``, so no ``(K, M, d)`` array is formed.
+    ``prior_scales``. Squared radii and scatters are matrix products with the ``squares``, so no ``(K, M, d)`` array
+    is formed.
 
     Args:
         mixture: Current mixture of K components.

@@ -239,7 +239,7 @@ def test_a_funnel_is_said_and_a_wide_start_gives_its_evidence(caplog):
     assert "No maximum found from 32 starts" in caplog.text
     assert result.num_modes == 0
     assert "wide start" in result.stages[0]
-    assert abs(result.log_evidence - exact) < 0.05  # some percent of the mass lies deeper in the neck than any draw
+    assert abs(result.log_evidence - exact) < 0.1  # some percent of the mass lies deeper in the neck than any draw
     mean, error = expectation(result, result.points[:, 0])
     assert abs(float(mean) - float(log_marginal.softmax(0) @ v)) < 4 * float(error) + 0.1
 
