@@ -121,6 +121,29 @@ def test_a_diffusion_that_is_not_the_references(kappa):
     assert 1.9 < errors[0] / errors[1] < 2.1
 
 
+TILTED = torch.tensor([[2.0, 1.2], [1.2, 1.0]], **F64)
+
+
+@pytest.mark.parametrize("metric", ["identity", "covariance"])
+def test_the_plain_step_is_the_langevin_step_of_its_diffusion(metric):
+    s, epsilon = 0.7, 0.3
+    bridge = KernelLangevinBridge(2, epsilon=epsilon, scheme="plain", metric=metric, step_size=s, diffusion=TILTED)
+    bridge.fit(torch.randn(50, 2, **F64) * torch.tensor([1.0, 3.0]) + 5, progress=False)
+    x, L, dynamics = torch.randn(4, 2, **F64), bridge.metric_cholesky, bridge._dynamics()
+    z = torch.linalg.solve_triangular(L, (x - bridge.location).T, upper=False).T
+    mean, *ends = (
+        SCHEMES["plain"](dynamics, z, None, e.expand(1, 4, 2)) @ L.T + bridge.location
+        for e in torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], **F64)
+    )
+    root = torch.stack([end - mean for end in ends], -1)
+    expected = x + s * (bridge.conditional_mean(x) - x) @ torch.linalg.inv(L @ L.T) @ TILTED
+    torch.testing.assert_close(mean, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(root @ root.mT, (s * epsilon * TILTED).expand(4, 2, 2), rtol=1e-11, atol=1e-11)
+    log_density = MultivariateNormal(expected, s * epsilon * TILTED).log_prob(ends[0])
+    log_step = dynamics.log_step(torch.linalg.solve_triangular(L, (ends[0] - bridge.location).T, upper=False).T, z)
+    torch.testing.assert_close(log_step - L.diagonal().log().sum(), log_density, rtol=1e-10, atol=1e-10)
+
+
 def matrix_contraction(covariance, metric, eta):
     """exp(-asinh(eta K S^-1)) through the whitened spectrum."""
     factor = torch.linalg.cholesky(metric)
@@ -191,6 +214,18 @@ def test_a_variable_bandwidth_has_the_generator_of_its_own_diffusion(beta):
         variance_errors.append(float((bridge.conditional_covariance(x)[:, 0] / (2 * eta) - rho).abs().max()))
     assert drift_errors[1] < 0.05 and 1.7 < drift_errors[0] / drift_errors[1] < 2.4
     assert variance_errors[1] < 0.05 and 1.7 < variance_errors[0] / variance_errors[1] < 2.4
+
+
+def test_the_variable_bandwidth_is_a_power_of_the_smoothed_density():
+    # a Gaussian smoothed by the pilot bandwidth is a Gaussian of variance 1 + pilot
+    points, weights = grid(1.0)
+    bridge = KernelLangevinBridge(1, epsilon=0.1, metric="identity", bandwidth_exponent=-0.5)
+    bridge.fit(points, weights=weights, progress=False)
+    dynamics, x = bridge._dynamics(), torch.linspace(-3, 3, 7, **F64)[:, None]
+    scale = dynamics.scale(dynamics.query(x, None))
+    expected = 0.5 * x[:, 0].square() / (2 * (1 + bridge._bandwidths.pilot))
+    torch.testing.assert_close((scale / scale[3]).log(), expected, rtol=2e-3, atol=1e-9)  # the rule at a narrow pilot
+    assert abs((bridge.weights * dynamics.law.scale).sum() - 1) < 1e-9
 
 
 @pytest.mark.parametrize("eta", [1e-2, 1.0, 1e2, 1e4, 1e6])
@@ -320,9 +355,6 @@ def test_on_a_gaussian_the_path_density_is_the_stationary_one():
     torch.testing.assert_close(log_q, start.log_prob(value), rtol=1e-9, atol=1e-9)
 
 
-TILTED = torch.tensor([[2.0, 1.2], [1.2, 1.0]], **F64)
-
-
 @pytest.mark.parametrize("options", [{}, {"bandwidth_exponent": -0.3}, {"step_size": 0.7, "diffusion": TILTED}])
 @pytest.mark.parametrize("conditional", [False, True])
 def test_path_weights_recover_the_normaliser(options, conditional):
@@ -364,6 +396,19 @@ def test_chains_start_where_the_source_says():
     assert bridge.density == "path" and bridge.paths(7, 2)[1][0].max() < -30
 
 
+def test_with_a_context_chains_start_at_its_neighbours():
+    context = torch.randn(400, 1, **F64)
+    target = context.square() + 0.1 * torch.randn(400, 1, **F64)
+    bridge = KernelLangevinBridge(1, 1, epsilon=0.1, context_epsilon=0.5)
+    bridge.fit(target, context=context, progress=False)
+    near = torch.softmax(-(context[:, 0] - 1.5).square() / (2 * 0.5 * context.var(correction=0)), 0)
+    mean = near @ target[:, 0]
+    variance = near @ (target[:, 0] - mean).square() + 0.05 * target.var(correction=0)
+    start = bridge.paths(8000, 1, torch.tensor([1.5]))[1][0, :, 0]
+    assert abs(start.mean() - mean) < 3 * math.sqrt(variance / 8000)
+    assert abs(start.var() / variance - 1) < 0.15
+
+
 # ---- from a prior to a posterior ----
 
 Y, R = 1.1, 0.5  # an observation and its variance
@@ -399,6 +444,15 @@ def test_by_drift_the_bias_is_of_first_order():
         mean, variance = stationary_moments(gaussian_bridge(eta).posterior(log_likelihood, method="drift"))
         errors.append((abs(mean - V * Y / R), abs(variance - V)))
     assert all(1.8 < e / f < 2.3 for e, f in zip(*errors))
+
+
+def test_by_drift_the_gradient_enters_with_the_metric():
+    points, x = torch.randn(60, 2, **F64) @ TILTED, torch.randn(5, 2, **F64)
+    bridge = KernelLangevinBridge(2, epsilon=0.2, num_steps=3)
+    bridge.fit(points, progress=False)
+    slope = torch.tensor([0.3, -2.0], **F64)
+    added = bridge.posterior(lambda x: x @ slope, method="drift").drift(0.0, x) - bridge.drift(0.0, x)
+    torch.testing.assert_close(added, (3 * 0.1 * slope @ points.T.cov(correction=0)).expand(5, 2), rtol=1e-9, atol=1e-9)
 
 
 def test_by_drift_a_stiff_likelihood_stays_in_the_hull():

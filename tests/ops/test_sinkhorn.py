@@ -69,6 +69,16 @@ def test_dense_is_streaming(variable, monkeypatch):
     torch.testing.assert_close(coupling(points, dense.log_v, scale).sum(1), weights, rtol=1e-9, atol=1e-13)
 
 
+def test_the_affinity_is_symmetric_and_knows_the_distance():
+    points, scale = cloud(20, 3)[0], 0.5 + torch.rand(20, **F64)
+    for s in (None, scale):
+        log_t = log_affinity(points, points, s, s)
+        torch.testing.assert_close(log_t, log_t.T)
+        assert log_t.diagonal().abs().max() < 1e-14
+    expected = -torch.cdist(points, points).square() / (scale[:, None] + scale)
+    torch.testing.assert_close(log_affinity(points, points, scale, scale), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_the_streaming_form_makes_no_large_matrix(monkeypatch):
     monkeypatch.setattr(module, "STRIP_ELEMENTS", 2000)
     largest, true = 0, torch.logsumexp
