@@ -9,7 +9,7 @@ from pyro_sb.infer.potential import LogJoint
 from pyro_sb.ops.student_mixture import StudentMixture
 from pyro_sb.weights import effective_sample_size
 
-LIGHT_GUARD, HEAVY_GUARD = (0.05, 4.0, 4.0), (0.1, 3.0, 9.0)
+LIGHT_GUARD, HEAVY_GUARD = (0.1, 3.0, 4.0), (0.1, 3.0, 9.0)
 """Share, degrees of freedom and inflation of the wide components that bound the weights in the tails."""
 
 

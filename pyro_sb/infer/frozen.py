@@ -11,7 +11,7 @@ from pyro_sb.infer.population import Population, temper_weights
 from pyro_sb.infer.potential import LogJoint
 from pyro_sb.infer.tempering import within_covariance
 from pyro_sb.infer.tuning import Batch, Tuned, share_moves, tune
-from pyro_sb.ops.student_mixture import StudentMixture
+from pyro_sb.ops.student_mixture import StudentMixture, weighted_covariance
 from pyro_sb.weights import normalise, systematic_resample
 
 TUNING_CHAINS = 64
@@ -56,22 +56,23 @@ def freeze(
     """Fit, tune and freeze the moves on a population; the options are KernelLangevin's."""
     points, weights = equal_weights(population)
     metric = within_covariance(population.core, points, weights)
+    metrics = [metric] if population.core.num_components == 1 else [metric, weighted_covariance(points, weights)]
     scale = torch.linalg.cholesky(metric)
     start = torch.multinomial(weights, TUNING_CHAINS, replacement=True)
     batch = Batch(points[start], log_joint.log_prob(points[start]))
     tuned: dict[str, Tuned] = {}
     roles = set(probabilities) if probabilities is not None else {"bridge", "index"} | ({"local"} if local else set())
-    bridges: dict[float, KernelLangevinBridge] = {}
+    bridges: list[KernelLangevinBridge] = []
     if "bridge" in roles or index_time is not None:
-        bridges = {epsilon: fit_bridge(points, weights, metric, epsilon) for epsilon in epsilons}
+        bridges = [fit_bridge(points, weights, metric, epsilon) for metric in metrics for epsilon in epsilons]
     if "bridge" in roles:
         candidates = []
-        for bridge in bridges.values():
+        for bridge in bridges:
             candidate, batch = tune(BridgeMove(bridge), log_joint, batch, scale)
             candidates.append(candidate)
         tuned["bridge"] = max(candidates, key=lambda item: item.efficiency)
     if "index" in roles:
-        move = index_move(population, next(iter(bridges.values()), None), points, index_time)
+        move = index_move(population, bridges[0] if bridges else None, points, index_time)
         tuned["index"], batch = tune(move, log_joint, batch, scale)
     if "local" in roles:
         fit = tuned["index"].acceptance if "index" in tuned else 0.0

@@ -54,7 +54,8 @@ class KernelLangevin(MCMCKernel):
         start: Where the population starts: ``"search"``, ``"prior"`` or unconstrained points of shape ``(M, dim)``.
         local: ``"hmc"``, ``"mala"``, or None for the bridge's own moves alone.
         epsilons: Bandwidths to choose from, as variances of the bridge's reference over one step in units of the
-            within-mode covariance. ``math.inf`` is not allowed, but 1e6 is its Gaussian limit (pCN).
+        metric: the within-component covariance or the whole one, whichever moves farther. ``math.inf`` is not
+            allowed, but 1e6 is its Gaussian limit (pCN).
         index_time: Steps of the bridge's Markov chain between the mixture's components in an index move; None is the
             limit of infinitely many: independence.
         min_bridge_probability: Smallest probability of the bridge's local move, in [0, 1).
@@ -93,7 +94,7 @@ class KernelLangevin(MCMCKernel):
         num_particles: int = 1024,
         start: str | Tensor = "search",
         local: str | None = "hmc",
-        epsilons: Sequence[float] = (1.0, 4.0, 16.0),
+        epsilons: Sequence[float] = (1.0, 4.0, 16.0, 64.0),
         index_time: int | None = None,
         min_bridge_probability: float = 0.1,
         probabilities: Mapping[str, float] | None = None,
@@ -348,7 +349,7 @@ def _checked_epsilons(epsilons: Sequence[float]) -> tuple[float, ...]:
     if not values or not all(0.0 < value < math.inf for value in values):
         raise ValueError(
             "epsilons must be a sequence of positive finite bandwidths, at least one, "
-            f"got {epsilons!r}. Write epsilons=(1.0, 4.0, 16.0)."
+            f"got {epsilons!r}. Write epsilons=(1.0, 4.0, 16.0, 64.0)."
         )
     return values
 
