@@ -1,7 +1,8 @@
 """The claim: KernelLangevin agrees with posteriordb's references and gives far more effective draws a second than NUTS.
 
-For each posterior, one after the other on one thread: KernelLangevin (256 chains of 1,000 draws), Pyro's NUTS (one chain,
-300 + 500, the same model) and NumPyro's NUTS (4 vectorised chains, 1,000 + 1,000), warm-up and compilation counted.
+For each posterior, one after the other on one thread: KernelLangevin (256 chains of 1,000 draws), Pyro's NUTS (one
+chain, 300 + 500, the same model) and NumPyro's NUTS (4 vectorised chains, 1,000 + 1,000), warm-up and compilation
+counted.
 Run by `make bench`, or
 
     python -m benchmarks.posteriors [NAME ...] [--seed 0] [--limit 150] [--cache FILE] [--peers-only]

@@ -53,9 +53,9 @@ class KernelLangevin(MCMCKernel):
         num_particles: Size of the population, at least 50.
         start: Where the population starts: ``"search"``, ``"prior"`` or unconstrained points of shape ``(M, dim)``.
         local: ``"hmc"``, ``"mala"``, or None for the bridge's own moves alone.
-        epsilons: Bandwidths to choose from, as variances of the bridge's reference over one step in units of the
-        metric: the within-component covariance or the whole one, whichever moves farther. ``math.inf`` is not
-            allowed, but 1e6 is its Gaussian limit (pCN).
+        epsilons: Bandwidths to choose from, as variances of the bridge's reference over one step, in units of the
+            covariance within the mixture's components or of the whole one, whichever moves chains farther.
+            ``math.inf`` is not allowed, but 1e6 is its Gaussian limit (pCN).
         index_time: Steps of the bridge's Markov chain between the mixture's components in an index move; None is the
             limit of infinitely many: independence.
         min_bridge_probability: Smallest probability of the bridge's local move, in [0, 1).
