@@ -58,7 +58,7 @@ $(BENCH): constraints-bench.txt
 	@touch $@
 
 bench: setup bench-env
-	$(PY) -m benchmarks.posteriors
+	for name in posteriors modes moves attention bridge_experiments bridge_dynamics; do $(PY) -m benchmarks.$$name || exit 1; done
 
 # ArviZ 1.x needs Python 3.12 and no torch: the tests run its half of the converter there, where a python3.12 is found.
 arviz1-env:

@@ -149,3 +149,16 @@ def test_the_loop_draws_discrete_sites_too():
 
 def test_models_without_discrete_sites_have_no_draws_of_them():
     assert joint_of("eight schools").discrete(torch.zeros(3, 10)) == {}
+
+
+@pytest.mark.parametrize("name", ["z", "c"])
+def test_no_name_of_a_discrete_site_collides_with_the_vector(name):
+    def model():
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+        pyro.deterministic("twice", 2 * w)
+        with pyro.plate("coins", 2):
+            pyro.sample(name, dist.Bernoulli(torch.tensor(0.5, dtype=torch.float64)), infer={"enumerate": "parallel"})
+
+    joint = log_joint(model)
+    z = torch.randn(6, 2, dtype=torch.float64)
+    torch.testing.assert_close(joint.deterministic(z)["twice"], 2 * z)

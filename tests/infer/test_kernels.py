@@ -203,6 +203,38 @@ def test_cleanup_is_idempotent_and_setup_starts_anew() -> None:
     assert float(second.mean() - first.mean()) > 50
 
 
+def test_search_starts_from_initial_params_where_nothing_else_is_finite() -> None:
+    def far_box(params: dict[str, Tensor]) -> Tensor:
+        z = params["z"]
+        inside = ((z > 100) & (z < 101)).all()
+        return torch.where(inside, (z - 100.4).square().sum() * 50, torch.full_like(z.sum(), math.inf))
+
+    start = {"z": torch.full((16, 1), 100.5, dtype=torch.float64)}
+    draws = run(KernelLangevin(potential_fn=far_box), initial_params=start, num_chains=16).get_samples()["z"]
+    assert abs(float(draws.mean()) - 100.4) < 0.02
+
+
+def test_sites_of_two_dtypes_stay_one_walk() -> None:
+    def model() -> None:
+        pyro.sample("narrow", dist.Normal(torch.zeros((), dtype=torch.float32), 1.0))
+        pyro.sample("wide", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+
+    kernel = KernelLangevin(model)
+    kernel.num_chains = 4
+    kernel.setup(0)
+    params = kernel.initial_params
+    for _ in range(3):
+        params = {name: value[-1] for name, value in kernel.sample_block(params, 10).draws.items()}
+    assert kernel._walk.num_steps == 30  # a walk that starts anew forgets its counts and its proposals
+
+
+def test_interrupted_run_leaves_no_start_behind() -> None:
+    kernel = KernelLangevin(conjugate)
+    kernel.setup(0, Y)
+    assert kernel.initial_params["mu"].shape == ()  # as pyro.infer.MCMC reads it; then Ctrl-C, and no cleanup
+    assert run(kernel, Y, num_samples=5).get_samples(group_by_chain=True)["mu"].shape == (64, 5)
+
+
 # ---- bad input ----
 
 
@@ -211,7 +243,12 @@ def test_cleanup_is_idempotent_and_setup_starts_anew() -> None:
     [
         ({"local": "nuts"}, "local must be"),
         ({"epsilons": ()}, "epsilons must be"),
-        ({"epsilons": (0.0,)}, "epsilons must be positive"),
+        ({"epsilons": (0.0,)}, "positive finite bandwidths"),
+        ({"epsilons": 4.0}, "epsilons must be a sequence"),
+        ({"num_particles": 10}, "num_particles must be at least 50"),
+        ({"num_particles": 1e3}, "num_particles must be at least 50 and whole"),
+        ({"start": "nuts"}, "start must be"),
+        ({"probabilities": {"bridge": math.nan, "index": 1.0}}, "sum to 1"),
         ({"index_time": 0}, "index_time"),
         ({"min_bridge_probability": 1.0}, "min_bridge_probability"),
         ({"probabilities": {"bridge": 0.5}}, "sum to 1"),
@@ -231,9 +268,20 @@ def test_model_and_potential_exclude_each_other() -> None:
         KernelLangevin(conjugate, two_modes_potential)
 
 
-def test_too_few_particles_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_particles must be at least 50"):
-        run(KernelLangevin(conjugate, num_particles=10), Y)
+def test_pyro_mcmc_refuses_an_unknown_site_before_any_work() -> None:
+    mcmc = pyro_mcmc.MCMC(KernelLangevin(conjugate), num_samples=5, save_params=["nu"], disable_progbar=True)
+    with pytest.raises(ValueError, match="save_params must name sites"):
+        mcmc.run(Y)
+
+
+def test_starts_of_the_wrong_shape_or_not_finite_are_refused() -> None:
+    kernel = KernelLangevin(conjugate)
+    kernel.initial_params = {"mu": torch.tensor(math.nan, dtype=torch.float64)}
+    with pytest.raises(ValueError, match="initial_params must be finite"):
+        kernel.setup(0, Y)
+    kernel.initial_params = {"mu": torch.zeros(3, 1, dtype=torch.float64)}
+    with pytest.raises(ValueError, match="no chain dimension"):
+        kernel.setup(0, Y)
 
 
 def test_start_outside_the_support_is_named() -> None:
