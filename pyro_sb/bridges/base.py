@@ -89,11 +89,12 @@ class Bridge(nn.Module):
     def log_prob_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Log density of points, where ``density`` is "marginal"."""
         if self.density == "path":
-            cure = "Use draws(), which returns value and log_q."
-        else:
-            cure = f"draws() would return value and log_q, but has none here either. {self.density_hint}"
+            raise NotImplementedError(
+                f'{self.describe()} has no marginal log_prob, its density is "path". '
+                "Use draws(), which returns value and log_q."
+            )
         raise NotImplementedError(
-            f'{self.describe()} has no marginal log_prob, its density is "{self.density}". {cure}'
+            f"{self.describe()} has no log_prob, and draws() has no log_q for it either. {self.density_hint}"
         )
 
     def describe(self) -> str:

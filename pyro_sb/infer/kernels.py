@@ -73,6 +73,7 @@ class KernelLangevin(MCMCKernel):
         https://arxiv.org/abs/2401.04372
 
     Example:
+        >>> import pyro
         >>> import pyro.distributions as dist
         >>> from pyro_sb.infer.mcmc import MCMC
         >>> def model(y):
