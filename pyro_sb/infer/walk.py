@@ -48,7 +48,11 @@ class Walk:
             self._clear()
 
     def run(self, num_steps: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """States ``(num_steps, C, d)`` and statistics ``(num_steps, C)`` of the next steps."""
+        """States ``(num_steps, C, d)`` and statistics ``(num_steps, C)`` of the next steps.
+
+        ``lp`` is the target's log density in the coordinates of the walk, and ``energy`` minus that: a potential, without
+        a kinetic part. ``move`` is a position in :data:`ROLES`.
+        """
         probabilities = torch.tensor([self.frozen.probabilities[role] for role in self.roles])
         schedule = torch.multinomial(probabilities, num_steps, replacement=True).tolist()
         self._draw_ahead(schedule)
