@@ -167,7 +167,9 @@ class AffinityBridge(Bridge):
     def _rows(self, x: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
         """Points and contexts as flat rows, whitened and in units of the bandwidth."""
         if x.dim() == 0 or x.shape[-1] != self.dim:
-            raise ValueError(f"x must have shape (*, {self.dim}), got {tuple(x.shape)}.")
+            raise ValueError(
+                f"x must have shape (*, {self.dim}), got {tuple(x.shape)}. Put coordinates in the last axis."
+            )
         x, context = x.to(self.like()), self.check_context(context)
         if context is not None:
             context = context.expand(*x.shape[:-1], self.context_dim).reshape(-1, self.context_dim)

@@ -149,9 +149,12 @@ class Bridge(nn.Module):
         like = self.like()
         context = torch.as_tensor(context, dtype=like.dtype, device=like.device)
         if context.dim() == 0 or context.shape[-1] != self.context_dim:
-            raise ValueError(f"context must have shape (*batch, {self.context_dim}), got {tuple(context.shape)}.")
+            raise ValueError(
+                f"context must have shape (*batch, {self.context_dim}), got {tuple(context.shape)}. "
+                "Put observations in the last axis."
+            )
         if not bool(torch.isfinite(context).all()):
-            raise ValueError("context must be finite, got NaN or infinity.")
+            raise ValueError("context must be finite, got NaN or infinity. Drop or impute those entries.")
         return context
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -188,10 +191,12 @@ def as_draws(name: str, value: Any, dim: int, *, num_draws: int = 1024, like: Te
     elif not draws.is_floating_point():
         draws = draws.to(torch.get_default_dtype())
     if draws.dim() != 2 or draws.shape[1] != dim:
-        hint = f" Write {name}[:, None]." if draws.dim() == 1 and dim == 1 else ""
-        raise ValueError(f"{name} must have shape (draws, {dim}), got {tuple(draws.shape)}.{hint}")
+        cure = (
+            f" Write {name}[:, None]." if draws.dim() == 1 and dim == 1 else " Put draws in rows; dim is the bridge's."
+        )
+        raise ValueError(f"{name} must have shape (draws, {dim}), got {tuple(draws.shape)}.{cure}")
     if len(draws) < 2:
-        raise ValueError(f"{name} must hold at least 2 draws, got {len(draws)}.")
+        raise ValueError(f"{name} must hold at least 2 draws, got {len(draws)}. Pass a sample of the law.")
     bad = int((~torch.isfinite(draws)).any(1).sum())
     if bad:
         raise ValueError(
@@ -206,13 +211,20 @@ def as_weights(weights: Any, like: Tensor) -> Tensor:
         return like.new_full((len(like),), 1 / len(like))
     weights = torch.as_tensor(weights, dtype=like.dtype, device=like.device).detach()
     if weights.shape != like.shape[:1]:
-        raise ValueError(f"weights must have shape ({len(like)},), one a draw, got {tuple(weights.shape)}.")
-    if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
         raise ValueError(
-            "weights must be finite and non-negative. Pass weights, not log weights: (log_w - log_w.max()).exp()."
+            f"weights must have shape ({len(like)},), one a draw, got {tuple(weights.shape)}. Omit them for equal ones."
+        )
+    negative, strange = int((weights < 0).sum()), int((~torch.isfinite(weights)).sum())
+    if negative or strange:
+        raise ValueError(
+            f"weights must be finite and non-negative, got {negative} negative and {strange} NaN or infinite of "
+            f"{len(weights)}. Pass weights, not log weights: (log_w - log_w.max()).exp()."
         )
     if not bool((weights > 0).any()):
-        raise ValueError("weights must not all be zero. Pass (log_w - log_w.max()).exp() if they underflowed.")
+        raise ValueError(
+            f"weights must not all be zero, got {len(weights)} zeros. "
+            "Pass (log_w - log_w.max()).exp() if they underflowed."
+        )
     weights = weights / weights.max()
     weights = weights / weights.sum()
     effective = 1 / float(weights.square().sum())

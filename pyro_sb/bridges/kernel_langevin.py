@@ -129,7 +129,7 @@ class KernelLangevinBridge(AffinityBridge):
         if scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {list(SCHEMES)}, got {scheme!r}.")
         if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}. Omit it for the default.")
         if diffusion is not None:
             check_metric("diffusion", diffusion, dim)
         self.scheme, self.num_steps, self.step_size, self.diffusion = scheme, num_steps, float(step_size), diffusion

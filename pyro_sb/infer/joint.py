@@ -158,7 +158,9 @@ class LogJoint:
 
     def _own(self, z: Tensor) -> Tensor:
         if z.dim() != 2 or z.shape[1] != self.dim:
-            raise ValueError(f"z must have shape (chains, {self.dim}), got {tuple(z.shape)}.")
+            raise ValueError(
+                f"z must have shape (chains, {self.dim}), got {tuple(z.shape)}. Use z[None] for one chain."
+            )
         return z.detach().to(self.device, self.dtype)
 
     # ---- sites ----

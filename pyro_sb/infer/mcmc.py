@@ -38,12 +38,13 @@ Hook = Callable[[Any, dict[str, Tensor], str, int], None]
 class MCMC(api.MCMC):
     r"""Markov chains of a Pyro model, all chains in one tensor.
 
-    Pyro's class, signature and methods. What differs: ``num_chains`` chains run vectorised in this process,
-    ``initial_params`` always carry a leading chain dimension (also for one chain), and :meth:`get_samples` holds the
+    Pyro's class, signature and methods. What differs: ``num_chains`` chains run vectorised in this process, 64 unless
+    said otherwise (Pyro: 1); ``warmup_steps=None`` is what the kernel asks for (Pyro: ``num_samples``);
+    ``initial_params`` always carry a leading chain dimension (also for one chain); and :meth:`get_samples` holds the
     ``pyro.deterministic`` sites too.
 
     Args:
-        kernel: A kernel of the batched protocol (module docstring), such as ``KernelLangevin`` or ``BridgeMH``.
+        kernel: A kernel of the batched protocol (module docstring), such as ``KernelLangevin``.
         num_samples: Draws kept a chain, at least 1. After a run: the draws really made (fewer after Ctrl-C).
         warmup_steps: Steps before the first kept draw, at least 0. ``None``: the kernel's own default.
         initial_params: Unconstrained starts, each of shape ``(num_chains, *site)``. ``None``: the kernel finds them.
@@ -343,7 +344,9 @@ def _check_kernel(kernel: Any) -> None:
 
 def _check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+        raise ValueError(
+            f"{name} must be a whole number of at least {least}, got {value!r}. Write {name}={max(least, 64)}."
+        )
 
 
 def _check_starts(initial_params: dict[str, Tensor] | None, num_chains: int) -> None:

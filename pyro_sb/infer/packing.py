@@ -60,7 +60,9 @@ class Packing:
             ValueError: If a site is missing, unknown, or its shape does not end in the site's shape.
         """
         if sites.keys() != self.shapes.keys():
-            raise ValueError(f"params must hold exactly the sites {list(self.shapes)}, got {sorted(sites)}.")
+            raise ValueError(
+                f"params must hold exactly the sites {list(self.shapes)}, got {sorted(sites)}. Mend the keys."
+            )
         batch = self.batch_shape(sites)
         columns = [torch.as_tensor(sites[name]).reshape(*batch, -1) for name in self.shapes]
         return torch.cat([column.to(self.device, self.dtype) for column in columns], -1)
@@ -68,7 +70,9 @@ class Packing:
     def unpack(self, z: Tensor) -> dict[str, Tensor]:
         """``(*batch, dim)`` to named tensors of shape ``(*batch, *shape)``, each in its site's dtype."""
         if z.shape[-1:] != (self.dim,):
-            raise ValueError(f"z must have {self.dim} numbers in its last dimension, got shape {tuple(z.shape)}.")
+            raise ValueError(
+                f"z must have {self.dim} numbers in its last dimension, got shape {tuple(z.shape)}. Use pack()."
+            )
         columns = z.split([shape.numel() for shape in self.shapes.values()], -1)
         batch = z.shape[:-1]
         return {
@@ -84,9 +88,12 @@ class Packing:
             split = len(found) - len(shape)
             if split < 0 or found[split:] != shape:
                 raise ValueError(
-                    f"Site {name!r} must have shape (*batch, {', '.join(map(str, shape))}), got {tuple(found)}."
+                    f"Site {name!r} must have shape (*batch, {', '.join(map(str, shape))}), got {tuple(found)}. "
+                    "Values are unconstrained, with chains first."
                 )
             batches.add(found[:split])
         if len(batches) != 1:
-            raise ValueError(f"All sites must share their leading dimensions, got {sorted(map(tuple, batches))}.")
+            raise ValueError(
+                f"All sites must share their leading dimensions, got {sorted(map(tuple, batches))}. Expand them."
+            )
         return batches.pop()

@@ -138,7 +138,8 @@ def populate(
     if result.ess_share < POOR_SHARE:
         warnings.warn(
             f"The population is poor: its effective share is {result.ess_share:.3f} < {POOR_SHARE} of {num_particles} "
-            f"draws. Raise num_particles (now {num_particles}), reparametrise the model, or give points by start=.",
+            f"draws. Raise num_particles (now {num_particles}), reparametrise the model, or give points by "
+            "start=. A flat prior without data has no normaliser at all.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -190,7 +191,8 @@ def _prior_law(log_joint: LogJoint, num: int) -> StudentMixture:
 def _checked_points(log_joint: LogJoint, points: Tensor) -> Tensor:
     if points.ndim != 2 or points.shape[1] != log_joint.dim or len(points) < 4:
         raise ValueError(
-            f"start points must be at least 4 rows of shape (M, {log_joint.dim}), got {tuple(points.shape)}."
+            f"start points must be at least 4 rows of shape (M, {log_joint.dim}), got {tuple(points.shape)}. "
+            "Give more rows, or drop start=."
         )
     points = points.to(log_joint.device, torch.float64)
     if not bool(torch.isfinite(points).all()):

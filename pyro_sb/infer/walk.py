@@ -50,8 +50,8 @@ class Walk:
     def run(self, num_steps: int) -> tuple[Tensor, dict[str, Tensor]]:
         """States ``(num_steps, C, d)`` and statistics ``(num_steps, C)`` of the next steps.
 
-        ``lp`` is the target's log density in the coordinates of the walk, and ``energy`` minus that: a potential, without
-        a kinetic part. ``move`` is a position in :data:`ROLES`.
+        ``lp`` is the target's log density in the coordinates of the walk, and ``energy`` minus that: a potential,
+        without a kinetic part. ``move`` is a position in :data:`ROLES`.
         """
         probabilities = torch.tensor([self.frozen.probabilities[role] for role in self.roles])
         schedule = torch.multinomial(probabilities, num_steps, replacement=True).tolist()

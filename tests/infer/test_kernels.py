@@ -186,6 +186,16 @@ def test_processes_of_pyro_mcmc(context: str, monkeypatch: pytest.MonkeyPatch) -
     assert draws.shape == (2, 40, 2) and not torch.equal(draws[0], draws[1])
 
 
+@pytest.mark.multiproc
+def test_processes_of_pyro_mcmc_with_a_model_and_no_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyro_mcmc.mp, "cpu_count", lambda: 8)
+    kernel = KernelLangevin(conjugate)
+    mcmc = pyro_mcmc.MCMC(kernel, num_samples=40, warmup_steps=5, num_chains=2, mp_context="fork", disable_progbar=True)
+    mcmc.run(Y)
+    draws = mcmc.get_samples(group_by_chain=True)["mu"]
+    assert draws.shape == (2, 40) and not torch.equal(draws[0], draws[1])
+
+
 def test_kernel_pickles_before_and_after_a_run() -> None:
     kernel = KernelLangevin(conjugate)
     pickle.loads(pickle.dumps(kernel))

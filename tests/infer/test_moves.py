@@ -161,6 +161,31 @@ def test_hamiltonian_trajectory_is_an_involution_of_unit_jacobian(num: int, num_
     torch.testing.assert_close(determinant, torch.ones_like(determinant), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("num", [1, 3])
+def test_hamiltonian_step_accepts_by_the_energy_of_its_own_trajectory(
+    num: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # pi(x) r_k(x) N(r) alpha is the same forwards and backwards, with the alpha that step() uses
+    move, log_joint = HamiltonianMove(mixture(num), 4, 0.5), target()
+    seen: list[tuple[Tensor, PhasePoint, PhasePoint, Tensor]] = []
+    walk = move.trajectory
+
+    def spy(joint: LogJoint, start: PhasePoint, component: Tensor, step: Tensor) -> PhasePoint:
+        seen.append((component, start, walk(joint, start, component, step), step))
+        return seen[-1][2]
+
+    monkeypatch.setattr(move, "trajectory", spy)
+    x = torch.randn(200, DIM, dtype=torch.float64)
+    alpha = move.step(log_joint, x, bent(x)).accept_prob
+    component, start, end, step = seen[0]
+    back = walk(log_joint, end._replace(momentum=-end.momentum), component, step)
+    flow = -start.energy + alpha.log()
+    reverse = -end.energy + (end.energy - back.energy).clamp_max(0.0)
+    torch.testing.assert_close(flow, reverse, rtol=1e-12, atol=1e-12)
+    value = move.local_target(log_joint, x, component)[0]
+    torch.testing.assert_close(start.energy, 0.5 * start.momentum.square().sum(-1) - value, rtol=1e-12, atol=1e-12)
+
+
 def test_local_targets_sum_to_the_target_and_their_gradients_match() -> None:
     # sum over k of pi(x) r_k(x) = pi(x): drawing k and moving on pi r_k leaves pi invariant
     rho = mixture()
