@@ -122,7 +122,7 @@ def mismatched(case: Case, bandwidth: float) -> Curves:
 def bandwidths(case: Case) -> Curves:
     """Fixed and variable bandwidths, matched, with the data-aware noise."""
     return {
-        name: [case.score(case.run(epsilon=2 * eta, bandwidth_exponent=beta)[0]) for eta in ETAS[:6]]
+        name: [case.score(case.run(epsilon=2 * eta, bandwidth_exponent=beta)[0]) for eta in ETAS]
         for name, beta in EXPONENTS.items()
     }
 
@@ -200,7 +200,7 @@ def main() -> None:
                 "\nBandwidth unattended, step eta alone varied: W2 / floor (inf: lost)",
                 table(["target", "scheme", *(f"{eta:.2g}" for eta in FINER)], tables["mismatched"]),
                 "\nBandwidth fixed or variable (rho = density^beta), data-aware: W2 / floor",
-                table(["target", "d", "bandwidth", *steps[:6]], tables["bandwidths"]),
+                table(["target", "d", "bandwidth", *steps], tables["bandwidths"]),
             ]
         ),
     )

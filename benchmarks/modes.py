@@ -173,8 +173,9 @@ def shares_section(seeds: list[int], limit: float) -> tuple[str, list[Run]]:
         rows += [*runs, pyro_nuts(target, seeds[0], limit)]
     rows.append(pyro_nuts(two_modes(2), seeds[0], limit, num_chains=4))
     for dim in (2, 10, 20):
-        ours.append(kernel_langevin(two_modes(dim, at_origin=True), seeds[0]))
-        rows.append(ours[-1])
+        target = two_modes(dim, at_origin=True)
+        ours.append(kernel_langevin(target, seeds[0]))
+        rows += [ours[-1], pyro_nuts(target, seeds[0], limit)]
     return f"## Shares of the modes\n\n{_table(rows)}\n\n{verdict(ours)}\n", ours
 
 

@@ -130,8 +130,9 @@ class MCMC(api.MCMC):
     def run(self, *args: Any, **kwargs: Any) -> None:
         r"""Warm the kernel up and draw.
 
-        Ctrl-C while drawing keeps the draws made so far, with a warning that counts them. Any other exception keeps
-        them too, and is raised again with a note. Results of an earlier run stay until this one has draws of its own.
+        Ctrl-C while drawing keeps the draws made so far, with a warning that counts them; only the block in progress, 8
+        to 64 steps, is lost. Any other exception keeps them too, and is raised again with a note. Results of an earlier
+        run stay until this one has draws of its own.
 
         Args:
             *args: The model's positional arguments.
