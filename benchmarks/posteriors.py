@@ -23,17 +23,8 @@ import torch
 from benchmarks.peers import numpyro_nuts, pyro_nuts
 from benchmarks.report import header, table, write
 from benchmarks.score import Agreement, Row, agreement, score
-from pyro_sb.datasets import PosteriorTask, posterior_task
+from pyro_sb.datasets import POSTERIORS, PosteriorTask, posterior_task
 
-NAMES = [
-    "eight_schools_noncentered",
-    "eight_schools_centered",
-    "low_dim_gauss_mix",
-    "low_dim_gauss_mix_unordered",
-    "arK",
-    "logearn_interaction",
-    "kidscore_interaction",
-]
 CHAINS, DRAWS = 256, 1000
 MAX_Z, MAX_SD, MIN_ESS, MAX_RHAT = 4.0, 0.05, 10_000, 1.01
 PEERS = {"Pyro NUTS": (50.0, 300.0), "NumPyro NUTS": (3.0, 20.0)}  # goals: ratio on one posterior, geometric mean
@@ -182,7 +173,7 @@ def measure(name: str, options: argparse.Namespace, cache: Cache) -> Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(POSTERIORS)}; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=150.0, help="wall seconds of one run of Pyro's NUTS")
     parser.add_argument("--cache", type=Path, help="keep the peers' rows in this JSON file (for development)")
@@ -192,7 +183,7 @@ def main() -> None:
     cache, results = Cache(options.cache), []
     texts = [header("posteriordb: KernelLangevin beside Pyro's and NumPyro's NUTS", options.seed) + NOTES]
     print(texts[0], flush=True)
-    for name in options.names or NAMES:
+    for name in options.names or POSTERIORS:
         results.append(measure(name, options, cache))
         texts.append(section(results[-1]))
         print(texts[-1], flush=True)

@@ -270,3 +270,6 @@ _TASKS: dict[str, tuple[str, Callable[..., None], Callable[[dict], tuple[Tensor,
     "logearn_interaction": ("earnings-logearn_interaction", logearn_interaction, _earnings),
     "kidscore_interaction": ("kidiq-kidscore_interaction", kidscore_interaction, _scores),
 }
+
+POSTERIORS: tuple[str, ...] = tuple(_TASKS)
+"""Names that :func:`posterior_task` knows."""

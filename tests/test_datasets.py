@@ -6,17 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from pyro_sb.datasets import posterior_task
+from pyro_sb.datasets import POSTERIORS, posterior_task
 
-NAMES = [
-    "eight_schools_noncentered",
-    "eight_schools_centered",
-    "low_dim_gauss_mix",
-    "low_dim_gauss_mix_unordered",
-    "arK",
-    "logearn_interaction",
-    "kidscore_interaction",
-]
 DIM = {"eight": 10, "low": 5, "arK": 7, "log": 5, "kid": 5}
 
 
@@ -61,7 +52,7 @@ def scipy_log_joint(name, sites, args):
     return value + stats.norm.logpdf(y, mean, s["sigma"]).sum()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", POSTERIORS)
 def test_log_joint_is_the_described_posterior_up_to_a_constant(name):
     task = posterior_task(name)
     sites = latents(task, task.reference_draws[:6])
@@ -71,7 +62,7 @@ def test_log_joint_is_the_described_posterior_up_to_a_constant(name):
     np.testing.assert_allclose(np.diff(ours), np.diff(theirs), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", POSTERIORS)
 def test_a_model_takes_its_dtype_from_its_data(name):
     task = posterior_task(name)
     point = {k: v[0] for k, v in latents(task, task.reference_draws[:1]).items()}
@@ -79,7 +70,7 @@ def test_a_model_takes_its_dtype_from_its_data(name):
     assert log_joint(task, point).dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", POSTERIORS)
 def test_one_run_with_leading_chain_dimensions_is_a_run_a_chain(name):
     task = posterior_task(name)
     sites = latents(task, task.reference_draws[:4])
@@ -101,7 +92,7 @@ def test_one_run_with_leading_chain_dimensions_is_a_run_a_chain(name):
     torch.testing.assert_close(together - together[0], torch.stack(alone) - alone[0], rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", POSTERIORS)
 def test_reference_draws_agree_with_the_stored_moments(name):
     task = posterior_task(name)
     draws, n = task.reference_draws, len(task.reference_draws)
@@ -118,7 +109,7 @@ def test_reference_draws_agree_with_the_stored_moments(name):
     assert ((draws.std(0) / task.reference_sd - 1) / error).abs().max() < 4
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", POSTERIORS)
 def test_columns_inverts_the_split_into_sites_and_keeps_the_batch(name):
     task = posterior_task(name)
     draws = task.reference_draws[:6]

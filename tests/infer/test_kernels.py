@@ -113,6 +113,16 @@ def test_bridge_keeps_its_probability_and_every_move_reports_its_acceptance() ->
         assert abs(float(share) - probability) < 4 * math.sqrt(probability * (1 - probability) / 200) + 1e-9
 
 
+def test_reports_speak_of_the_draws_that_are_kept() -> None:
+    kernel = KernelLangevin(conjugate)
+    kernel.num_chains = 4
+    kernel.setup(12, Y)
+    params = kernel.initial_params
+    for _ in range(2):  # the warm-up, then as many draws
+        params = {name: value[-1] for name, value in kernel.sample_block(params, 12).draws.items()}
+    assert kernel._walk.num_steps == 12
+
+
 def test_evaluations_are_counted() -> None:
     mcmc = run(KernelLangevin(conjugate, probabilities={"index": 1.0}), Y, num_samples=100, warmup_steps=0)
     assert mcmc.evaluations.density >= 100 * 64
