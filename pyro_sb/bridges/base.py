@@ -109,6 +109,11 @@ class Bridge(nn.Module):
         """The constructor's arguments, as plain values or tensors."""
         return {"dim": self.dim, "context_dim": self.context_dim}
 
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Bridge":
+        """Build the bridge that `config` describes; override it where an argument is not a plain value."""
+        return cls(**config)
+
     def save(self, path: str | Path) -> None:
         """Write one file of tensors and plain values, read back by `Bridge.load`."""
         state = {key: v.detach().clone() if isinstance(v, Tensor) else v for key, v in self.state_dict().items()}
@@ -125,12 +130,7 @@ class Bridge(nn.Module):
         saved = torch.load(path, map_location=map_location, weights_only=True)
         if not isinstance(saved, dict) or saved.get("format") != FORMAT:
             raise ValueError(f"{path} must hold a bridge written by Bridge.save, format {FORMAT}.")
-        known = {c.__name__: c for c in _family(cls)}
-        if saved["class"] not in known:
-            raise ValueError(
-                f"{path} must hold one of {sorted(known)}, got {saved['class']}. Import it, then Bridge.load(path)."
-            )
-        bridge = known[saved["class"]](**saved["config"])
+        bridge = class_named(saved["class"], cls, str(path)).from_config(saved["config"])
         bridge.load_state_dict(saved["state"])
         return bridge
 
@@ -164,6 +164,14 @@ class Bridge(nn.Module):
             if buffer is not None and isinstance(saved, Tensor):
                 self._buffers[name] = torch.empty_like(saved)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def class_named(name: str, cls: type[Bridge], path: str) -> type[Bridge]:
+    """The class of this name among ``cls`` and those derived from it; ``path`` is the file that asks for it."""
+    known = {c.__name__: c for c in _family(cls)}
+    if name not in known:
+        raise ValueError(f"{path} must hold one of {sorted(known)}, got {name}. Import it, then Bridge.load(path).")
+    return known[name]
 
 
 def _family(cls: type["Bridge"]) -> list[type["Bridge"]]:
