@@ -1,0 +1,112 @@
+"""`Score`, a number with its floor, and the clouds of draws that a score and its floor are taken from."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+
+class Score(float):
+    r"""A metric's value that knows its floor: what a perfect sampler would score, given as many draws.
+
+    It is a float in every respect; only its `repr` shows the floor too.
+
+    Attributes:
+        floor: The same metric for draws of the target itself. Two scores compare only where their floors do.
+
+    Example:
+        >>> score = Score(0.0312, floor=0.024)
+        >>> score
+        0.0312 (floor 0.024)
+        >>> round(score.excess, 4), f"{score:.2f}"
+        (0.0072, '0.03')
+    """
+
+    floor: float
+
+    def __new__(cls, value: float, floor: float = 0.0) -> "Score":
+        """A score of a value and its floor."""
+        score = super().__new__(cls, value)
+        score.floor = float(floor)
+        return score
+
+    @property
+    def excess(self) -> float:
+        """The value less its floor: near 0 for a perfect sampler, on either side of it where the floor is random."""
+        return float(self) - self.floor
+
+    def describe(self) -> str:
+        """The value and its floor, to three digits."""
+        return f"{float(self):.3g} (floor {self.floor:.3g})"
+
+    def __repr__(self) -> str:
+        return self.describe()
+
+
+class Clouds(NamedTuple):
+    """What a metric between clouds looks at, in float64: x against y, and for the floor y0 against y1."""
+
+    x: Tensor
+    y: Tensor
+    y0: Tensor
+    y1: Tensor
+
+
+def clouds(x: Any, y: Any, reference: Any = None) -> Clouds:
+    r"""The model's draws, the target's, and two independent clouds of the target.
+
+    Args:
+        x: Draws of the model. Shape ``(n, d)``.
+        y: Draws of the target, shape ``(m, d)``, or a distribution, of which n are drawn.
+        reference: Further draws of the target, or a distribution, of which n are drawn. Omitted: n fresh draws if ``y``
+            is a distribution, else ``y`` is split into random halves.
+    """
+    model = cloud("x", x)
+    target = _like("y", y, model)
+    if reference is None and not isinstance(y, Distribution):
+        half = len(target) // 2
+        if half < 2:
+            raise ValueError(
+                f"y must hold at least 4 draws to be halved for the floor, got {len(target)}. Pass more, or reference."
+            )
+        order = torch.randperm(len(target)).to(target.device)
+        return Clouds(model, target, target[order[:half]], target[order[half:]])
+    return Clouds(model, target, target, _like("reference", y if reference is None else reference, model))
+
+
+def cloud(name: str, draws: Any, ndim: int = 2) -> Tensor:
+    """Draws in float64 without gradients, checked: shape ``(n, d)`` with n at least 2 (more axes lead it), finite."""
+    shape = "(n, d)" if ndim == 2 else "(num_points, n, d)"
+    if isinstance(draws, Distribution):
+        raise TypeError(f"{name} must be draws of shape {shape}, got a distribution. Write {name}.sample((n,)).")
+    value = torch.as_tensor(draws).detach().to(torch.float64)
+    if value.dim() != ndim or value.shape[-2] < 2 or value.shape[-1] < 1:
+        raise ValueError(
+            f"{name} must be at least two draws of shape {shape}, got {tuple(value.shape)}. "
+            f"For scalar draws write {name}[..., None]."
+        )
+    return finite(name, value)
+
+
+def finite(name: str, value: Tensor) -> Tensor:
+    """The value itself if it is finite."""
+    bad = int((~torch.isfinite(value)).sum())
+    if bad:
+        raise ValueError(
+            f"{name} must be finite, got {bad} entries of {value.numel()} that are not. "
+            "Mend the sampler: a score of the other draws alone would hide them."
+        )
+    return value
+
+
+def _like(name: str, draws: Any, model: Tensor) -> Tensor:
+    if isinstance(draws, Distribution):
+        draws = draws.sample(torch.Size([len(model)]))
+    value = cloud(name, draws).to(model.device)
+    if value.shape[-1] != model.shape[-1]:
+        raise ValueError(
+            f"x and {name} must have one dimension, got {model.shape[-1]} and {value.shape[-1]}. "
+            "Pass draws of the same law, (n, d) each."
+        )
+    return value
