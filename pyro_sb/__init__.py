@@ -2,6 +2,9 @@
 
 from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.kernel_langevin import KernelLangevinBridge
+from pyro_sb.bridges.light import LightSB, LightSBM
+from pyro_sb.bridges.light_bass import LightSBBM
+from pyro_sb.bridges.tails import TailMatched
 from pyro_sb.diagnostics import to_arviz
 from pyro_sb.distributions import BridgeDistribution, Draws
 from pyro_sb.infer.kernels import KernelLangevin
@@ -16,5 +19,9 @@ __all__ = [
     "Draws",
     "KernelLangevin",
     "KernelLangevinBridge",
+    "LightSB",
+    "LightSBBM",
+    "LightSBM",
+    "TailMatched",
     "to_arviz",
 ]

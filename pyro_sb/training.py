@@ -1,6 +1,14 @@
-"""What a fit leaves behind."""
+"""The one training loop, and what a fit leaves behind."""
 
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 
 @dataclass
@@ -31,3 +39,164 @@ class FitHistory:
     def residual(self) -> float:
         """The last residual; NaN where the method has none."""
         return self.residuals[-1] if self.residuals else float("nan")
+
+
+class Best:
+    """The best values that parameters have had, by a loss; what a crash or Ctrl-C goes back to."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters, self.loss = parameters, math.inf
+        self.values = [p.detach().clone() for p in parameters]
+
+    def offer(self, loss: float) -> bool:
+        """Keep the present values if their loss is the lowest so far; whether it is."""
+        if not loss < self.loss:
+            return False
+        self.loss = loss
+        self.keep()
+        return True
+
+    def keep(self) -> None:
+        """Keep the present values."""
+        for kept, value in zip(self.values, self.parameters):
+            kept.copy_(value.detach())
+
+    def restore(self) -> None:
+        """Put the kept values back."""
+        with torch.no_grad():
+            for kept, value in zip(self.values, self.parameters):
+                value.copy_(kept)
+
+
+def train(
+    parameters: Iterable[nn.Parameter],
+    loss: Callable[[], Tensor],
+    *,
+    num_steps: int,
+    learning_rate: float,
+    final_rate: float = 0.02,
+    clip: float = 1.0,
+    validate: Callable[[], float] | None = None,
+    keep_best: bool = False,
+    num_checks: int = 20,
+    patience: int | None = None,
+    tolerance: float = 0.05,
+    progress: bool = True,
+    description: str = "",
+    on_check: Callable[[], None] | None = None,
+) -> FitHistory:
+    r"""Adam with the norm of the gradient clipped and the learning rate lowered along a cosine.
+
+    Ctrl-C stops the loop with a warning and keeps what was learnt. A loss that is not finite raises, with the last
+    checked parameters put back.
+
+    Args:
+        parameters: What is learnt.
+        loss: Draws a minibatch and returns its loss, a scalar in nats.
+        num_steps: Updates, at least 1.
+        learning_rate: Of the first update, positive.
+        final_rate: Share of the learning rate that is left at the end, in [0, 1].
+        clip: Largest norm of the gradient.
+        validate: Loss on held-out draws, at ``num_checks`` points of the way. Omitted: the training loss stands in.
+        keep_best: Go back to the parameters with the lowest validation loss: for finite data.
+        num_checks: How often to validate.
+        patience: Stop after this many checks without a lower validation loss. Omitted: never.
+        tolerance: Fall of the validation loss over the last quarter of the checks, in nats, above which the fit counts
+            as not converged and warns.
+        progress: Show a bar.
+        description: What the bar and the warnings call it.
+        on_check: Called after every check: a place to save.
+
+    Returns:
+        Losses at every check, updates made, seconds, whether the validation loss had stopped falling.
+
+    Example:
+        >>> x = torch.nn.Parameter(torch.tensor(1.0))
+        >>> history = train([x], lambda: x**2, num_steps=200, learning_rate=0.1, progress=False)
+        >>> abs(x.item()) < 0.01
+        True
+    """
+    if num_steps < 1 or not 0 < learning_rate < math.inf:
+        raise ValueError(
+            f"num_steps must be at least 1 and learning_rate positive, got {num_steps} and {learning_rate}."
+        )
+    begun, history = time.perf_counter(), FitHistory()
+    parameters = list(parameters)
+    optimiser = torch.optim.Adam(parameters, learning_rate, foreach=True)
+    best, every = Best(parameters), max(1, num_steps // num_checks)
+    recent, stale = 0.0, 0
+    bar = tqdm(range(1, num_steps + 1), desc=description, disable=not progress, leave=False)
+    try:
+        for step in bar:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate * cosine(step / num_steps, final_rate)
+            value = loss()
+            if not bool(torch.isfinite(value)):
+                best.restore()
+                raise RuntimeError(
+                    f"the training loss must stay finite, got {float(value)} at step {step}. "
+                    f"Lower learning_rate (now {learning_rate:g}) or raise epsilon."
+                )
+            optimiser.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
+            optimiser.step()
+            history.iterations = step
+            recent += float(value.detach())
+            if step % every and step < num_steps:
+                continue
+            history.losses.append(recent / ((step - 1) % every + 1))
+            recent = 0.0
+            held_out = history.losses[-1] if validate is None else validate()
+            if validate is not None:
+                history.validation_losses.append(held_out)
+                bar.set_postfix(held_out=f"{held_out:.4f}", refresh=False)
+            stale = 0 if best.offer(held_out) else stale + 1
+            if not keep_best:
+                best.keep()
+            if on_check is not None:
+                on_check()
+            if patience is not None and stale >= patience:
+                break
+    except KeyboardInterrupt:
+        warnings.warn(
+            f"interrupted: {history.iterations} of {num_steps} updates of {description or 'the fit'} were made and "
+            "their result is kept. Fit again for the rest.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        if keep_best and math.isfinite(best.loss):
+            best.restore()
+        history.seconds = time.perf_counter() - begun
+        return history
+    if keep_best:
+        best.restore()
+    history.seconds = time.perf_counter() - begun
+    history.converged = _settled(history, tolerance, num_steps, description)
+    return history
+
+
+def cosine(progress: float, final: float) -> float:
+    """Factor on the learning rate: 1 at the start, ``final`` at the end, half a cosine between.
+
+    Example:
+        >>> cosine(1.0, 0.25)
+        0.25
+    """
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def _settled(history: FitHistory, tolerance: float, num_steps: int, description: str) -> bool:
+    """Whether the loss had stopped falling; a warning where it had not."""
+    losses = history.validation_losses or history.losses
+    tail = losses[-(len(losses) // 4 + 1) :]
+    fall = tail[0] - min(tail[1:], default=tail[0])
+    if fall <= tolerance:
+        return True
+    warnings.warn(
+        f"{description or 'the fit'} has not converged: its loss fell by {fall:.2g} > {tolerance:g} nats over the last "
+        f"quarter of {history.iterations} updates. Raise num_steps (now {num_steps}).",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return False

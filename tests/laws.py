@@ -5,9 +5,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges import Bridge, KernelLangevinBridge
+from pyro_sb.bridges import Bridge, KernelLangevinBridge, LightSB, LightSBBM, LightSBM, TailMatched
 
 DIM, CONTEXT_DIM = 2, 3
+
+
+class QuickSB(LightSB):
+    """A few updates from its start: the laws hold of any fit."""
+
+    def fit(self, *args, **options):
+        return super().fit(*args, **({"num_steps": 20} | options))
+
+
+class QuickSBM(LightSBM):
+    """The same."""
+
+    def fit(self, *args, **options):
+        return super().fit(*args, **({"num_steps": 20} | options))
+
+
+class QuickSBBM(LightSBBM):
+    """The same."""
+
+    def fit(self, *args, **options):
+        return super().fit(*args, **({"num_steps": 20} | options))
+
 
 BRIDGES: dict[str, Callable[..., Bridge]] = {
     "langevin-data-aware": lambda **kw: KernelLangevinBridge(DIM, num_steps=3, **kw),
@@ -17,6 +39,12 @@ BRIDGES: dict[str, Callable[..., Bridge]] = {
     "langevin-variable": lambda **kw: KernelLangevinBridge(
         DIM, num_steps=3, scheme="plain", bandwidth_exponent=-0.5, **kw
     ),
+    "light": lambda **kw: QuickSB(DIM, num_components=3, epsilon=0.5, **kw),
+    "light-full": lambda **kw: QuickSB(DIM, num_components=3, epsilon=0.5, covariance="full", **kw),
+    "light-matching": lambda **kw: QuickSBM(DIM, num_components=3, epsilon=0.5, **kw),
+    "light-bass": lambda **kw: QuickSBBM(DIM, num_components=3, epsilon=0.5, beta=5.0, **kw),
+    "light-bass-full": lambda **kw: QuickSBBM(DIM, num_components=3, epsilon=0.5, beta=5.0, covariance="full", **kw),
+    "tails-light-bass": lambda **kw: TailMatched(QuickSBBM(DIM, num_components=3, epsilon=0.5, **kw), df=3.0),
 }
 
 

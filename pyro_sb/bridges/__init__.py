@@ -2,5 +2,18 @@
 
 from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.kernel_langevin import KernelLangevinBridge
+from pyro_sb.bridges.light import LightSB, LightSBM
+from pyro_sb.bridges.light_bass import LightSBBM
+from pyro_sb.bridges.tail_fit import tail_index
+from pyro_sb.bridges.tails import TailMatched, TailTransform
 
-__all__ = ["Bridge", "KernelLangevinBridge"]
+__all__ = [
+    "Bridge",
+    "KernelLangevinBridge",
+    "LightSB",
+    "LightSBBM",
+    "LightSBM",
+    "TailMatched",
+    "TailTransform",
+    "tail_index",
+]

@@ -92,7 +92,7 @@ class EightGaussians(PlanarLaw):
         r"""Draws with n/8 points in each mode, in random order.
 
         Between independent draws the Wasserstein distance is mostly noise of the modes' counts: with equal counts on
-        both sides it resolves the modes' shapes about five times better.
+        both sides it resolves the modes' shapes about two to three times better.
 
         Args:
             n: Number of draws, a positive multiple of 8.

@@ -1,0 +1,186 @@
+"""The two ends of a bridge as givers of minibatches: draws, a distribution, or a point."""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_sb.bridges.base import as_draws, as_weights
+from pyro_sb.bridges.mixture_checks import Units, check_conditioning, check_law, read_units
+
+
+class Batch(NamedTuple):
+    """Points of one end, with their contexts. Shapes ``(n, dim)`` and ``(n, context_dim)``; None without context."""
+
+    points: Tensor
+    context: Tensor | None
+
+
+class End(Protocol):
+    """What a fit asks of an end, in the bridge's units."""
+
+    fresh: bool
+
+    def batch(self, num: int) -> Batch:
+        """Points to learn from."""
+        ...
+
+    def held_out(self, num: int) -> Batch:
+        """Points to judge by: at most ``num``, the same at every call."""
+        ...
+
+
+class PointEnd:
+    """A point: one row, however many are asked for."""
+
+    fresh = False
+
+    def __init__(self, point: Tensor) -> None:
+        self.point = point
+
+    def batch(self, num: int) -> Batch:
+        """The point."""
+        return Batch(self.point, None)
+
+    held_out = batch
+
+
+class LawEnd:
+    """A distribution: every minibatch is fresh."""
+
+    fresh = True
+
+    def __init__(self, law: Distribution, units: Units) -> None:
+        self.law, self.units = law, units
+        self._judge: Batch | None = None
+
+    def batch(self, num: int) -> Batch:
+        """Fresh draws."""
+        return Batch(self.units.to(self.law.sample((num,)).to(self.units.location)), None)
+
+    def held_out(self, num: int) -> Batch:
+        """Draws set aside at the first call."""
+        if self._judge is None or len(self._judge.points) < num:
+            self._judge = self.batch(num)
+        return Batch(self._judge.points[:num], None)
+
+
+class DrawsEnd:
+    """Draws, shuffled anew each time round; weighted ones are chosen with replacement. A share of them is held out."""
+
+    fresh = False
+
+    def __init__(self, points: Tensor, weights: Tensor | None, context: Tensor | None, share: float) -> None:
+        order = torch.randperm(len(points), device=points.device)
+        held = int(share * len(points)) if len(points) >= 20 else 0
+        self._points, self._context = points, context
+        self._test, self._train = order[:held], order[held:]
+        self._weights = weights
+        self._queue = order[:0]
+        if weights is not None and held:
+            self._test = self._test[torch.multinomial(weights[self._test], held, replacement=True)]
+
+    @property
+    def num_train(self) -> int:
+        """How many draws are learnt from."""
+        return len(self._train)
+
+    def batch(self, num: int) -> Batch:
+        """Draws to learn from, each once a round."""
+        if self._weights is not None:
+            return self._rows(self._train[torch.multinomial(self._weights[self._train], num, replacement=True)])
+        while len(self._queue) < num:
+            shuffled = self._train[torch.randperm(len(self._train), device=self._train.device)]
+            self._queue = torch.cat([self._queue, shuffled])
+        index, self._queue = self._queue[:num], self._queue[num:]
+        return self._rows(index)
+
+    def all(self) -> tuple[Batch, Tensor]:
+        """All draws to learn from, with their normalised weights."""
+        weights = self._points.new_ones(len(self._train)) if self._weights is None else self._weights[self._train]
+        return self._rows(self._train), weights / weights.sum()
+
+    def held_out(self, num: int) -> Batch:
+        """What was held out (resampled by weight where there are weights); all draws where nothing was."""
+        return self._rows((self._test if len(self._test) else self._train)[:num])
+
+    def _rows(self, index: Tensor) -> Batch:
+        return Batch(self._points[index], None if self._context is None else self._context[index])
+
+
+class Ends(NamedTuple):
+    """What a fit learns from, in the bridge's units."""
+
+    source: LawEnd | DrawsEnd | PointEnd
+    target: LawEnd | DrawsEnd
+
+
+class Wanted(NamedTuple):
+    """What a bridge asks of its data: sizes, the number of components, and whether their covariances are full."""
+
+    dim: int
+    context_dim: int
+    num_components: int
+    full: bool
+
+
+def read_ends(
+    wanted: Wanted, target: Any, source: Any, context: Any, weights: Any, num_draws: int, held_out: float
+) -> tuple[Ends, Units, tuple[Tensor, Tensor]]:
+    """Both ends checked and in the bridge's units, those units, and the contexts' mean and standard deviation."""
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out must lie in [0, 1), got {held_out}. Write 0.1 for a tenth of the draws.")
+    is_law = isinstance(target, Distribution)
+    if is_law:
+        check_law("target", target, wanted.dim)
+        if wanted.context_dim or context is not None:
+            raise ValueError("target must be draws where there is a context, got a distribution. Draw pairs first.")
+        if weights is not None:
+            raise ValueError("weights go with draws, got a distribution as target. Omit them.")
+    points = as_draws("target", target, wanted.dim, num_draws=num_draws)
+    row_weights = None if weights is None else as_weights(weights, points)
+    if isinstance(source, Distribution):
+        check_law("source", source, wanted.dim)
+    elif source is not None:
+        source = as_draws("source", source, wanted.dim, like=points)
+    units = read_units(points, row_weights)
+    if wanted.full:
+        check_conditioning(points, row_weights)
+    rows, *contexts = read_context(wanted.context_dim, context, points, row_weights)
+    end = LawEnd(target, units) if is_law else DrawsEnd(units.to(points), row_weights, rows, held_out)
+    if isinstance(end, DrawsEnd) and end.num_train < wanted.num_components:
+        raise ValueError(
+            f"num_components must be at most the number of draws to learn from, got {wanted.num_components} for "
+            f"{end.num_train} (of {len(points)}; {held_out:.0%} are held out). "
+            f"Write num_components={max(1, end.num_train // 10)}."
+        )
+    return Ends(_source_end(source, units, held_out), end), units, (contexts[0], contexts[1])
+
+
+def read_context(
+    context_dim: int, context: Any, points: Tensor, weights: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Standardised contexts of the draws, their mean and standard deviation; None and empty without context."""
+    if context_dim == 0:
+        if context is not None:
+            raise ValueError("context needs context_dim > 0, got context_dim = 0. Build the bridge with context_dim.")
+        return None, points.new_empty(0), points.new_empty(0)
+    if context is None:
+        raise ValueError(f"context must be given for context_dim = {context_dim}: fit(target, context=...).")
+    context = as_draws("context", context, context_dim, like=points)
+    if len(context) != len(points):
+        raise ValueError(f"context must have a row a draw, got {len(context)} for {len(points)} draws.")
+    weights = torch.full_like(points[:, 0], 1 / len(points)) if weights is None else weights
+    location = weights @ context
+    deviation = (weights @ (context - location).square()).sqrt()
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+    return (context - location) / deviation, location, deviation
+
+
+def _source_end(source: Any, units: Units, held_out: float) -> LawEnd | DrawsEnd | PointEnd:
+    if source is None:
+        return PointEnd(torch.zeros_like(units.location)[None])
+    if isinstance(source, Distribution):
+        return LawEnd(source, units)
+    return DrawsEnd(units.to(source), None, None, held_out)

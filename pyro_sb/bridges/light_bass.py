@@ -1,0 +1,347 @@
+"""The light Schrödinger-Bass bridge: drift and volatility from one Gaussian mixture, by ascent on one dual."""
+
+import math
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_sb.bridges.bass_dual import DualProblem
+from pyro_sb.bridges.ends import Ends
+from pyro_sb.bridges.inverse_pool import Pairs, Pool
+from pyro_sb.bridges.light import HELD_OUT, LightSB, all_points, paired
+from pyro_sb.bridges.light_alternating import LearnedMap, alternate
+from pyro_sb.distributions import Draws
+from pyro_sb.ops.mixture import MixturePotential
+from pyro_sb.ops.moment_matching import equal_weights
+from pyro_sb.training import Best, FitHistory
+
+POOL, PASSES = 8192, 4  # pairs inverted to rounding at once, and how often each is then used with one Newton step
+PRODUCTS = 8  # Hessian products of that step where d is large
+START_POINTS, START_STEPS = 2048, 30  # of the ascent that the fit starts with
+CANDIDATES = (2.0, 5.0, 20.0, 100.0, math.inf)  # of beta="auto"
+SOLVERS = ("dual", "batch", "alternating")
+
+
+class LightSBBM(LightSB):
+    r"""Schrödinger-Bass bridge: the process that pays for drift and for volatility off :math:`\sqrt\epsilon`.
+
+    .. math:: \inf E \int_0^1 \tfrac12 |\alpha|^2 + \tfrac{\beta}{2} |\sigma - \sqrt\epsilon I|_F^2\, dt, \qquad
+        dX = \alpha\, dt + \sigma\, dW,\; X_0 \sim \mu_0,\; X_1 \sim \mu_1 .
+
+    X is the image of a Schrödinger bridge Y under the Bass map :math:`X_t = Y_t + s(t, Y_t) / \beta`, with the drift s
+    of a Gaussian-mixture potential. ``beta = inf`` is `LightSB`; small beta bends the noise instead of the drift.
+
+    Solved by ascent on one dual, with no alternation and no network:
+
+    .. math:: G = E_{\mu_1} \min_y \big[\epsilon \log h_1(y) + \tfrac\beta2 |x - y|^2\big]
+                - E_{\mu_0} \min_y \big[\epsilon \log h_0(y) + \tfrac\beta2 |x - y|^2\big] .
+
+    By the envelope theorem its gradient is that of `LightSB`'s loss at the inverse points
+    :math:`y = Y_t(x)`, which Newton's method finds to rounding: eigenvalues of :math:`S_j` are kept above
+    :math:`1 / (1 + \beta)`, where the map is strictly monotone. Densities are exact, by change of variables.
+
+    Args:
+        dim: Event size.
+        num_components: J.
+        epsilon: Variance of the reference over [0, 1], positive, in squared units of the data.
+        beta: Price of volatility, above 1 and without unit; ``inf`` allows the reference's alone. ``"auto"``: chosen in
+            ``fit`` by the likelihood of held-out draws, the largest that is not worse than the best by more than a
+            standard error.
+        context_dim: Size of the context, 0 for none.
+        covariance: ``"diagonal"`` or ``"full"``.
+        hidden: Widths of the context network's hidden layers.
+
+    References:
+        LightSBB-M: Bridging Schrödinger and Bass for Generative Diffusion Modeling (2026),
+        https://arxiv.org/abs/2601.19312. Its algorithm 1 is ``fit(solver="alternating")``; the dual with exact
+        inverses is ours, and converges where the alternation diverges (concentrated targets at small beta). The drift's
+        singularity at t = 1 in the paper is one of its formula alone.
+
+    Example:
+        >>> bridge = LightSBBM(1, num_components=3, beta=5.0)
+        >>> history = bridge.fit(torch.randn(500, 1), num_steps=50, progress=False)
+        >>> bridge.volatility(0.5, torch.zeros(4, 1)).shape
+        torch.Size([4, 1, 1])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_components: int = 50,
+        epsilon: float = 1.0,
+        beta: float | str = 10.0,
+        *,
+        context_dim: int = 0,
+        covariance: str = "diagonal",
+        hidden: tuple[int, ...] = (64, 64),
+    ) -> None:
+        super().__init__(dim, num_components, epsilon, context_dim=context_dim, covariance=covariance, hidden=hidden)
+        self._asked_beta = beta
+        if isinstance(beta, str):
+            if beta != "auto":
+                raise ValueError(f'beta must be a number above 1 or "auto", got {beta!r}.')
+            beta = math.inf
+        if not beta > 1:
+            raise ValueError(
+                f"beta must be above 1, got {beta}: below, the dual is infinite. Write 10, math.inf for LightSB, or "
+                '"auto".'
+            )
+        self.beta = float(beta)
+        self.learned_map: LearnedMap | None = None
+        self._pool: Pool | None = None
+
+    @property
+    def density(self) -> str | None:  # type: ignore[override]
+        """As `LightSB`'s; None after the alternating solver, whose inverse is learnt and so not exact."""
+        return None if self.learned_map is not None else super().density
+
+    def fit(
+        self,
+        target: Any,
+        source: Any = None,
+        *,
+        context: Any = None,
+        weights: Any = None,
+        progress: bool = True,
+        checkpoint: str | Path | None = None,
+        num_steps: int | None = None,
+        batch_size: int = 512,
+        learning_rate: float | None = None,
+        solver: str = "dual",
+        held_out: float = 0.1,
+        num_draws: int = 20_000,
+    ) -> FitHistory:
+        r"""Fit the potential. Losses are :math:`-G / \epsilon`, in nats: compare them within one beta.
+
+        Args:
+            target: As in `LightSB.fit`.
+            source: As there.
+            context: As there.
+            weights: As there.
+            progress: Show a bar.
+            checkpoint: Path that the bridge is saved to at every check and at the end.
+            num_steps: Updates. Omitted: 5000 (``"dual"``), 200 (``"batch"``), 10,000 (``"alternating"``, both nets
+                together).
+            batch_size: Points of each side an update.
+            learning_rate: As there.
+            solver: ``"dual"``: Adam at inverse-mapped minibatches, one warm Newton step each. ``"batch"``: moment steps
+                with a line search on G of all draws, for small exact problems. ``"alternating"``: the paper's algorithm
+                with a learnt inverse, for comparison; it loses the density.
+            held_out: As there.
+            num_draws: As there.
+
+        Returns:
+            Losses of training and held-out draws; for the batch solver its ascent of G and, as residuals, the falls.
+        """
+        begun = time.perf_counter()
+        self._check_solver(solver)
+        options: dict[str, Any] = {"num_draws": num_draws, "held_out": held_out}
+        if self._asked_beta == "auto":
+            steps = max(1, (num_steps or 5000) // 5)
+            self.beta = self._choose_beta(target, source, context, weights, steps, batch_size, solver, options)
+        ends = self._read(target, source, context, weights, **options)
+        self._pool, self.learned_map = None, None
+        if solver == "alternating":
+            self.learned_map = LearnedMap(self.dim).to(self.location)
+        self._begin(ends)
+        if solver == "batch":
+            history = self._batch_fit(ends, num_steps or 200, num_draws)
+        elif solver == "alternating":
+            history = alternate(self, ends, num_steps or 10_000, batch_size, learning_rate or 5e-3, progress)
+        else:
+            history = self._adam_fit(ends, num_steps or 5000, batch_size, learning_rate, progress, checkpoint)
+            self._pool = None
+        if checkpoint is not None:
+            self.save(checkpoint)
+        history.seconds = time.perf_counter() - begun
+        return history
+
+    def loss(self, ends: Ends, batch_size: int) -> Tensor:
+        r"""The dual :math:`-G / \epsilon` of a minibatch at its inverse points, which are held fixed."""
+        if math.isinf(self.beta):
+            return super().loss(ends, batch_size)
+        if self._pool is None or self._pool.used >= PASSES * len(self._pool.pairs.x1):
+            self._pool = Pool(self._inverted(ends, max(POOL, batch_size)))
+        index = self._pool.next(batch_size)
+        pairs = self._pool.pairs.rows(index)
+        potential = self.parameters_of(pairs.context, self._epsilon)
+        start, end = self._bass(potential, 0.0), self._bass(potential, 1.0)
+        with torch.no_grad():
+            y0 = start.newton_step(pairs.y0, pairs.x0, num_products=PRODUCTS)
+            y1 = end.newton_step(pairs.y1, pairs.x1, num_products=PRODUCTS)
+        self._pool.put(index, y0, y1)
+        return (start.objective(y0, pairs.x0).mean() - end.objective(y1, pairs.x1).mean()) / self._epsilon
+
+    def held_out_loss(self, ends: Ends) -> float:
+        r""":math:`-G / \epsilon` on held-out points."""
+        target, context = ends.target.held_out(HELD_OUT)
+        with torch.no_grad():
+            if math.isinf(self.beta):
+                return super().held_out_loss(ends)
+            return -self._dual(ends.source.held_out(len(target)).points, target, context) / self._epsilon
+
+    @torch.no_grad()
+    def dual(self, x0: Tensor, x1: Tensor) -> float:
+        """G at points of both sides, in squared units of the data; without context. Shapes ``(*, dim)``."""
+        if self.context_dim:
+            raise NotImplementedError(f"dual has no context, got context_dim = {self.context_dim}.")
+        z0, z1 = self._rows(x0, None)[0], self._rows(x1, None)[0]
+        return float(self.scale) ** 2 * self._dual(z0, z1, None)
+
+    def _dual(self, x0: Tensor, x1: Tensor, context: Tensor | None) -> float:
+        x0, x1, context = paired(x0, x1, context)
+        potential, points1 = self._lift(x1, context)
+        points0 = self._lift(x0, context)[1]
+        start, end = self._bass(potential, 0.0), self._bass(potential, 1.0)
+        y0, y1 = start.inverse(points0).points, end.inverse(points1).points
+        return float(end.objective(y1, points1).mean() - start.objective(y0, points0).mean())
+
+    @torch.no_grad()
+    def _inverted(self, ends: Ends, num: int) -> Pairs:
+        """Points of both sides with their exact inverses."""
+        target, context = ends.target.batch(num)
+        x0, x1, context = paired(ends.source.batch(num).points, target, context)
+        potential, points1 = self._lift(x1, context)
+        points0 = self._lift(x0, context)[1]
+        y0 = self._bass(potential, 0.0).inverse(points0, tolerance=1e-5).points
+        y1 = self._bass(potential, 1.0).inverse(points1, tolerance=1e-5).points
+        return Pairs(points0, y0, points1, y1, context)
+
+    @torch.no_grad()
+    def _batch_fit(self, ends: Ends, num_steps: int, num_draws: int) -> FitHistory:
+        """Moment steps at inverse points, each as long as G of all draws allows."""
+        problem = DualProblem(all_points(ends.source, num_draws), all_points(ends.target, num_draws), self.beta)
+        history, best = FitHistory(), Best(list(self.parameters_of.parameters()))
+        state = problem.at(self.parameters_of(None, self._epsilon))
+        best.offer(self.held_out_loss(ends))
+        size = 1.0
+        for step in range(1, num_steps + 1):
+            new, size = problem.ascend(state, size, self._floor)
+            rise = (new.dual - state.dual) / self._epsilon
+            state = new
+            self.parameters_of.set(state.potential, self._floor)
+            history.residuals.append(rise)
+            history.losses.append(-state.dual / self._epsilon)
+            history.validation_losses.append(self.held_out_loss(ends))
+            history.iterations = step
+            best.offer(history.validation_losses[-1])
+            if rise < 1e-9:
+                history.converged = True
+                break
+        best.restore()
+        if not history.converged:
+            warnings.warn(
+                f"LightSBBM's batch solver has not converged: G still rose by {history.residual:.2g} > 1e-9 nats in "
+                f"step {num_steps}. Raise num_steps.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return history
+
+    def _choose_beta(
+        self,
+        target: Any,
+        source: Any,
+        context: Any,
+        weights: Any,
+        num_steps: int,
+        batch_size: int,
+        solver: str,
+        options: dict[str, Any],
+    ) -> float:
+        """The largest candidate whose held-out likelihood is within a standard error of the best one's."""
+        if solver != "dual":
+            raise ValueError(f'beta="auto" needs solver="dual", got {solver!r}. Give beta a number.')
+        scores = {}
+        state = torch.get_rng_state()
+        for beta in CANDIDATES:
+            torch.set_rng_state(state)  # the same held-out rows for all
+            self.beta = beta
+            ends = self._read(target, source, context, weights, **options)
+            judge, rows = ends.target.held_out(HELD_OUT)
+            base = ends.source.held_out(HELD_OUT).points
+            self._begin(ends)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # a short run need not converge
+                self._adam_fit(ends, num_steps, batch_size, None, False, None)
+            self._pool = None
+            with torch.no_grad():
+                scores[beta] = self._mean_log_prob(judge, base, rows)
+        best = max(scores, key=lambda beta: float(scores[beta].mean()))
+        near = [
+            beta
+            for beta, score in scores.items()
+            if float((gap := scores[best] - score).mean()) <= float(gap.std()) / math.sqrt(len(gap))
+        ]
+        self.scores = {beta: float(score.mean()) for beta, score in scores.items()}
+        return max(near)
+
+    def draws_rows(self, num: int, context: Tensor | None) -> Draws:
+        """As `LightSB`'s; refused after the alternating solver."""
+        self._refuse_learned()
+        return super().draws_rows(num, context)
+
+    def plan_log_prob_rows(self, x: Tensor, x0: Tensor, context: Tensor | None) -> Tensor:
+        """As `LightSB`'s; refused after the alternating solver."""
+        self._refuse_learned()
+        return super().plan_log_prob_rows(x, x0, context)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return super().config() | {"beta": self._asked_beta}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the source was, the beta in use, and whether the inverse is learnt."""
+        return super().get_extra_state() | {"beta": self.beta, "learned": self.learned_map is not None}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        super().set_extra_state(state)
+        self.beta = state["beta"]
+        self.learned_map = LearnedMap(self.dim).to(self.location) if state["learned"] else None
+
+    @torch.no_grad()
+    def _begin(self, ends: Ends) -> None:
+        """As `LightSB`'s, followed by ascent on the dual of some points: at small beta the inverse moves them far."""
+        super()._begin(ends)
+        if math.isinf(self.beta) or self.learned_map is not None:
+            return
+        source, target = (equal_weights(end.batch(START_POINTS).points) for end in ends)
+        problem, size = DualProblem(source, target, self.beta), 1.0
+        state = problem.at(self.parameters_of(None, self._epsilon))
+        for _ in range(START_STEPS):
+            new, size = problem.ascend(state, size, self._floor)
+            if new.dual - state.dual < 1e-3 * self._epsilon:
+                break
+            state = new
+        self.parameters_of.set(state.potential, self._floor)
+
+    @property
+    def _floor(self) -> float:
+        if self.learned_map is not None:  # the paper has no floor
+            return 1e-6 / self._epsilon
+        return super()._floor
+
+    def _invert(self, potential: MixturePotential, t: float | Tensor, points: Tensor) -> Tensor:
+        if self.learned_map is not None:
+            return self.learned_map(torch.as_tensor(t), points)
+        return super()._invert(potential, t, points)
+
+    def _refuse_learned(self) -> None:
+        if self.learned_map is not None:
+            raise NotImplementedError(
+                'LightSBBM has no density of its draws after solver="alternating": its inverse is a network. '
+                'Fit with solver="dual".'
+            )
+
+    def _check_solver(self, solver: str) -> None:
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {list(SOLVERS)}, got {solver!r}.")
+        if solver != "dual" and self.context_dim:
+            raise ValueError(f'solver={solver!r} has no context, got context_dim > 0. Write solver="dual".')
+        if solver == "alternating" and math.isinf(self.beta):
+            raise ValueError('solver="alternating" needs a finite beta, got inf. Use LightSBM.')

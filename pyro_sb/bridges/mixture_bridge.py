@@ -1,0 +1,398 @@
+"""What all Gaussian-mixture bridges are: a potential, a source, and closed forms for the rest."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_sb.bridges.base import Bridge, as_draws
+from pyro_sb.bridges.ends import DrawsEnd, Ends, Wanted, read_ends
+from pyro_sb.bridges.mixture_checks import Units
+from pyro_sb.bridges.mixture_parameters import COVARIANCES, MixtureParameters
+from pyro_sb.bridges.mixture_start import MAX_POINTS, cluster_start
+from pyro_sb.bridges.plan import Plan, chunked
+from pyro_sb.distributions import BridgeDistribution, Draws
+from pyro_sb.ops.bass import BassMap
+from pyro_sb.ops.mixture import MixturePotential
+from pyro_sb.ops.moment_matching import Side, equal_weights
+
+MIN_SOURCES, MAX_SOURCES, CONTEXT_SOURCES = 256, 4096, 64  # source points that a path weight averages over
+
+
+class MixtureBridge(Bridge):
+    r"""A bridge whose adjusted potential is a Gaussian mixture: the static half of `LightSB` and its kin.
+
+    Its arguments are documented there. A subclass says how the parameters are learnt. ``beta`` is the price of
+    volatility: infinite here, where the bridge's space is the user's.
+    """
+
+    density_hint = "Give a distribution as source, or omit the source; plan(x0) has an exact log_prob either way."
+
+    location: Tensor
+    scale: Tensor
+    context_location: Tensor
+    context_scale: Tensor
+    source_points: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_components: int = 50,
+        epsilon: float = 1.0,
+        *,
+        context_dim: int = 0,
+        covariance: str = "diagonal",
+        hidden: tuple[int, ...] = (64, 64),
+    ) -> None:
+        super().__init__(dim, context_dim)
+        if num_components < 1:
+            raise ValueError(f"num_components must be at least 1, got {num_components}. Omit it for 50.")
+        if not 0 < epsilon < math.inf:
+            raise ValueError(
+                f"epsilon must be positive and finite, got {epsilon}. Write the variance of the reference over [0, 1]."
+            )
+        if covariance not in COVARIANCES:
+            raise ValueError(f"covariance must be one of {list(COVARIANCES)}, got {covariance!r}.")
+        self.num_components, self.epsilon, self.covariance = num_components, float(epsilon), covariance
+        self.hidden, self.beta = tuple(hidden), math.inf
+        self.parameters_of = MixtureParameters(dim, num_components, context_dim, covariance, self.hidden)
+        for name in MixtureBridge.__annotations__:
+            self.register_buffer(name, torch.empty(0))
+        self.source: Distribution | None = None
+        self._source_kind = "point"
+
+    @property
+    def density(self) -> str | None:  # type: ignore[override]
+        """Marginal from a point, path from a distribution, None from draws."""
+        if self._source_kind == "point":
+            return "marginal"
+        return "path" if self._source_kind == "law" else None
+
+    def _read(self, target: Any, source: Any, context: Any, weights: Any, num_draws: int, held_out: float) -> Ends:
+        """Checked ends in the bridge's units; the bridge changes when all has gone well."""
+        wanted = Wanted(self.dim, self.context_dim, self.num_components, self.covariance == "full")
+        ends, units, contexts = read_ends(wanted, target, source, context, weights, num_draws, held_out)
+        self.to(units.location)
+        self.location, self.scale = units
+        self.context_location, self.context_scale = contexts
+        self.source = source if isinstance(source, Distribution) else None
+        points = None if source is None or self.source is not None else as_draws("source", source, self.dim)
+        self.source_points = units.location.new_empty(0) if points is None else points.to(units.location)
+        self._source_kind = "point" if source is None else "draws" if self.source is None else "law"
+        return ends
+
+    @property
+    def _floor(self) -> float:
+        """Smallest eigenvalue of S: components keep a variance of 1e-6 of the target's, or the Bass map its inverse."""
+        bass = 0.0 if math.isinf(self.beta) else 1.05 / (1 + self.beta)
+        return max(1e-6 / self._epsilon, bass)
+
+    @property
+    def _epsilon(self) -> float:
+        """Epsilon in the bridge's units."""
+        return self.epsilon / float(self.scale) ** 2
+
+    def _begin(self, ends: Ends) -> None:
+        """Put the start into the parameters."""
+        source = ends.source.batch(MAX_POINTS // 2).points
+        target = ends.target.batch(MAX_POINTS).points
+        if isinstance(ends.target, DrawsEnd) and len(target) > ends.target.num_train:
+            rows, weights = ends.target.all()
+            start = Side(rows.points, weights)
+        else:
+            start = equal_weights(target)
+        potential = cluster_start(
+            source,
+            start,
+            self.num_components,
+            self._epsilon,
+            floor=self._floor,
+            diagonal=self.covariance == "diagonal",
+        )
+        self.parameters_of.reset()
+        self.parameters_of.set(potential, self._floor)
+
+    @property
+    def _units(self) -> Units:
+        return Units(self.location, self.scale)
+
+    def _lift(self, z: Tensor, context: Tensor | None) -> tuple[MixturePotential, Tensor]:
+        """The potential of each row's context, and the rows in the shape that it takes."""
+        potential = self.parameters_of(context, self._epsilon)
+        return potential, z if context is None else z[:, None, :]
+
+    def _bass(self, potential: MixturePotential, t: float | Tensor) -> BassMap:
+        return BassMap(potential.at(t), self._epsilon, self.beta)
+
+    def _invert(self, potential: MixturePotential, t: float | Tensor, points: Tensor) -> Tensor:
+        """Y_t at points of the user's space, exact."""
+        inverse = self._bass(potential, t).inverse(points)
+        if not inverse.converged and inverse.residual > 1e3 * torch.finfo(points.dtype).eps ** 0.5:
+            raise RuntimeError(
+                f"the inverse of the Bass map must be found, got a residual of {inverse.residual:.2g} after "
+                f"{inverse.iterations} Newton steps. Fit in float64, or raise beta (now {self.beta:g})."
+            )
+        return inverse.points
+
+    def like(self) -> Tensor:
+        """A fitted tensor; an error before ``fit``."""
+        if not len(self.location):
+            raise RuntimeError(f"{type(self).__name__} must be fitted first: call bridge.fit(draws).")
+        return self.location
+
+    @torch.no_grad()
+    def transport(self, x0: Tensor, context: Any = None) -> Tensor:
+        r"""One draw of the plan :math:`\pi(x_1 | x_0)` from each point, in one shot. Shape of ``x0``, ``(*, dim)``."""
+        z, rows = self._rows(x0, context)
+        return self._units.back(chunked(self._move, z, rows)).reshape(x0.shape)
+
+    def plan(self, x0: Tensor, context: Any = None) -> BridgeDistribution:
+        r"""The law :math:`\pi(x_1 | x_0)` of the ends of bridges from given points, with an exact log_prob.
+
+        Args:
+            x0: Source points. Shape ``(*batch, dim)``.
+            context: Contexts that broadcast with them.
+
+        Returns:
+            A Pyro distribution with ``batch_shape == batch``.
+        """
+        x0 = x0.to(self.like())
+        _check_points("x0", x0, self.dim)
+        given = self.check_context(context)
+        if given is not None:
+            given = given.expand(*x0.shape[:-1], self.context_dim)
+        joint = x0 if given is None else torch.cat([x0, given], -1)
+        return BridgeDistribution(Plan(self), joint, like=x0)
+
+    @torch.no_grad()
+    def plan_moments(self, x0: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        r"""Mean and covariance of the plan from each point, in closed form: for ``beta = inf`` alone.
+
+        Shapes ``(*, dim)`` to ``(*, dim)`` and ``(*, dim, dim)``.
+        """
+        if not math.isinf(self.beta):
+            raise NotImplementedError(
+                f"the plan's moments have a closed form for beta = inf, got beta = {self.beta:g}. "
+                "Use plan(x0).sample((1000,))."
+            )
+        z, rows = self._rows(x0, context)
+        potential, points = self._lift(z, rows)
+        mean, covariance = potential.plan_moments(points)
+        covariance = self.scale**2 * covariance.reshape(*x0.shape, self.dim)
+        return self._units.back(mean.reshape(z.shape)).reshape(x0.shape), covariance
+
+    @torch.no_grad()
+    def marginal_log_prob(self, x: Tensor, context: Any = None, *, num_source: int = 4096) -> Tensor:
+        r"""Log density of the draws whatever the source: of the plan, averaged over source points.
+
+        .. math:: \log \tfrac1M \sum_i \pi(x | x_0^{(i)})
+
+        From a point it is exact. From draws or a distribution it is an estimate, low by about ``1 / (2 M)`` relative
+        variances of the plan's density: a score by which bridges of any beta and solver compare on held-out draws, no
+        weight for a correction.
+
+        Args:
+            x: Points. Shape ``(*, dim)``.
+            context: Contexts that broadcast with them.
+            num_source: M.
+
+        Returns:
+            Shape ``(*,)``.
+        """
+        z, rows = self._rows(x, context)
+        z0 = self._units.to(self._start(1 if self._source_kind == "point" else num_source))
+        return (self._mean_log_prob(z, z0, rows) - self.dim * self.scale.log()).reshape(x.shape[:-1])
+
+    def _mean_log_prob(self, z1: Tensor, z0: Tensor, rows: Tensor | None) -> Tensor:
+        """Log of the plan's density averaged over source points ``(M, dim)``, in the bridge's units.
+
+        With a context they are ``(M, dim)`` for all rows, or ``(n, M, dim)``.
+        """
+        if rows is not None:
+            z0 = z0.expand(len(z1), *z0.shape[-2:])
+
+        def log_prob(z: Tensor, rows: Tensor | None, given: Tensor | None) -> Tensor:
+            potential, points = self._lift(z, rows)
+            y0 = self._invert(potential, 0.0, z0 if given is None else given)
+            y1 = self._invert(potential, 1.0, points)
+            inner = y1 @ y0.mT / self._epsilon - potential.normaliser().value(y0)[..., None, :]
+            mean = torch.logsumexp(inner, -1) - math.log(y0.shape[-2])
+            value = potential.adjusted().value(y1) + mean - self._bass(potential, 1.0).log_det(y1)
+            return value.reshape(len(z))
+
+        return chunked(log_prob, z1, rows, None if rows is None else z0)
+
+    @torch.no_grad()
+    def drift(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
+        r"""Optimal drift :math:`\alpha^*(t, x) = s(t, Y_t(x))` at a time t in [0, 1], both ends included."""
+        t = _check_time(t)
+        z, rows = self._rows(x, context)
+
+        def drift(z: Tensor, rows: Tensor | None) -> Tensor:
+            potential, points = self._lift(z, rows)
+            return potential.drift(t, self._invert(potential, t, points)).reshape(z.shape)
+
+        return self.scale * chunked(drift, z, rows).reshape(x.shape)
+
+    @torch.no_grad()
+    def volatility(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
+        r"""Optimal volatility :math:`\sigma^*(t, x) = \sqrt\epsilon\, (I + \nabla s(t, Y_t(x)) / \beta)`, symmetric.
+
+        For ``beta = inf`` it is :math:`\sqrt\epsilon I`. Shapes ``(*, dim)`` to ``(*, dim, dim)``.
+        """
+        t = _check_time(t)
+        z, rows = self._rows(x, context)
+
+        def jacobian(z: Tensor, rows: Tensor | None) -> Tensor:
+            potential, points = self._lift(z, rows)
+            bass = self._bass(potential, t)
+            return bass.jacobian(self._invert(potential, t, points)).reshape(*z.shape, self.dim)
+
+        return math.sqrt(self.epsilon) * chunked(jacobian, z, rows).reshape(*x.shape, self.dim)
+
+    @torch.no_grad()
+    def paths(self, num_paths: int, num_steps: int, context: Any = None) -> tuple[Tensor, Tensor]:
+        r"""Paths, exact at their times: :math:`X_t = X_t(Y_t)` along Brownian bridges Y between both ends of the plan.
+
+        They solve ``dX = drift dt + volatility dW`` without the error of a scheme.
+
+        Returns:
+            Times ``(num_steps + 1,)`` from 0 to 1, and states ``(num_steps + 1, num_paths, *batch_shape, dim)``.
+        """
+        context = self.check_context(context)
+        shape = torch.Size((num_paths,)) + (torch.Size() if context is None else context.shape[:-1])
+        rows = None if context is None else context.expand(*shape, -1).reshape(-1, self.context_dim)
+        rows = self._context_rows(rows)
+        z = self._units.to(self._start(shape.numel()))
+        potential, points = self._lift(z, rows)
+        y0 = self._invert(potential, 0.0, points)
+        y1 = potential.plan_sample(y0)
+        times = torch.linspace(0, 1, num_steps + 1).to(z)
+        y, states = y0, [z]
+        for now, then in zip(times[:-1], times[1:]):
+            share = (then - now) / (1 - now)  # Brownian bridge from y at `now` to y1 at 1
+            spread = (self._epsilon * share * (1 - then)).clamp_min(0.0).sqrt()
+            y = y + share * (y1 - y) + spread * torch.randn_like(y)
+            states.append(self._bass(potential, then).forward(y).reshape(z.shape))
+        return times, self._units.back(torch.stack(states)).reshape(num_steps + 1, *shape, self.dim)
+
+    @torch.no_grad()
+    def sample_rows(self, num: int, context: Tensor | None) -> Tensor:
+        """Ends of bridges from source points."""
+        z = self._units.to(self._start(num))
+        return self._units.back(chunked(self._move, z, self._context_rows(context)))
+
+    @torch.no_grad()
+    def draws_rows(self, num: int, context: Tensor | None) -> Draws:
+        r"""Ends with their marginal density from a point; from a distribution, with that of an extended path.
+
+        The path holds M source points, the index of the one that the bridge leaves from, and its end; backwards, the
+        source points are drawn from the source anew. So :math:`\log q = \log \tfrac1M \sum_i \pi(x_1 | x_0^{(i)})`:
+        given the source points that is the exact density of the draws, for any M. One set serves all draws of a call;
+        with a context, each has its own.
+        """
+        if self.density != "path":
+            return super().draws_rows(num, context)
+        rows = self._context_rows(context)
+        if rows is None:
+            z0 = self._units.to(self._start(min(max(num, MIN_SOURCES), MAX_SOURCES)))
+            chosen = z0[torch.randint(len(z0), (num,), device=z0.device)]
+        else:
+            z0 = self._units.to(self._start(num * CONTEXT_SOURCES)).unflatten(0, (num, CONTEXT_SOURCES))
+            chosen = z0[:, 0]
+        z1 = chunked(self._move, chosen, rows)
+        log_q = self._mean_log_prob(z1, z0, rows) - self.dim * self.scale.log()
+        return Draws(self._units.back(z1), log_q)
+
+    @torch.no_grad()
+    def log_prob_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Log density of points, from a point as source."""
+        if self.density != "marginal":
+            return super().log_prob_rows(x, context)
+        return self.plan_log_prob_rows(x, self.location.expand(len(x), -1), context)
+
+    def plan_log_prob_rows(self, x: Tensor, x0: Tensor, context: Tensor | None) -> Tensor:
+        r"""Log density of the plan, by change of variables through the Bass map.
+
+        .. math:: \log \pi(x | x_0) = \log \pi(y | y_0) - \log\det(I + \nabla s(1, y) / \beta),\quad y = Y_1(x),\;
+            y_0 = Y_0(x_0)
+        """
+        z, z0, rows = self._units.to(x), self._units.to(x0), self._context_rows(context)
+
+        def log_prob(z: Tensor, z0: Tensor, rows: Tensor | None) -> Tensor:
+            potential, points = self._lift(z, rows)
+            y0 = self._invert(potential, 0.0, self._lift(z0, rows)[1])
+            y1 = self._invert(potential, 1.0, points)
+            value = potential.plan_log_prob(y1, y0) - self._bass(potential, 1.0).log_det(y1)
+            return value.reshape(len(z))
+
+        return chunked(log_prob, z, z0, rows) - self.dim * self.scale.log()
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        names = ("num_components", "epsilon", "covariance", "hidden")
+        return super().config() | {name: getattr(self, name) for name in names}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the source was."""
+        return {"source_kind": self._source_kind}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take a saved kind of source; a distribution must be given again."""
+        self._source_kind = state["source_kind"]
+
+    def _move(self, z: Tensor, rows: Tensor | None) -> Tensor:
+        """Plan draws from rows, in the bridge's units."""
+        potential, points = self._lift(z, rows)
+        y1 = potential.plan_sample(self._invert(potential, 0.0, points))
+        return self._bass(potential, 1.0).forward(y1).reshape(z.shape)
+
+    def _start(self, num: int) -> Tensor:
+        """Source points in the user's units."""
+        if self._source_kind == "point":
+            return self.location.expand(num, -1)
+        if self._source_kind == "draws":
+            index = torch.randint(len(self.source_points), (num,), device=self.location.device)
+            return self.source_points[index]
+        if self.source is None:
+            raise RuntimeError(
+                "a loaded bridge must be told its source, which was a distribution and is not saved. "
+                "Write bridge.source = ..., or use transport(x0) or plan(x0)."
+            )
+        return self.source.sample((num,)).to(self.location)
+
+    def _rows(self, x: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
+        """Points and contexts as flat rows in the bridge's units."""
+        x, context = x.to(self.like()), self.check_context(context)
+        _check_points("x", x, self.dim)
+        if context is not None:
+            context = context.expand(*x.shape[:-1], self.context_dim).reshape(-1, self.context_dim)
+        return self._units.to(x).reshape(-1, self.dim), self._context_rows(context)
+
+    def _context_rows(self, context: Tensor | None) -> Tensor | None:
+        return None if context is None else (context - self.context_location) / self.context_scale
+
+    def _save_checkpoint(self, checkpoint: str | Path | None) -> Callable[[], None] | None:
+        return None if checkpoint is None else lambda: self.save(checkpoint)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        saved = state_dict.get(prefix + "location")
+        if isinstance(saved, Tensor):
+            self.to(saved.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _check_points(name: str, x: Tensor, dim: int) -> None:
+    if x.dim() == 0 or x.shape[-1] != dim:
+        raise ValueError(f"{name} must have shape (*, {dim}), got {tuple(x.shape)}. Put coordinates in the last axis.")
+
+
+def _check_time(t: Any) -> float:
+    t = float(t)
+    if not 0 <= t <= 1:
+        raise ValueError(f"t must lie in [0, 1], source to target, got {t}.")
+    return t
