@@ -134,7 +134,7 @@ def train(
             if not bool(torch.isfinite(value)):
                 best.restore()
                 raise RuntimeError(
-                    f"the training loss must stay finite, got {float(value)} at step {step}. "
+                    f"the training loss must stay finite, got {value.item()} at step {step}. "
                     f"Lower learning_rate (now {learning_rate:g}) or raise epsilon."
                 )
             optimiser.zero_grad(set_to_none=True)

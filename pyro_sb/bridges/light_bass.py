@@ -19,7 +19,8 @@ from pyro_sb.ops.mixture import MixturePotential
 from pyro_sb.ops.moment_matching import equal_weights
 from pyro_sb.training import Best, FitHistory
 
-POOL, PASSES = 8192, 4  # pairs inverted to rounding at once, and how often each is then used with one Newton step
+POOL, PASSES = 8192, 4  # pairs inverted at once, and how often each is then used with one more Newton step
+POOL_TOLERANCE = 1e-3  # of their inverses: the step before each use squares it
 PRODUCTS = 8  # Hessian products of that step where d is large
 START_POINTS, START_STEPS = 2048, 30  # of the ascent that the fit starts with
 CANDIDATES = (2.0, 5.0, 20.0, 100.0, math.inf)  # of beta="auto"
@@ -207,8 +208,8 @@ class LightSBBM(LightSB):
         x0, x1, context = paired(ends.source.batch(num).points, target, context)
         potential, points1 = self._lift(x1, context)
         points0 = self._lift(x0, context)[1]
-        y0 = self._bass(potential, 0.0).inverse(points0, tolerance=1e-5).points
-        y1 = self._bass(potential, 1.0).inverse(points1, tolerance=1e-5).points
+        y0 = self._bass(potential, 0.0).inverse(points0, tolerance=POOL_TOLERANCE).points
+        y1 = self._bass(potential, 1.0).inverse(points1, tolerance=POOL_TOLERANCE).points
         return Pairs(points0, y0, points1, y1, context)
 
     @torch.no_grad()
@@ -218,18 +219,20 @@ class LightSBBM(LightSB):
         history, best = FitHistory(), Best(list(self.parameters_of.parameters()))
         state = problem.at(self.parameters_of(None, self._epsilon))
         best.offer(self.held_out_loss(ends))
-        size = 1.0
+        size, quiet = 1.0, 0
         for step in range(1, num_steps + 1):
             new, size = problem.ascend(state, size, self._floor)
             rise = (new.dual - state.dual) / self._epsilon
-            state = new
+            state, quiet = new, quiet + 1 if rise < 1e-9 else 0
+            if quiet:
+                size *= 0.5  # a long step may have crossed the top to a point as high
             self.parameters_of.set(state.potential, self._floor)
             history.residuals.append(rise)
             history.losses.append(-state.dual / self._epsilon)
             history.validation_losses.append(self.held_out_loss(ends))
             history.iterations = step
             best.offer(history.validation_losses[-1])
-            if rise < 1e-9:
+            if quiet == 2:
                 history.converged = True
                 break
         best.restore()
@@ -315,9 +318,9 @@ class LightSBBM(LightSB):
         state = problem.at(self.parameters_of(None, self._epsilon))
         for _ in range(START_STEPS):
             new, size = problem.ascend(state, size, self._floor)
-            if new.dual - state.dual < 1e-3 * self._epsilon:
+            gain, state = new.dual - state.dual, new
+            if gain < 1e-3 * self._epsilon:
                 break
-            state = new
         self.parameters_of.set(state.potential, self._floor)
 
     @property

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import Bridge, as_draws
+from pyro_sb.bridges.conditioning import condition_mixture
 from pyro_sb.bridges.ends import DrawsEnd, Ends, Wanted, read_ends
 from pyro_sb.bridges.mixture_checks import Units
 from pyro_sb.bridges.mixture_parameters import COVARIANCES, MixtureParameters
@@ -167,6 +169,56 @@ class MixtureBridge(Bridge):
             given = given.expand(*x0.shape[:-1], self.context_dim)
         joint = x0 if given is None else torch.cat([x0, given], -1)
         return BridgeDistribution(Plan(self), joint, like=x0)
+
+    @torch.no_grad()
+    def condition(self, axes: list[int], observed: Any, x0: Tensor | None = None) -> TorchDistributionMixin:
+        r"""The law of the other coordinates given some, in closed form: for a bridge fitted on joint draws.
+
+        Conditioning without a network: fit on rows ``(context, latent)``, with ``covariance="full"`` as a rule, and ask
+        for the latents given any of the coordinates. For ``beta = inf`` and without ``context_dim``.
+
+        Args:
+            axes: Which coordinates are known, at least one and not all.
+            observed: Their values. Shape ``(*batch, len(axes))``.
+            x0: The source point that bridges leave from. Shape ``(dim,)``. Omitted: the bridge's own; where the source
+                is no point it must be given.
+
+        Returns:
+            A Pyro mixture over the other coordinates, in their order, with ``batch_shape == batch``.
+
+        Example:
+            >>> from pyro_sb.bridges.light import LightSB
+            >>> y = torch.randn(2000, 1, dtype=torch.float64)
+            >>> bridge = LightSB(2, num_components=1, covariance="full")
+            >>> history = bridge.fit(torch.cat([y, 2 * y + torch.randn_like(y)], 1), solver="em", progress=False)
+            >>> law = bridge.condition([0], [1.0])
+            >>> abs(law.mean.item() - 2) < 0.1, abs(law.variance.item() - 1) < 0.1
+            (True, True)
+        """
+        like = self.like()
+        if not math.isinf(self.beta):
+            raise NotImplementedError(
+                f"conditioning has a closed form for beta = inf, got beta = {self.beta:g}: the Bass map mixes "
+                "coordinates. Use LightSB, or context_dim."
+            )
+        if self.context_dim:
+            raise NotImplementedError("condition is for bridges on joint draws, got context_dim > 0. Call the bridge.")
+        axes = [int(a) % self.dim if -self.dim <= int(a) < self.dim else self.dim for a in axes]
+        if self.dim in axes or len(set(axes)) != len(axes) or not 0 < len(axes) < self.dim:
+            raise ValueError(
+                f"axes must be distinct axes of {self.dim}, at least one and not all, got {axes}. "
+                "Write the columns of what is known."
+            )
+        if x0 is None and self._source_kind != "point":
+            raise ValueError("x0 must be given where the source is no point. Write condition(axes, observed, x0).")
+        observed = torch.as_tensor(observed, dtype=like.dtype, device=like.device)
+        if observed.dim() == 0 or observed.shape[-1] != len(axes):
+            raise ValueError(f"observed must have shape (*batch, {len(axes)}), got {tuple(observed.shape)}.")
+        potential = self.parameters_of(None, self._epsilon)
+        y0 = torch.zeros_like(like) if x0 is None else self._units.to(torch.as_tensor(x0).to(like))
+        gates, locs, covariances = potential.plan_components(y0)
+        locs, covariances = self._units.back(locs), self.scale**2 * covariances
+        return condition_mixture(gates, locs, covariances, axes, observed)
 
     @torch.no_grad()
     def plan_moments(self, x0: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:

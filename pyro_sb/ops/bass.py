@@ -103,10 +103,25 @@ class BassMap(NamedTuple):
         tolerance = tolerance or (1e-12 if x.dtype == torch.float64 else 1e-5)
         y, units, steps = (x if start is None else start), 1 + x.abs().amax(-1), 0
         model = self._model(y, x, None)
-        while float(residual := (model.offset.abs().amax(-1) / units).max()) > tolerance and steps < max_iter:
+        while True:
+            error = model.offset.abs().amax(-1) / units
+            residual, open_rows = float(error.max()), error > tolerance
+            if residual <= tolerance or steps == max_iter:
+                return Inverse(y, residual, steps, residual <= tolerance)
+            if len(x) > 64 and int(open_rows.sum()) < 0.5 * open_rows.numel():
+                break
             y, steps = self._guarded(y, x, model), steps + 1
             model = self._model(y, x, None)
-        return Inverse(y, float(residual), steps, float(residual) <= tolerance)
+        rows = open_rows.flatten(1).any(1) if open_rows.dim() > 1 else open_rows  # the few that are left, alone
+        rest = self._rows(rows).inverse(x[rows], y[rows], tolerance=tolerance, max_iter=max_iter - steps)
+        y = torch.index_put(y, (rows,), rest.points)
+        return Inverse(y, max(rest.residual, float(error[~open_rows].max())), steps + rest.iterations, rest.converged)
+
+    def _rows(self, rows: Tensor) -> "BassMap":
+        """The same map at some of the points, which are some of the functions too if there is a batch of them."""
+        if self.log_h.constant.dim() == 1:
+            return self
+        return self._replace(log_h=LogSumQuadratic(*(value[rows] for value in self.log_h)))
 
     def _model(self, y: Tensor, x: Tensor, num_products: int | None) -> "NewtonModel":
         """The objective over beta, its gradient ``X(y) - x``, and Newton's direction."""

@@ -1,6 +1,6 @@
 """Log-sum-exp of quadratics: the one functional form that every Gaussian-mixture bridge evaluates."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class LogSumQuadratic(NamedTuple):
 
     def value(self, y: Tensor) -> Tensor:
         """The function itself. ``(*B, m, d)`` to ``(*B, m)``."""
-        return torch.logsumexp(self.terms(y), -1)
+        return log_sum_exp(self.terms(y))
 
     def gates(self, y: Tensor) -> Tensor:
         """Softmax of the exponents. ``(*B, m, d)`` to ``(*B, m, J)``."""
@@ -85,21 +85,19 @@ class LogSumQuadratic(NamedTuple):
         b, q, dim = self.linear, self.quadratic, y.shape[-1]
         outer = [(u[..., :, None] * v[..., None, :]).flatten(-2) for u, v in ((b, b), (b, q), (q, q))]
         terms = self.terms(y)
-        value = torch.logsumexp(terms, -1)
-        moments = (terms - value[..., None]).exp() @ torch.cat([b, q, *outer], -1)
+        moments = torch.softmax(terms, -1) @ torch.cat([b, q, *outer], -1)
         mean_b, mean_q = moments[..., :dim], moments[..., dim : 2 * dim]
         bb, bq, qq = moments[..., 2 * dim :].unflatten(-1, (3, dim, dim)).unbind(-3)
         cross = bq * y[..., None, :]
         mean = mean_b + mean_q * y
         second = bb + cross + cross.mT + qq * (y[..., :, None] * y[..., None, :])
-        return value, mean, second - mean[..., :, None] * mean[..., None, :] + torch.diag_embed(mean_q)
+        return log_sum_exp(terms), mean, second - mean[..., :, None] * mean[..., None, :] + torch.diag_embed(mean_q)
 
     def _gates_and_slopes(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Value ``(*B, m)``, gates ``(*B, m, J)`` and the exponents' gradients ``(*B, m, J, d)``."""
         linear, product = self.linear[..., None, :, :], self._product(y)
         terms = self.constant[..., None, :] + ((linear + 0.5 * product) * y[..., None, :]).sum(-1)
-        value = torch.logsumexp(terms, -1)
-        return value, (terms - value[..., None]).exp(), linear + product
+        return log_sum_exp(terms), torch.softmax(terms, -1), linear + product
 
     def _product(self, y: Tensor) -> Tensor:
         """Q_j y for every component. ``(*B, m, d)`` to ``(*B, m, J, d)``."""
@@ -147,3 +145,32 @@ class HessianProduct(NamedTuple):
         quadratic = self.function.quadratic
         own = quadratic if self.function.diagonal else quadratic.diagonal(dim1=-2, dim2=-1)
         return spread + self.gates @ own
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Log-sum-exp over the last axis through `torch.log_softmax`, whose kernel is some four times faster on a CPU."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(terms: Tensor) -> Tensor:
+        return terms.amax(-1) - torch.log_softmax(terms, -1).amax(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        (terms,) = ctx.saved_tensors
+        return slope[..., None] * torch.softmax(terms, -1)
+
+
+def log_sum_exp(terms: Tensor) -> Tensor:
+    r"""The sum :math:`\log \sum_j e^{u_j}` over the last axis, twice differentiable. ``(*, J)`` to ``(*)``.
+
+    Example:
+        >>> log_sum_exp(torch.zeros(2, 4).exp().log())
+        tensor([1.3863, 1.3863])
+    """
+    return _LogSumExp.apply(terms)

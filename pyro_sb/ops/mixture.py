@@ -102,6 +102,15 @@ class MixturePotential(NamedTuple):
         pulled = (factors.mT @ y0[..., None]) + noise[..., None]  # S y0 + L z = L (L^T y0 + z)
         return locs + (factors @ pulled)[..., 0]
 
+    def plan_components(self, y0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r"""The plan from one point ``(d,)`` as a mixture: log weights ``(J,)``, means ``(J, d)``, covariances.
+
+        For a potential without a batch; covariances are diagonals where S is.
+        """
+        log_gates = torch.log_softmax(self.normaliser().terms(y0[None])[0], -1)
+        shift = self.scales * y0 if self.diagonal else (self.scales @ y0[:, None])[..., 0]
+        return log_gates, self.locs + shift, self.epsilon * self.scales
+
     def plan_moments(self, y0: Tensor) -> tuple[Tensor, Tensor]:
         r"""Mean and covariance of the plan from each point. Shapes ``(*B, m, d)`` and ``(*B, m, d, d)``."""
         mean, hessian = self.normaliser().gradient_and_hessian(y0)  # cumulants: gradient and Hessian of log c

@@ -63,8 +63,8 @@ def moment_step(
     With the gates :math:`w_j(y_0)` on the source side and the responsibilities :math:`\gamma_j(y_1)` under v on the
     target's, a stationary point of the likelihood has equal masses :math:`\bar w_j = \bar \gamma_j`,
     :math:`\mu_1 = r + S \mu_0` and :math:`C_1 = \epsilon S + S C_0 S` per component. Each is solved as it stands; the
-    masses by one pass of iterative scaling, :math:`\log a_j \mathrel{+}= \log \bar\gamma_j - \log \bar w_j`. A point as
-    source makes it the EM step of a Gaussian mixture; a single component, the exact Gaussian bridge.
+    masses by one pass of iterative scaling, :math:`\log a_j \mathrel{+}= \log \bar\gamma_j - \log \bar w_j`. A point
+    at 0 as source makes it the EM step of a Gaussian mixture; a single component, the exact Gaussian bridge.
 
     Args:
         potential: Where to start; without a batch.
