@@ -1,5 +1,6 @@
-"""The three pairs of planar laws of the published table, their clouds, and how many steps a CPU budget buys."""
+"""The three pairs of planar laws of the published table, the scores of a bridge on them, and steps for a CPU budget."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_sb.bridges import LightSB, LightSBBM
 from pyro_sb.datasets import EightGaussians, Moons
+from pyro_sb.metrics import mode_share_tv, sliced_wasserstein2, wasserstein2
 
 NUM_COMPONENTS = 50
+EXACT, SLICED, SHARES, JUDGED, ENDS = 10_000, 200_000, 1_000_000, 5_000, 20_000  # numbers of draws
 SHORT, LONG = 64, 640  # steps of the two timed runs; both are whole numbers of the dual solver's pools
 
 
@@ -58,3 +62,57 @@ def steps_within(seconds: float, fit: Callable[[int], object]) -> int:
     cpu_seconds(fit, SHORT)
     short, long = cpu_seconds(fit, SHORT), cpu_seconds(fit, LONG)
     return max(LONG, int(SHORT + (seconds - short) / (long - short) * (LONG - SHORT)))
+
+
+def schroedinger_bass(pair: Pair, beta: float | None = None) -> LightSBBM:
+    return LightSBBM(2, NUM_COMPONENTS, pair.epsilon, pair.beta if beta is None else beta)
+
+
+class Judge:
+    """The clouds that all methods meet in one seed, and the scores against them."""
+
+    def __init__(self, pair: Pair, seed: int) -> None:
+        torch.manual_seed(1000 + seed)
+        self.pair, self.seed, self.modes = pair, seed, isinstance(pair.target, EightGaussians)
+        self.small, self.large = published_cloud(pair.target, EXACT), published_cloud(pair.target, SLICED)
+        self.judged, self.ends = pair.target.sample((JUDGED,)), pair.target.sample((ENDS,))
+        self.starts = pair.source.sample((ENDS,))
+        self.num = SHARES if self.modes else SLICED
+
+    def draws(self, bridge: LightSB) -> Tensor:
+        torch.manual_seed(2000 + self.seed)
+        return bridge().sample((self.num,))
+
+    def of_draws(self, x: Tensor) -> dict[str, float]:
+        scores = {"sliced": float(sliced_wasserstein2(x[:SLICED], self.large, reference=self.large[:2]))}
+        target = self.pair.target
+        return scores | ({"tv": float(mode_share_tv(x, target.centres))} if isinstance(target, EightGaussians) else {})
+
+    def of_bridge(self, bridge: LightSB) -> dict[str, float]:
+        twin = exact_twin(bridge, self.pair)
+        torch.manual_seed(3000 + self.seed)
+        density = of_density(twin.marginal_log_prob(self.judged))
+        return density | {"dual": twin.dual(self.starts, self.ends)}
+
+
+def of_density(log_prob: Tensor) -> dict[str, float]:
+    """Mean log density, and the standard error that the draws leave."""
+    return {"log_prob": float(log_prob.mean()), "error": float(log_prob.std()) / math.sqrt(len(log_prob))}
+
+
+def exact_twin(bridge: LightSB, pair: Pair) -> LightSBBM:
+    """The same parameters with exact inverses; scales below the floor, as alternation leaves them, are raised to it."""
+    twin = schroedinger_bass(pair, bridge.beta)
+    kept = {key: v for key, v in bridge.state_dict().items() if "extra_state" not in key and "learned_map" not in key}
+    twin.load_state_dict(kept, strict=False)
+    twin.set_extra_state({"source_kind": "law", "beta": bridge.beta, "learned": False})
+    twin.source = pair.source
+    if getattr(bridge, "learned_map", None) is not None:
+        twin.parameters_of.set(twin.parameters_of(None, twin._epsilon), twin._floor)
+    return twin
+
+
+def exact_distance(x: Tensor, y: Tensor) -> float:
+    """W2 alone: its floor is measured once a seed."""
+    torch.set_num_threads(1)
+    return float(wasserstein2(x, y, reference=y[:2]))
