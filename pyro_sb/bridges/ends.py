@@ -78,8 +78,11 @@ class DrawsEnd:
         self._test, self._train = order[:held], order[held:]
         self._weights = weights
         self._queue = order[:0]
-        if weights is not None and held:
-            self._test = self._test[torch.multinomial(weights[self._test], held, replacement=True)]
+        if not held:
+            self._test = self._train
+        if weights is not None:
+            self._test = self._test[torch.multinomial(weights[self._test], len(self._test), replacement=True)]
+        self._limited = held > 0
 
     @property
     def num_train(self) -> int:
@@ -103,7 +106,7 @@ class DrawsEnd:
 
     def held_out(self, num: int) -> Batch:
         """What was held out (resampled by weight where there are weights); all draws where nothing was."""
-        return self._rows((self._test if len(self._test) else self._train)[:num])
+        return self._rows(self._test[:num] if self._limited else self._test)
 
     def _rows(self, index: Tensor) -> Batch:
         return Batch(self._points[index], None if self._context is None else self._context[index])

@@ -26,7 +26,8 @@ class Pool:
     """Pairs to take minibatches from, whose inverses follow the parameters by a Newton step a use."""
 
     def __init__(self, pairs: Pairs) -> None:
-        self.pairs, self.used = pairs, 0
+        own = {name: getattr(pairs, name).clone(memory_format=torch.contiguous_format) for name in ("y0", "y1")}
+        self.pairs, self.used = pairs._replace(**own), 0  # an inverse may be the very tensor that was inverted
         self._queue = torch.empty(0, dtype=torch.long, device=pairs.x1.device)
 
     def next(self, num: int) -> Tensor:

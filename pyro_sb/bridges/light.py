@@ -98,9 +98,9 @@ class LightSB(MixtureBridge):
         ends = self._read(target, source, context, weights, num_draws, held_out)
         self._begin(ends)
         if solver == "em":
-            history = self._moment_fit(ends, num_steps or 200, num_draws)
+            history = self._moment_fit(ends, 200 if num_steps is None else num_steps, num_draws)
         else:
-            history = self._adam_fit(ends, num_steps or 5000, batch_size, learning_rate, progress, checkpoint)
+            history = self._adam_fit(ends, num_steps, batch_size, learning_rate, progress, checkpoint)
         if checkpoint is not None:
             self.save(checkpoint)
         history.seconds = time.perf_counter() - begun
@@ -126,7 +126,7 @@ class LightSB(MixtureBridge):
     def _adam_fit(
         self,
         ends: Ends,
-        num_steps: int,
+        num_steps: int | None,
         batch_size: int,
         learning_rate: float | None,
         progress: bool,
@@ -136,11 +136,11 @@ class LightSB(MixtureBridge):
         return train(
             self.parameters_of.parameters(),
             lambda: self.loss(ends, batch_size),
-            num_steps=num_steps,
-            learning_rate=learning_rate or (2e-3 if self.context_dim else 5e-3),
+            num_steps=5000 if num_steps is None else num_steps,
+            learning_rate=(2e-3 if self.context_dim else 5e-3) if learning_rate is None else learning_rate,
             validate=lambda: self.held_out_loss(ends),
             keep_best=finite,
-            patience=6 if finite else None,
+            patience=10 if finite else None,
             progress=progress,
             description=type(self).__name__,
             on_check=self._save_checkpoint(checkpoint),
@@ -150,6 +150,8 @@ class LightSB(MixtureBridge):
     def _moment_fit(self, ends: Ends, num_steps: int, num_draws: int) -> FitHistory:
         """Moment steps on all draws until the held-out loss stops falling."""
         source, target = all_points(ends.source, num_draws), all_points(ends.target, num_draws)
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}. Omit it for 200.")
         history, best = FitHistory(), Best(list(self.parameters_of.parameters()))
         potential = self.parameters_of(None, self._epsilon)
         best.offer(self.held_out_loss(ends))

@@ -142,7 +142,7 @@ class LightSBBM(LightSB):
         self._check_solver(solver)
         options: dict[str, Any] = {"num_draws": num_draws, "held_out": held_out}
         if self._asked_beta == "auto":
-            steps = max(1, (num_steps or 5000) // 5)
+            steps = max(1, (5000 if num_steps is None else num_steps) // 5)
             self.beta = self._choose_beta(target, source, context, weights, steps, batch_size, solver, options)
         ends = self._read(target, source, context, weights, **options)
         self._pool, self.learned_map = None, None
@@ -150,11 +150,13 @@ class LightSBBM(LightSB):
             self.learned_map = LearnedMap(self.dim).to(self.location)
         self._begin(ends)
         if solver == "batch":
-            history = self._batch_fit(ends, num_steps or 200, num_draws)
+            history = self._batch_fit(ends, 200 if num_steps is None else num_steps, num_draws)
         elif solver == "alternating":
-            history = alternate(self, ends, num_steps or 10_000, batch_size, learning_rate or 5e-3, progress)
+            num_steps = 10_000 if num_steps is None else num_steps
+            learning_rate = 5e-3 if learning_rate is None else learning_rate
+            history = alternate(self, ends, num_steps, batch_size, learning_rate, progress)
         else:
-            history = self._adam_fit(ends, num_steps or 5000, batch_size, learning_rate, progress, checkpoint)
+            history = self._adam_fit(ends, num_steps, batch_size, learning_rate, progress, checkpoint)
             self._pool = None
         if checkpoint is not None:
             self.save(checkpoint)
@@ -190,6 +192,7 @@ class LightSBBM(LightSB):
         """G at points of both sides, in squared units of the data; without context. Shapes ``(*, dim)``."""
         if self.context_dim:
             raise NotImplementedError(f"dual has no context, got context_dim = {self.context_dim}.")
+        self._refuse_learned()
         z0, z1 = self._rows(x0, None)[0], self._rows(x1, None)[0]
         return float(self.scale) ** 2 * self._dual(z0, z1, None)
 
@@ -216,6 +219,8 @@ class LightSBBM(LightSB):
     def _batch_fit(self, ends: Ends, num_steps: int, num_draws: int) -> FitHistory:
         """Moment steps at inverse points, each as long as G of all draws allows."""
         problem = DualProblem(all_points(ends.source, num_draws), all_points(ends.target, num_draws), self.beta)
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}. Omit it for 200.")
         history, best = FitHistory(), Best(list(self.parameters_of.parameters()))
         state = problem.at(self.parameters_of(None, self._epsilon))
         best.offer(self.held_out_loss(ends))
@@ -288,6 +293,16 @@ class LightSBBM(LightSB):
         self._refuse_learned()
         return super().draws_rows(num, context)
 
+    def log_prob_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """As `LightSB`'s; refused after the alternating solver."""
+        self._refuse_learned()
+        return super().log_prob_rows(x, context)
+
+    def marginal_log_prob(self, x: Tensor, context: Any = None, *, num_source: int = 4096) -> Tensor:
+        """As `LightSB`'s; refused after the alternating solver."""
+        self._refuse_learned()
+        return super().marginal_log_prob(x, context, num_source=num_source)
+
     def plan_log_prob_rows(self, x: Tensor, x0: Tensor, context: Tensor | None) -> Tensor:
         """As `LightSB`'s; refused after the alternating solver."""
         self._refuse_learned()
@@ -337,8 +352,8 @@ class LightSBBM(LightSB):
     def _refuse_learned(self) -> None:
         if self.learned_map is not None:
             raise NotImplementedError(
-                'LightSBBM has no density of its draws after solver="alternating": its inverse is a network. '
-                'Fit with solver="dual".'
+                'LightSBBM has no density of its draws, nor a log_prob or draws(), after solver="alternating": its '
+                'inverse is a network. Fit with solver="dual".'
             )
 
     def _check_solver(self, solver: str) -> None:

@@ -149,8 +149,8 @@ class MixtureBridge(Bridge):
     @torch.no_grad()
     def transport(self, x0: Tensor, context: Any = None) -> Tensor:
         r"""One draw of the plan :math:`\pi(x_1 | x_0)` from each point, in one shot. Shape of ``x0``, ``(*, dim)``."""
-        z, rows = self._rows(x0, context)
-        return self._units.back(chunked(self._move, z, rows)).reshape(x0.shape)
+        z, rows, shape = self._rows(x0, context)
+        return self._units.back(chunked(self._move, z, rows)).reshape(shape)
 
     def plan(self, x0: Tensor, context: Any = None) -> BridgeDistribution:
         r"""The law :math:`\pi(x_1 | x_0)` of the ends of bridges from given points, with an exact log_prob.
@@ -164,9 +164,7 @@ class MixtureBridge(Bridge):
         """
         x0 = x0.to(self.like())
         _check_points("x0", x0, self.dim)
-        given = self.check_context(context)
-        if given is not None:
-            given = given.expand(*x0.shape[:-1], self.context_dim)
+        x0, given = self._broadcast(x0, self.check_context(context))
         joint = x0 if given is None else torch.cat([x0, given], -1)
         return BridgeDistribution(Plan(self), joint, like=x0)
 
@@ -231,11 +229,11 @@ class MixtureBridge(Bridge):
                 f"the plan's moments have a closed form for beta = inf, got beta = {self.beta:g}. "
                 "Use plan(x0).sample((1000,))."
             )
-        z, rows = self._rows(x0, context)
+        z, rows, shape = self._rows(x0, context)
         potential, points = self._lift(z, rows)
         mean, covariance = potential.plan_moments(points)
-        covariance = self.scale**2 * covariance.reshape(*x0.shape, self.dim)
-        return self._units.back(mean.reshape(z.shape)).reshape(x0.shape), covariance
+        covariance = self.scale**2 * covariance.reshape(*shape, self.dim)
+        return self._units.back(mean.reshape(z.shape)).reshape(shape), covariance
 
     @torch.no_grad()
     def marginal_log_prob(self, x: Tensor, context: Any = None, *, num_source: int = 4096) -> Tensor:
@@ -255,9 +253,9 @@ class MixtureBridge(Bridge):
         Returns:
             Shape ``(*,)``.
         """
-        z, rows = self._rows(x, context)
+        z, rows, shape = self._rows(x, context)
         z0 = self._units.to(self._start(1 if self._source_kind == "point" else num_source))
-        return (self._mean_log_prob(z, z0, rows) - self.dim * self.scale.log()).reshape(x.shape[:-1])
+        return (self._mean_log_prob(z, z0, rows) - self.dim * self.scale.log()).reshape(shape[:-1])
 
     def _mean_log_prob(self, z1: Tensor, z0: Tensor, rows: Tensor | None) -> Tensor:
         """Log of the plan's density averaged over source points ``(M, dim)``, in the bridge's units.
@@ -282,13 +280,13 @@ class MixtureBridge(Bridge):
     def drift(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
         r"""Optimal drift :math:`\alpha^*(t, x) = s(t, Y_t(x))` at a time t in [0, 1], both ends included."""
         t = _check_time(t)
-        z, rows = self._rows(x, context)
+        z, rows, shape = self._rows(x, context)
 
         def drift(z: Tensor, rows: Tensor | None) -> Tensor:
             potential, points = self._lift(z, rows)
             return potential.drift(t, self._invert(potential, t, points)).reshape(z.shape)
 
-        return self.scale * chunked(drift, z, rows).reshape(x.shape)
+        return self.scale * chunked(drift, z, rows).reshape(shape)
 
     @torch.no_grad()
     def volatility(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
@@ -297,14 +295,14 @@ class MixtureBridge(Bridge):
         For ``beta = inf`` it is :math:`\sqrt\epsilon I`. Shapes ``(*, dim)`` to ``(*, dim, dim)``.
         """
         t = _check_time(t)
-        z, rows = self._rows(x, context)
+        z, rows, shape = self._rows(x, context)
 
         def jacobian(z: Tensor, rows: Tensor | None) -> Tensor:
             potential, points = self._lift(z, rows)
             bass = self._bass(potential, t)
             return bass.jacobian(self._invert(potential, t, points)).reshape(*z.shape, self.dim)
 
-        return math.sqrt(self.epsilon) * chunked(jacobian, z, rows).reshape(*x.shape, self.dim)
+        return math.sqrt(self.epsilon) * chunked(jacobian, z, rows).reshape(*shape, self.dim)
 
     @torch.no_grad()
     def paths(self, num_paths: int, num_steps: int, context: Any = None) -> tuple[Tensor, Tensor]:
@@ -417,13 +415,19 @@ class MixtureBridge(Bridge):
             )
         return self.source.sample((num,)).to(self.location)
 
-    def _rows(self, x: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
-        """Points and contexts as flat rows in the bridge's units."""
+    def _rows(self, x: Tensor, context: Any) -> tuple[Tensor, Tensor | None, torch.Size]:
+        """Points and contexts, broadcast, as flat rows in the bridge's units; and the points' shape before that."""
         x, context = x.to(self.like()), self.check_context(context)
         _check_points("x", x, self.dim)
-        if context is not None:
-            context = context.expand(*x.shape[:-1], self.context_dim).reshape(-1, self.context_dim)
-        return self._units.to(x).reshape(-1, self.dim), self._context_rows(context)
+        x, context = self._broadcast(x, context)
+        flat = None if context is None else context.reshape(-1, self.context_dim)
+        return self._units.to(x).reshape(-1, self.dim), self._context_rows(flat), x.shape
+
+    def _broadcast(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if context is None:
+            return x, None
+        shape = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+        return x.expand(*shape, self.dim), context.expand(*shape, self.context_dim)
 
     def _context_rows(self, context: Tensor | None) -> Tensor | None:
         return None if context is None else (context - self.context_location) / self.context_scale
