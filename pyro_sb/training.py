@@ -3,7 +3,8 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,7 @@ class FitHistory:
         iterations: Updates made.
         seconds: Wall time of the fit.
         converged: Whether the method's own stopping rule was met.
+        interrupted: Whether Ctrl-C ended it; what was learnt until then is kept.
 
     Example:
         >>> FitHistory(residuals=[0.3, 1e-7], iterations=1, seconds=0.01, converged=True).residual
@@ -34,6 +36,7 @@ class FitHistory:
     iterations: int = 0
     seconds: float = 0.0
     converged: bool = False
+    interrupted: bool = False
 
     @property
     def residual(self) -> float:
@@ -126,7 +129,7 @@ def train(
     best, every = Best(parameters), max(1, num_steps // num_checks)
     recent, stale = 0.0, 0
     bar = tqdm(range(1, num_steps + 1), desc=description, disable=not progress, leave=False)
-    try:
+    with interruptible(history, num_steps, description):
         for step in bar:
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate * cosine(step / num_steps, final_rate)
@@ -158,22 +161,26 @@ def train(
                 on_check()
             if patience is not None and stale >= patience:
                 break
+    if keep_best and math.isfinite(best.loss):
+        best.restore()
+    history.seconds = time.perf_counter() - begun
+    history.converged = not history.interrupted and _settled(history, tolerance, num_steps, description)
+    return history
+
+
+@contextmanager
+def interruptible(history: FitHistory, num_steps: int, description: str) -> Iterator[None]:
+    """A loop that Ctrl-C ends with a warning: ``history.interrupted`` then says so, and nothing is lost."""
+    try:
+        yield
     except KeyboardInterrupt:
+        history.interrupted = True
         warnings.warn(
             f"interrupted: {history.iterations} of {num_steps} updates of {description or 'the fit'} were made and "
             "their result is kept. Fit again for the rest.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-        if keep_best and math.isfinite(best.loss):
-            best.restore()
-        history.seconds = time.perf_counter() - begun
-        return history
-    if keep_best:
-        best.restore()
-    history.seconds = time.perf_counter() - begun
-    history.converged = _settled(history, tolerance, num_steps, description)
-    return history
 
 
 def cosine(progress: float, final: float) -> float:

@@ -12,7 +12,7 @@ from pyro_sb.bridges.ends import Ends, PointEnd
 from pyro_sb.bridges.mixture_bridge import MixtureBridge
 from pyro_sb.ops.mixture import MixturePotential
 from pyro_sb.ops.moment_matching import Side, equal_weights, moment_step
-from pyro_sb.training import Best, FitHistory, train
+from pyro_sb.training import Best, FitHistory, interruptible, train
 
 HELD_OUT = 2048  # points that the validation loss is read from
 SOLVERS = ("adam", "em")
@@ -81,7 +81,7 @@ class LightSB(MixtureBridge):
             context: Contexts of the target's draws. Shape ``(N, context_dim)``.
             weights: Non-negative weights of the target's draws. Shape ``(N,)``.
             progress: Show a bar.
-            checkpoint: Path that the bridge is saved to at every check and at the end.
+            checkpoint: Path that the bridge is saved to at the end, and at every check of Adam's.
             num_steps: Updates. Omitted: 5000 of Adam, 200 of EM.
             batch_size: Points of each side an update.
             learning_rate: Of Adam's first update, in units of the target's standard deviation. Omitted: 5e-3, or 2e-3
@@ -155,18 +155,19 @@ class LightSB(MixtureBridge):
         history, best = FitHistory(), Best(list(self.parameters_of.parameters()))
         potential = self.parameters_of(None, self._epsilon)
         best.offer(self.held_out_loss(ends))
-        for step in range(1, num_steps + 1):
-            potential = moment_step(potential, source, target, floor=self._floor)
-            self.parameters_of.set(potential, self._floor)
-            history.losses.append(float(likelihood_loss(potential, source.points, target.points, source, target)))
-            history.validation_losses.append(self.held_out_loss(ends))
-            history.iterations = step
-            best.offer(history.validation_losses[-1])
-            if step >= 10 and history.validation_losses[-10] - min(history.validation_losses[-9:]) < 1e-4:
-                history.converged = True
-                break
+        with interruptible(history, num_steps, type(self).__name__):
+            for step in range(1, num_steps + 1):
+                potential = moment_step(potential, source, target, floor=self._floor)
+                self.parameters_of.set(potential, self._floor)
+                history.losses.append(float(likelihood_loss(potential, source.points, target.points, source, target)))
+                history.validation_losses.append(self.held_out_loss(ends))
+                history.iterations = step
+                best.offer(history.validation_losses[-1])
+                if step >= 10 and history.validation_losses[-10] - min(history.validation_losses[-9:]) < 1e-4:
+                    history.converged = True
+                    break
         best.restore()
-        if not history.converged:
+        if not history.converged and not history.interrupted:
             warnings.warn(
                 f"{type(self).__name__}'s moment steps have not converged: the held-out loss still falls after "
                 f"{num_steps}. Raise num_steps.",

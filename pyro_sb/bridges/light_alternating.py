@@ -57,25 +57,19 @@ def alternate(
         ]
         return errors[0] + errors[1]
 
+    halves = (
+        ("matching", bridge.parameters_of, matching, learning_rate, history.losses),
+        ("inverse", learned, inverting, MAP_LEARNING_RATE, history.residuals),
+    )
     for stage in range(NUM_STAGES):
-        parts = [
-            train(
-                bridge.parameters_of.parameters(),
-                matching,
-                learning_rate=learning_rate,
-                description=f"matching, stage {stage + 1}",
-                **options,
-            ),
-            train(
-                learned.parameters(),
-                inverting,
-                learning_rate=MAP_LEARNING_RATE,
-                description=f"inverse, stage {stage + 1}",
-                **options,
-            ),
-        ]
+        for name, module, loss, rate, record in halves:
+            part = train(
+                module.parameters(), loss, learning_rate=rate, description=f"{name}, stage {stage + 1}", **options
+            )
+            record += part.losses
+            history.iterations += part.iterations
+            if part.interrupted:
+                history.interrupted, history.converged = True, False
+                return history
         mapped = True
-        history.losses += parts[0].losses
-        history.residuals += parts[1].losses
-        history.iterations += sum(part.iterations for part in parts)
     return history

@@ -17,7 +17,7 @@ from pyro_sb.bridges.light_alternating import LearnedMap, alternate
 from pyro_sb.distributions import Draws
 from pyro_sb.ops.mixture import MixturePotential
 from pyro_sb.ops.moment_matching import equal_weights
-from pyro_sb.training import Best, FitHistory
+from pyro_sb.training import Best, FitHistory, interruptible
 
 POOL, PASSES = 8192, 4  # pairs inverted at once, and how often each is then used with one more Newton step
 POOL_TOLERANCE = 1e-3  # of their inverses: the step before each use squares it
@@ -56,6 +56,10 @@ class LightSBBM(LightSB):
         covariance: ``"diagonal"`` or ``"full"``.
         hidden: Widths of the context network's hidden layers.
 
+    Attributes:
+        beta: Price of volatility in use.
+        scores: Held-out log likelihood of each candidate, in nats a draw, after ``beta="auto"``.
+
     References:
         LightSBB-M: Bridging Schrödinger and Bass for Generative Diffusion Modeling (2026),
         https://arxiv.org/abs/2601.19312. Its algorithm 1 is ``fit(solver="alternating")``; the dual with exact
@@ -93,6 +97,7 @@ class LightSBBM(LightSB):
             )
         self.beta = float(beta)
         self.learned_map: LearnedMap | None = None
+        self.scores: dict[float, float] = {}
         self._pool: Pool | None = None
 
     @property
@@ -124,7 +129,7 @@ class LightSBBM(LightSB):
             context: As there.
             weights: As there.
             progress: Show a bar.
-            checkpoint: Path that the bridge is saved to at every check and at the end.
+            checkpoint: Path that the bridge is saved to at the end, and at every check of the dual solver's.
             num_steps: Updates. Omitted: 5000 (``"dual"``), 200 (``"batch"``), 10,000 (``"alternating"``, both nets
                 together).
             batch_size: Points of each side an update.
@@ -140,11 +145,13 @@ class LightSBBM(LightSB):
         """
         begun = time.perf_counter()
         self._check_solver(solver)
-        options: dict[str, Any] = {"num_draws": num_draws, "held_out": held_out}
+        ends = self._read(target, source, context, weights, num_draws, held_out)
         if self._asked_beta == "auto":
-            steps = max(1, (5000 if num_steps is None else num_steps) // 5)
-            self.beta = self._choose_beta(target, source, context, weights, steps, batch_size, solver, options)
-        ends = self._read(target, source, context, weights, **options)
+            chosen = self._choose_beta(
+                ends, max(1, (5000 if num_steps is None else num_steps) // 5), batch_size, solver
+            )
+            if chosen.interrupted:
+                return chosen
         self._pool, self.learned_map = None, None
         if solver == "alternating":
             self.learned_map = LearnedMap(self.dim).to(self.location)
@@ -201,8 +208,10 @@ class LightSBBM(LightSB):
         potential, points1 = self._lift(x1, context)
         points0 = self._lift(x0, context)[1]
         start, end = self._bass(potential, 0.0), self._bass(potential, 1.0)
-        y0, y1 = start.inverse(points0).points, end.inverse(points1).points
-        return float(end.objective(y1, points1).mean() - start.objective(y0, points0).mean())
+        y0, y1 = start.inverse(points0), end.inverse(points1)
+        if max(y0.residual, y1.residual) > 1e-2:
+            return -math.inf  # the minimum was not found, and a value above it would flatter
+        return float(end.objective(y1.points, points1).mean() - start.objective(y0.points, points0).mean())
 
     @torch.no_grad()
     def _inverted(self, ends: Ends, num: int) -> Pairs:
@@ -225,23 +234,24 @@ class LightSBBM(LightSB):
         state = problem.at(self.parameters_of(None, self._epsilon))
         best.offer(self.held_out_loss(ends))
         size, quiet = 1.0, 0
-        for step in range(1, num_steps + 1):
-            new, size = problem.ascend(state, size, self._floor)
-            rise = (new.dual - state.dual) / self._epsilon
-            state, quiet = new, quiet + 1 if rise < 1e-9 else 0
-            if quiet:
-                size *= 0.5  # a long step may have crossed the top to a point as high
-            self.parameters_of.set(state.potential, self._floor)
-            history.residuals.append(rise)
-            history.losses.append(-state.dual / self._epsilon)
-            history.validation_losses.append(self.held_out_loss(ends))
-            history.iterations = step
-            best.offer(history.validation_losses[-1])
-            if quiet == 2:
-                history.converged = True
-                break
+        with interruptible(history, num_steps, "LightSBBM"):
+            for step in range(1, num_steps + 1):
+                new, size = problem.ascend(state, size, self._floor)
+                rise = (new.dual - state.dual) / self._epsilon
+                state, quiet = new, quiet + 1 if rise < 1e-9 else 0
+                if quiet:
+                    size *= 0.5  # a long step may have crossed the top to a point as high
+                self.parameters_of.set(state.potential, self._floor)
+                history.residuals.append(rise)
+                history.losses.append(-state.dual / self._epsilon)
+                history.validation_losses.append(self.held_out_loss(ends))
+                history.iterations = step
+                best.offer(history.validation_losses[-1])
+                if quiet == 2:
+                    history.converged = True
+                    break
         best.restore()
-        if not history.converged:
+        if not history.converged and not history.interrupted:
             warnings.warn(
                 f"LightSBBM's batch solver has not converged: G still rose by {history.residual:.2g} > 1e-9 nats in "
                 f"step {num_steps}. Raise num_steps.",
@@ -250,43 +260,28 @@ class LightSBBM(LightSB):
             )
         return history
 
-    def _choose_beta(
-        self,
-        target: Any,
-        source: Any,
-        context: Any,
-        weights: Any,
-        num_steps: int,
-        batch_size: int,
-        solver: str,
-        options: dict[str, Any],
-    ) -> float:
-        """The largest candidate whose held-out likelihood is within a standard error of the best one's."""
+    def _choose_beta(self, ends: Ends, num_steps: int, batch_size: int, solver: str) -> FitHistory:
+        """Take the largest candidate whose held-out likelihood is within a standard error of the best one's."""
         if solver != "dual":
             raise ValueError(f'beta="auto" needs solver="dual", got {solver!r}. Give beta a number.')
-        scores = {}
-        state = torch.get_rng_state()
+        scores, history = {}, FitHistory()
+        judge, rows = ends.target.held_out(HELD_OUT)
+        base = ends.source.held_out(HELD_OUT).points
         for beta in CANDIDATES:
-            torch.set_rng_state(state)  # the same held-out rows for all
-            self.beta = beta
-            ends = self._read(target, source, context, weights, **options)
-            judge, rows = ends.target.held_out(HELD_OUT)
-            base = ends.source.held_out(HELD_OUT).points
+            self.beta, self._pool, self.learned_map = beta, None, None
             self._begin(ends)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # a short run need not converge
-                self._adam_fit(ends, num_steps, batch_size, None, False, None)
-            self._pool = None
+                warnings.filterwarnings("ignore", ".*has not converged", RuntimeWarning)  # a short run need not
+                history = self._adam_fit(ends, num_steps, batch_size, None, False, None)
+            if history.interrupted:
+                return history
             with torch.no_grad():
                 scores[beta] = self._mean_log_prob(judge, base, rows)
-        best = max(scores, key=lambda beta: float(scores[beta].mean()))
-        near = [
-            beta
-            for beta, score in scores.items()
-            if float((gap := scores[best] - score).mean()) <= float(gap.std()) / math.sqrt(len(gap))
-        ]
-        self.scores = {beta: float(score.mean()) for beta, score in scores.items()}
-        return max(near)
+        best = max(scores.values(), key=lambda score: float(score.mean()))
+        gaps = {beta: best - score for beta, score in scores.items()}
+        self.beta = max(b for b, gap in gaps.items() if float(gap.mean()) <= float(gap.std()) / math.sqrt(len(gap)))
+        self.scores = {beta: float(score.mean() - self.dim * self.scale.log()) for beta, score in scores.items()}
+        return history
 
     def draws_rows(self, num: int, context: Tensor | None) -> Draws:
         """As `LightSB`'s; refused after the alternating solver."""
@@ -314,12 +309,13 @@ class LightSBBM(LightSB):
 
     def get_extra_state(self) -> dict[str, Any]:
         """What the source was, the beta in use, and whether the inverse is learnt."""
-        return super().get_extra_state() | {"beta": self.beta, "learned": self.learned_map is not None}
+        learned = self.learned_map is not None
+        return super().get_extra_state() | {"beta": self.beta, "learned": learned, "scores": self.scores}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take them back."""
         super().set_extra_state(state)
-        self.beta = state["beta"]
+        self.beta, self.scores = state["beta"], state["scores"]
         self.learned_map = LearnedMap(self.dim).to(self.location) if state["learned"] else None
 
     @torch.no_grad()
