@@ -58,7 +58,8 @@ $(BENCH): constraints-bench.txt
 	@touch $@
 
 bench: setup bench-env
-	for name in posteriors modes moves attention bridge_experiments bridge_dynamics; do $(PY) -m benchmarks.$$name || exit 1; done
+	for name in posteriors modes moves attention bridge_experiments bridge_dynamics \
+		planar beta_sweep tails bass_oracle known_plans scaling translation heteroskedastic; do $(PY) -m benchmarks.$$name || exit 1; done
 
 # ArviZ 1.x needs Python 3.12 and no torch: the tests run its half of the converter there, where a python3.12 is found.
 arviz1-env:

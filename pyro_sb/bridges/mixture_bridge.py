@@ -127,18 +127,30 @@ class MixtureBridge(Bridge):
         potential = self.parameters_of(context, self._epsilon)
         return potential, z if context is None else z[:, None, :]
 
+    def _frozen(self, z: Tensor, context: Tensor | None) -> tuple[MixturePotential, Tensor]:
+        """The same of a fitted bridge, whose parameters take no gradient: densities pass it to points alone."""
+        with torch.no_grad():
+            potential = self._lift(z, context)[0]
+        potential = MixturePotential(*(value.detach() for value in potential[:3]), potential.epsilon)
+        return potential, z if context is None else z[:, None, :]
+
     def _bass(self, potential: MixturePotential, t: float | Tensor) -> BassMap:
         return BassMap(potential.at(t), self._epsilon, self.beta)
 
     def _invert(self, potential: MixturePotential, t: float | Tensor, points: Tensor) -> Tensor:
-        """Y_t at points of the user's space, exact."""
-        inverse = self._bass(potential, t).inverse(points)
+        """Y_t at points of the user's space, exact, with its first three derivatives where points carry gradients."""
+        bass = self._bass(potential, t)
+        with torch.no_grad():
+            inverse = bass.inverse(points)
         if not inverse.converged and inverse.residual > 1e3 * torch.finfo(points.dtype).eps ** 0.5:
             raise RuntimeError(
                 f"the inverse of the Bass map must be found, got a residual of {inverse.residual:.2g} after "
                 f"{inverse.iterations} Newton steps. Fit in float64, or raise beta (now {self.beta:g})."
             )
-        return inverse.points
+        if not (torch.is_grad_enabled() and points.requires_grad):
+            return inverse.points
+        once = bass.newton_step(inverse.points, points)  # from a constant k steps have 2^k - 1 derivatives right
+        return bass.newton_step(once, points)
 
     def like(self) -> Tensor:
         """A fitted tensor; an error before ``fit``."""
@@ -147,10 +159,20 @@ class MixtureBridge(Bridge):
         return self.location
 
     @torch.no_grad()
-    def transport(self, x0: Tensor, context: Any = None) -> Tensor:
-        r"""One draw of the plan :math:`\pi(x_1 | x_0)` from each point, in one shot. Shape of ``x0``, ``(*, dim)``."""
+    def transport(self, x0: Tensor, context: Any = None, *, t: float = 1.0) -> Tensor:
+        r"""One draw of the plan :math:`\pi(x_1 | x_0)` from each point, or of the state at time t, in one shot.
+
+        Args:
+            x0: Source points. Shape ``(*, dim)``.
+            context: Contexts that broadcast with them.
+            t: Time in [0, 1].
+
+        Returns:
+            Shape ``(*, dim)``.
+        """
+        t = _check_time(t)
         z, rows, shape = self._rows(x0, context)
-        return self._units.back(chunked(self._move, z, rows)).reshape(shape)
+        return self._units.back(chunked(lambda z, rows: self._move(z, rows, t), z, rows)).reshape(shape)
 
     def plan(self, x0: Tensor, context: Any = None) -> BridgeDistribution:
         r"""The law :math:`\pi(x_1 | x_0)` of the ends of bridges from given points, with an exact log_prob.
@@ -230,12 +252,11 @@ class MixtureBridge(Bridge):
                 "Use plan(x0).sample((1000,))."
             )
         z, rows, shape = self._rows(x0, context)
-        potential, points = self._lift(z, rows)
+        potential, points = self._frozen(z, rows)
         mean, covariance = potential.plan_moments(points)
         covariance = self.scale**2 * covariance.reshape(*shape, self.dim)
         return self._units.back(mean.reshape(z.shape)).reshape(shape), covariance
 
-    @torch.no_grad()
     def marginal_log_prob(self, x: Tensor, context: Any = None, *, num_source: int = 4096) -> Tensor:
         r"""Log density of the draws whatever the source: of the plan, averaged over source points.
 
@@ -266,7 +287,7 @@ class MixtureBridge(Bridge):
             z0 = z0.expand(len(z1), *z0.shape[-2:])
 
         def log_prob(z: Tensor, rows: Tensor | None, given: Tensor | None) -> Tensor:
-            potential, points = self._lift(z, rows)
+            potential, points = self._frozen(z, rows)
             y0 = self._invert(potential, 0.0, z0 if given is None else given)
             y1 = self._invert(potential, 1.0, points)
             inner = y1 @ y0.mT / self._epsilon - potential.normaliser().value(y0)[..., None, :]
@@ -283,7 +304,7 @@ class MixtureBridge(Bridge):
         z, rows, shape = self._rows(x, context)
 
         def drift(z: Tensor, rows: Tensor | None) -> Tensor:
-            potential, points = self._lift(z, rows)
+            potential, points = self._frozen(z, rows)
             return potential.drift(t, self._invert(potential, t, points)).reshape(z.shape)
 
         return self.scale * chunked(drift, z, rows).reshape(shape)
@@ -298,7 +319,7 @@ class MixtureBridge(Bridge):
         z, rows, shape = self._rows(x, context)
 
         def jacobian(z: Tensor, rows: Tensor | None) -> Tensor:
-            potential, points = self._lift(z, rows)
+            potential, points = self._frozen(z, rows)
             bass = self._bass(potential, t)
             return bass.jacobian(self._invert(potential, t, points)).reshape(*z.shape, self.dim)
 
@@ -318,7 +339,7 @@ class MixtureBridge(Bridge):
         rows = None if context is None else context.expand(*shape, -1).reshape(-1, self.context_dim)
         rows = self._context_rows(rows)
         z = self._units.to(self._start(shape.numel()))
-        potential, points = self._lift(z, rows)
+        potential, points = self._frozen(z, rows)
         y0 = self._invert(potential, 0.0, points)
         y1 = potential.plan_sample(y0)
         times = torch.linspace(0, 1, num_steps + 1).to(z)
@@ -358,7 +379,6 @@ class MixtureBridge(Bridge):
         log_q = self._mean_log_prob(z1, z0, rows) - self.dim * self.scale.log()
         return Draws(self._units.back(z1), log_q)
 
-    @torch.no_grad()
     def log_prob_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Log density of points, from a point as source."""
         if self.density != "marginal":
@@ -374,8 +394,8 @@ class MixtureBridge(Bridge):
         z, z0, rows = self._units.to(x), self._units.to(x0), self._context_rows(context)
 
         def log_prob(z: Tensor, z0: Tensor, rows: Tensor | None) -> Tensor:
-            potential, points = self._lift(z, rows)
-            y0 = self._invert(potential, 0.0, self._lift(z0, rows)[1])
+            potential, points = self._frozen(z, rows)
+            y0 = self._invert(potential, 0.0, self._frozen(z0, rows)[1])
             y1 = self._invert(potential, 1.0, points)
             value = potential.plan_log_prob(y1, y0) - self._bass(potential, 1.0).log_det(y1)
             return value.reshape(len(z))
@@ -395,11 +415,14 @@ class MixtureBridge(Bridge):
         """Take a saved kind of source; a distribution must be given again."""
         self._source_kind = state["source_kind"]
 
-    def _move(self, z: Tensor, rows: Tensor | None) -> Tensor:
-        """Plan draws from rows, in the bridge's units."""
-        potential, points = self._lift(z, rows)
-        y1 = potential.plan_sample(self._invert(potential, 0.0, points))
-        return self._bass(potential, 1.0).forward(y1).reshape(z.shape)
+    def _move(self, z: Tensor, rows: Tensor | None, t: float = 1.0) -> Tensor:
+        """States at time t of bridges from rows, in the bridge's units."""
+        potential, points = self._frozen(z, rows)
+        y0 = self._invert(potential, 0.0, points)
+        y = potential.plan_sample(y0)
+        if t < 1:
+            y = y0 + t * (y - y0) + math.sqrt(self._epsilon * t * (1 - t)) * torch.randn_like(y)
+        return self._bass(potential, t).forward(y).reshape(z.shape)
 
     def _start(self, num: int) -> Tensor:
         """Source points in the user's units."""

@@ -48,8 +48,7 @@ class Plan:
     def log_prob_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Exact log density."""
         x0, rows = self._split(context)
-        with torch.no_grad():
-            return self.bridge.plan_log_prob_rows(x, x0, rows)
+        return self.bridge.plan_log_prob_rows(x, x0, rows)
 
     def _split(self, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert context is not None
