@@ -161,6 +161,7 @@ def train(
                 on_check()
             if patience is not None and stale >= patience:
                 break
+    optimiser.zero_grad(set_to_none=True)
     if keep_best and math.isfinite(best.loss):
         best.restore()
     history.seconds = time.perf_counter() - begun

@@ -11,10 +11,11 @@ from pyro_sb.bridges.mixture_checks import Units, check_conditioning, check_law,
 
 
 class Batch(NamedTuple):
-    """Points of one end, with their contexts. Shapes ``(n, dim)`` and ``(n, context_dim)``; None without context."""
+    """Points of one end ``(n, dim)``, with contexts ``(n, context_dim)`` and normalised weights ``(n,)`` if any."""
 
     points: Tensor
-    context: Tensor | None
+    context: Tensor | None = None
+    weights: Tensor | None = None
 
 
 class End(Protocol):
@@ -41,7 +42,7 @@ class PointEnd:
 
     def batch(self, num: int) -> Batch:
         """The point."""
-        return Batch(self.point, None)
+        return Batch(self.point)
 
     held_out = batch
 
@@ -57,13 +58,13 @@ class LawEnd:
 
     def batch(self, num: int) -> Batch:
         """Fresh draws."""
-        return Batch(self.units.to(self.law.sample((num,)).to(self.units.location)), None)
+        return Batch(self.units.to(self.law.sample((num,)).to(self.units.location)))
 
     def held_out(self, num: int) -> Batch:
         """Draws set aside at the first call."""
         if self._judge is None or len(self._judge.points) < num:
             self._judge = self.batch(num)
-        return Batch(self._judge.points[:num], None)
+        return Batch(self._judge.points[:num])
 
 
 class DrawsEnd:
@@ -78,11 +79,6 @@ class DrawsEnd:
         self._test, self._train = order[:held], order[held:]
         self._weights = weights
         self._queue = order[:0]
-        if not held:
-            self._test = self._train
-        if weights is not None:
-            self._test = self._test[torch.multinomial(weights[self._test], len(self._test), replacement=True)]
-        self._limited = held > 0
 
     @property
     def num_train(self) -> int:
@@ -105,8 +101,10 @@ class DrawsEnd:
         return self._rows(self._train), weights / weights.sum()
 
     def held_out(self, num: int) -> Batch:
-        """What was held out (resampled by weight where there are weights); all draws where nothing was."""
-        return self._rows(self._test[:num] if self._limited else self._test)
+        """What was held out, with its weights; all draws where nothing was."""
+        rows = self._test[:num] if len(self._test) else self._train
+        weights = None if self._weights is None else self._weights[rows] / self._weights[rows].sum()
+        return self._rows(rows)._replace(weights=weights)
 
     def _rows(self, index: Tensor) -> Batch:
         return Batch(self._points[index], None if self._context is None else self._context[index])

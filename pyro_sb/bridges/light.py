@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.ends import Ends, PointEnd
+from pyro_sb.bridges.ends import Batch, Ends, PointEnd
 from pyro_sb.bridges.mixture_bridge import MixtureBridge
 from pyro_sb.ops.mixture import MixturePotential
 from pyro_sb.ops.moment_matching import Side, equal_weights, moment_step
@@ -108,20 +108,21 @@ class LightSB(MixtureBridge):
 
     def loss(self, ends: Ends, batch_size: int) -> Tensor:
         """Loss of a minibatch, in nats up to a constant."""
-        target, context = ends.target.batch(batch_size)
-        return self._likelihood(ends.source.batch(batch_size).points, target, context)
+        target = ends.target.batch(batch_size)
+        return self._likelihood(ends.source.batch(batch_size).points, target)
 
     def held_out_loss(self, ends: Ends) -> float:
         """Likelihood loss on held-out points: the same landscape whichever loss is trained on."""
-        target, context = ends.target.held_out(HELD_OUT)
+        target = ends.target.held_out(HELD_OUT)
         with torch.no_grad():
-            return float(self._likelihood(ends.source.held_out(len(target)).points, target, context))
+            return float(self._likelihood(ends.source.held_out(len(target.points)).points, target))
 
-    def _likelihood(self, source: Tensor, target: Tensor, context: Tensor | None) -> Tensor:
-        source, target, context = paired(source, target, context)
-        potential, y1 = self._lift(target, context)
-        y0 = self._lift(source, context)[1]
-        return likelihood_loss(potential, y0, y1)
+    def _likelihood(self, source: Tensor, target: Batch) -> Tensor:
+        source, target = paired(source, target)
+        potential, y1 = self._lift(target.points, target.context)
+        y0 = self._lift(source, target.context)[1]
+        own = None if target.context is None else target.weights  # source rows belong to contexts, or weigh the same
+        return likelihood_loss(potential, y0, y1, own, target.weights)
 
     def _adam_fit(
         self,
@@ -154,12 +155,13 @@ class LightSB(MixtureBridge):
             raise ValueError(f"num_steps must be at least 1, got {num_steps}. Omit it for 200.")
         history, best = FitHistory(), Best(list(self.parameters_of.parameters()))
         potential = self.parameters_of(None, self._epsilon)
+        points, weights = zip(source, target)
         best.offer(self.held_out_loss(ends))
         with interruptible(history, num_steps, type(self).__name__):
             for step in range(1, num_steps + 1):
                 potential = moment_step(potential, source, target, floor=self._floor)
                 self.parameters_of.set(potential, self._floor)
-                history.losses.append(float(likelihood_loss(potential, source.points, target.points, source, target)))
+                history.losses.append(float(likelihood_loss(potential, *points, *weights)))
                 history.validation_losses.append(self.held_out_loss(ends))
                 history.iterations = step
                 best.offer(history.validation_losses[-1])
@@ -208,8 +210,9 @@ class LightSBM(LightSB):
 
     def loss(self, ends: Ends, batch_size: int) -> Tensor:
         """Matching loss of a minibatch, in nats up to a constant."""
-        target, context = ends.target.batch(batch_size)
-        return matching_loss(self.parameters_of(context, self._epsilon), ends.source.batch(batch_size).points, target)
+        target = ends.target.batch(batch_size)
+        potential = self.parameters_of(target.context, self._epsilon)
+        return matching_loss(potential, ends.source.batch(batch_size).points, target.points)
 
     def _check_solver(self, solver: str) -> None:
         if solver != "adam":
@@ -217,13 +220,16 @@ class LightSBM(LightSB):
 
 
 def likelihood_loss(
-    potential: MixturePotential, y0: Tensor, y1: Tensor, source: Side | None = None, target: Side | None = None
+    potential: MixturePotential, y0: Tensor, y1: Tensor, weights0: Tensor | None = None, weights1: Tensor | None = None
 ) -> Tensor:
-    r"""The loss :math:`E \log c(y_0) - E \log v(y_1)`, weighted if sides are given; a mean over contexts if batched."""
+    r"""The loss :math:`E \log c(y_0) - E \log v(y_1)` under equal or given weights of the rows."""
     log_c, log_v = potential.normaliser().value(y0), potential.adjusted().value(y1)
-    left = log_c.mean() if source is None else source.weights @ log_c
-    right = log_v.mean() if target is None else target.weights @ log_v
-    return left - right
+    return weighted_mean(log_c, weights0) - weighted_mean(log_v, weights1)
+
+
+def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean over all entries, or their sum by weights ``(n,)``."""
+    return values.mean() if weights is None else weights / weights.sum() @ values.flatten()
 
 
 def matching_loss(potential: MixturePotential, y0: Tensor, y1: Tensor) -> Tensor:
@@ -243,14 +249,15 @@ def matching_loss(potential: MixturePotential, y0: Tensor, y1: Tensor) -> Tensor
     return LAST_TIME * (potential.drift(t, yt) - slope).square().sum(-1).mean() / (2 * potential.epsilon)
 
 
-def paired(source: Tensor, target: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def paired(source: Tensor, target: Batch) -> tuple[Tensor, Batch]:
     """Ends as they are without context; with one, a source row for each of its rows."""
-    if context is None:
-        return source, target, None
+    if target.context is None:
+        return source, target
     if len(source) == 1:
-        return source.expand_as(target), target, context
-    num = min(len(source), len(target))  # held-out ends may differ in size
-    return source[:num], target[:num], context[:num]
+        return source.expand_as(target.points), target
+    num = min(len(source), len(target.points))  # held-out ends may differ in size
+    weights = None if target.weights is None else target.weights[:num]
+    return source[:num], Batch(target.points[:num], target.context[:num], weights)
 
 
 def all_points(end: Any, num: int) -> Side:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pyro_sb.bridges.bass_dual import DualProblem
-from pyro_sb.bridges.ends import Ends
+from pyro_sb.bridges.ends import Batch, Ends
 from pyro_sb.bridges.inverse_pool import Pairs, Pool
-from pyro_sb.bridges.light import HELD_OUT, LightSB, all_points, paired
+from pyro_sb.bridges.light import HELD_OUT, LightSB, all_points, paired, weighted_mean
 from pyro_sb.bridges.light_alternating import LearnedMap, alternate
 from pyro_sb.distributions import Draws
 from pyro_sb.ops.mixture import MixturePotential
@@ -188,11 +188,11 @@ class LightSBBM(LightSB):
 
     def held_out_loss(self, ends: Ends) -> float:
         r""":math:`-G / \epsilon` on held-out points."""
-        target, context = ends.target.held_out(HELD_OUT)
+        if math.isinf(self.beta):
+            return super().held_out_loss(ends)
+        target = ends.target.held_out(HELD_OUT)
         with torch.no_grad():
-            if math.isinf(self.beta):
-                return super().held_out_loss(ends)
-            return -self._dual(ends.source.held_out(len(target)).points, target, context) / self._epsilon
+            return -self._dual(ends.source.held_out(len(target.points)).points, target) / self._epsilon
 
     @torch.no_grad()
     def dual(self, x0: Tensor, x1: Tensor) -> float:
@@ -201,28 +201,29 @@ class LightSBBM(LightSB):
             raise NotImplementedError(f"dual has no context, got context_dim = {self.context_dim}.")
         self._refuse_learned()
         z0, z1 = self._rows(x0, None)[0], self._rows(x1, None)[0]
-        return float(self.scale) ** 2 * self._dual(z0, z1, None)
+        return float(self.scale) ** 2 * self._dual(z0, Batch(z1))
 
-    def _dual(self, x0: Tensor, x1: Tensor, context: Tensor | None) -> float:
-        x0, x1, context = paired(x0, x1, context)
-        potential, points1 = self._lift(x1, context)
-        points0 = self._lift(x0, context)[1]
+    def _dual(self, source: Tensor, target: Batch) -> float:
+        source, target = paired(source, target)
+        potential, points1 = self._lift(target.points, target.context)
+        points0 = self._lift(source, target.context)[1]
         start, end = self._bass(potential, 0.0), self._bass(potential, 1.0)
         y0, y1 = start.inverse(points0), end.inverse(points1)
         if max(y0.residual, y1.residual) > 1e-2:
             return -math.inf  # the minimum was not found, and a value above it would flatter
-        return float(end.objective(y1.points, points1).mean() - start.objective(y0.points, points0).mean())
+        own = None if target.context is None else target.weights
+        value = weighted_mean(end.objective(y1.points, points1), target.weights)
+        return float(value - weighted_mean(start.objective(y0.points, points0), own))
 
     @torch.no_grad()
     def _inverted(self, ends: Ends, num: int) -> Pairs:
         """Points of both sides with their exact inverses."""
-        target, context = ends.target.batch(num)
-        x0, x1, context = paired(ends.source.batch(num).points, target, context)
-        potential, points1 = self._lift(x1, context)
-        points0 = self._lift(x0, context)[1]
+        source, target = paired(ends.source.batch(num).points, ends.target.batch(num))
+        potential, points1 = self._lift(target.points, target.context)
+        points0 = self._lift(source, target.context)[1]
         y0 = self._bass(potential, 0.0).inverse(points0, tolerance=POOL_TOLERANCE).points
         y1 = self._bass(potential, 1.0).inverse(points1, tolerance=POOL_TOLERANCE).points
-        return Pairs(points0, y0, points1, y1, context)
+        return Pairs(points0, y0, points1, y1, target.context)
 
     @torch.no_grad()
     def _batch_fit(self, ends: Ends, num_steps: int, num_draws: int) -> FitHistory:
@@ -265,7 +266,7 @@ class LightSBBM(LightSB):
         if solver != "dual":
             raise ValueError(f'beta="auto" needs solver="dual", got {solver!r}. Give beta a number.')
         scores, history = {}, FitHistory()
-        judge, rows = ends.target.held_out(HELD_OUT)
+        judge = ends.target.held_out(HELD_OUT)
         base = ends.source.held_out(HELD_OUT).points
         for beta in CANDIDATES:
             self.beta, self._pool, self.learned_map = beta, None, None
@@ -276,11 +277,15 @@ class LightSBBM(LightSB):
             if history.interrupted:
                 return history
             with torch.no_grad():
-                scores[beta] = self._mean_log_prob(judge, base, rows)
-        best = max(scores.values(), key=lambda score: float(score.mean()))
+                scores[beta] = self._mean_log_prob(judge.points, base, judge.context)
+        weights = judge.weights if judge.weights is not None else judge.points.new_full((len(judge.points),), 1.0)
+        weights = weights / weights.sum()
+        best = max(scores.values(), key=lambda score: float(weights @ score))
         gaps = {beta: best - score for beta, score in scores.items()}
-        self.beta = max(b for b, gap in gaps.items() if float(gap.mean()) <= float(gap.std()) / math.sqrt(len(gap)))
-        self.scores = {beta: float(score.mean() - self.dim * self.scale.log()) for beta, score in scores.items()}
+        errors = {beta: float(weights.square() @ (gap - weights @ gap).square()) ** 0.5 for beta, gap in gaps.items()}
+        self.beta = max(beta for beta, gap in gaps.items() if float(weights @ gap) <= errors[beta])
+        unit = self.dim * self.scale.log()
+        self.scores = {beta: float(weights @ score - unit) for beta, score in scores.items()}
         return history
 
     def draws_rows(self, num: int, context: Tensor | None) -> Draws:

@@ -131,7 +131,8 @@ class MixtureBridge(Bridge):
         """The same of a fitted bridge, whose parameters take no gradient: densities pass it to points alone."""
         with torch.no_grad():
             potential = self._lift(z, context)[0]
-        potential = MixturePotential(*(value.detach() for value in potential[:3]), potential.epsilon)
+        log_weights, locs, scales, epsilon = potential
+        potential = MixturePotential(log_weights.detach(), locs.detach(), scales.detach(), epsilon)
         return potential, z if context is None else z[:, None, :]
 
     def _bass(self, potential: MixturePotential, t: float | Tensor) -> BassMap:
