@@ -106,15 +106,18 @@ def test_a_fit_that_still_falls_warns_with_its_figure_and_the_knob():
     assert not history.converged
 
 
-def test_a_loss_that_is_not_finite_raises_and_puts_the_checked_parameters_back():
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_a_loss_that_is_not_finite_raises_and_puts_the_checked_parameters_back(keep_best):
     x, checked, steps = parameter(3.0), [], iter(range(1, 100))
 
     def loss():
         return x**2 * (math.nan if next(steps) == 37 else 1.0)
 
+    held_out = iter([1.0, 2.0, 3.0])  # the last checked, not the best, where the best is not asked for
     with pytest.raises(RuntimeError, match=r"finite, got nan at step 37.*learning_rate \(now 0\.05\)"):
-        quiet([x], loss, num_checks=10, on_check=lambda: checked.append(float(x.detach())))
-    assert float(x.detach()) == checked[-1] and len(checked) == 3
+        options = {"validate": lambda: next(held_out), "keep_best": keep_best}
+        quiet([x], loss, num_checks=10, on_check=lambda: checked.append(float(x.detach())), **options)
+    assert float(x.detach()) == checked[0 if keep_best else 2] and len(checked) == 3
 
 
 def test_a_loss_that_is_not_finite_at_once_leaves_the_start():

@@ -193,6 +193,7 @@ def test_path_weights_correct_given_a_context():
 # Oracles of the fit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make, steps", [(LightSB, 500), (LightSBM, 500)])
 def test_a_known_plan_is_found(make, steps):
     pair = make_pair(2, 1.0, seed=0)
