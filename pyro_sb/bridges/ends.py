@@ -144,7 +144,7 @@ def read_ends(
     if isinstance(source, Distribution):
         check_law("source", source, wanted.dim)
     elif source is not None:
-        source = as_draws("source", source, wanted.dim, like=points)
+        source = read_source(source, wanted.dim, points)
     units = read_units(points, row_weights)
     if wanted.full:
         check_conditioning(points, row_weights)
@@ -184,4 +184,16 @@ def _source_end(source: Any, units: Units, held_out: float) -> LawEnd | DrawsEnd
         return PointEnd(torch.zeros_like(units.location)[None])
     if isinstance(source, Distribution):
         return LawEnd(source, units)
-    return DrawsEnd(units.to(source), None, None, held_out)
+    return PointEnd(units.to(source)) if len(source) == 1 else DrawsEnd(units.to(source), None, None, held_out)
+
+
+def read_source(source: Any, dim: int, like: Tensor) -> Tensor:
+    """A point ``(dim,)`` as one row, or draws ``(N, dim)``."""
+    point = torch.as_tensor(source).to(like)
+    if point.shape != (dim,):
+        return as_draws("source", source, dim, like=like)
+    if not bool(torch.isfinite(point).all()):
+        raise ValueError(
+            f"source must be finite, got the point {point.tolist()}. Write the place that bridges leave from."
+        )
+    return point[None]

@@ -77,7 +77,8 @@ class LightSB(MixtureBridge):
 
         Args:
             target: Draws ``(N, dim)``, or a distribution, which gives fresh draws at every step.
-            source: Draws or a distribution. Omitted: the point at the target's mean. Independent of the context.
+            source: Draws ``(N, dim)``, a distribution, or a point ``(dim,)``. Omitted: the point at the target's mean.
+                Independent of the context.
             context: Contexts of the target's draws. Shape ``(N, context_dim)``.
             weights: Non-negative weights of the target's draws. Shape ``(N,)``.
             progress: Show a bar.

@@ -10,9 +10,9 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import Bridge, as_draws
+from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.conditioning import condition_mixture
-from pyro_sb.bridges.ends import DrawsEnd, Ends, Wanted, read_ends
+from pyro_sb.bridges.ends import DrawsEnd, Ends, Wanted, read_ends, read_source
 from pyro_sb.bridges.mixture_checks import Units
 from pyro_sb.bridges.mixture_parameters import COVARIANCES, MixtureParameters
 from pyro_sb.bridges.mixture_start import MAX_POINTS, cluster_start
@@ -82,9 +82,11 @@ class MixtureBridge(Bridge):
         self.location, self.scale = units
         self.context_location, self.context_scale = contexts
         self.source = source if isinstance(source, Distribution) else None
-        points = None if source is None or self.source is not None else as_draws("source", source, self.dim)
-        self.source_points = units.location.new_empty(0) if points is None else points.to(units.location)
-        self._source_kind = "point" if source is None else "draws" if self.source is None else "law"
+        if self.source is not None:
+            self.source_points, self._source_kind = units.location.new_empty(0), "law"
+        else:
+            points = units.location[None] if source is None else read_source(source, self.dim, units.location)
+            self.source_points, self._source_kind = points, "point" if len(points) == 1 else "draws"
         return ends
 
     @property
@@ -236,7 +238,7 @@ class MixtureBridge(Bridge):
         if observed.dim() == 0 or observed.shape[-1] != len(axes):
             raise ValueError(f"observed must have shape (*batch, {len(axes)}), got {tuple(observed.shape)}.")
         potential = self.parameters_of(None, self._epsilon)
-        y0 = torch.zeros_like(like) if x0 is None else self._units.to(torch.as_tensor(x0).to(like))
+        y0 = self._units.to(self.source_points[0] if x0 is None else torch.as_tensor(x0).to(like))
         gates, locs, covariances = potential.plan_components(y0)
         locs, covariances = self._units.back(locs), self.scale**2 * covariances
         return condition_mixture(gates, locs, covariances, axes, observed)
@@ -384,7 +386,7 @@ class MixtureBridge(Bridge):
         """Log density of points, from a point as source."""
         if self.density != "marginal":
             return super().log_prob_rows(x, context)
-        return self.plan_log_prob_rows(x, self.location.expand(len(x), -1), context)
+        return self.plan_log_prob_rows(x, self.source_points.expand(len(x), -1), context)
 
     def plan_log_prob_rows(self, x: Tensor, x0: Tensor, context: Tensor | None) -> Tensor:
         r"""Log density of the plan, by change of variables through the Bass map.
@@ -428,7 +430,7 @@ class MixtureBridge(Bridge):
     def _start(self, num: int) -> Tensor:
         """Source points in the user's units."""
         if self._source_kind == "point":
-            return self.location.expand(num, -1)
+            return self.source_points.expand(num, -1)
         if self._source_kind == "draws":
             index = torch.randint(len(self.source_points), (num,), device=self.location.device)
             return self.source_points[index]

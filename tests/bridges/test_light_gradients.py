@@ -73,3 +73,20 @@ def test_the_state_at_time_one_half_lies_between():
     assert bool(((middle.var(0) - states[1].var(0)).abs() < 6 * spread).all())
     with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
         bridge.transport(x0, t=1.5)
+
+
+@pytest.mark.parametrize("beta", [4.0, float("inf")])
+def test_a_point_may_be_named_as_the_source(beta):
+    draws, point = torch.randn(400, 2, **F64), torch.tensor([1.5, -0.5], **F64)
+    bridge = LightSBBM(2, num_components=3, beta=beta)
+    bridge.fit(draws, point, num_steps=50, progress=False)
+    assert bridge.density == "marginal"
+    times, states = bridge.paths(5, 3)
+    assert torch.allclose(states[0], point.expand(5, 2), atol=1e-9)
+    x = torch.randn(4, 2, **F64)
+    torch.testing.assert_close(bridge().log_prob(x), bridge.plan(point).log_prob(x))
+    nodes = torch.linspace(-8, 8, 161, **F64)
+    mass = bridge().log_prob(torch.cartesian_prod(nodes, nodes)).exp().sum() * 0.1**2
+    assert abs(mass - 1) < 1e-6
+    with pytest.raises(ValueError, match="finite"):
+        bridge.fit(draws, torch.tensor([float("nan"), 0.0]), progress=False)
