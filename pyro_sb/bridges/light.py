@@ -3,7 +3,7 @@
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from pyro_sb.ops.moment_matching import Side, equal_weights, moment_step
 from pyro_sb.training import Best, FitHistory, interruptible, train
 
 HELD_OUT = 2048  # points that the validation loss is read from
-SOLVERS = ("adam", "em")
 LAST_TIME, NUM_TIMES = 0.99, 32  # of bridge matching: the papers' cut, and the times that a minibatch shares
 
 
@@ -55,6 +54,8 @@ class LightSB(MixtureBridge):
         torch.Size([4, 2])
     """
 
+    solvers: tuple[str, ...] = ("adam", "em")
+
     def fit(
         self,
         target: Any,
@@ -67,7 +68,7 @@ class LightSB(MixtureBridge):
         num_steps: int | None = None,
         batch_size: int = 512,
         learning_rate: float | None = None,
-        solver: str = "adam",
+        solver: str | None = None,
         held_out: float = 0.1,
         num_draws: int = 20_000,
     ) -> FitHistory:
@@ -83,25 +84,28 @@ class LightSB(MixtureBridge):
             weights: Non-negative weights of the target's draws. Shape ``(N,)``.
             progress: Show a bar.
             checkpoint: Path that the bridge is saved to at the end, and at every check of Adam's.
-            num_steps: Updates. Omitted: 5000 of Adam, 200 of EM.
+            num_steps: Updates. Omitted: 5000 of Adam, 200 moment steps, 10,000 of the alternation's two nets together.
             batch_size: Points of each side an update.
             learning_rate: Of Adam's first update, in units of the target's standard deviation. Omitted: 5e-3, or 2e-3
                 for a network.
-            solver: ``"adam"``, or ``"em"``: moment steps on all draws at once, fast on small data.
+            solver: Of `LightSB`, ``"adam"`` (default), or ``"em"``: moment steps on all draws at once, fast on small
+                data. Of `LightSBM`, ``"adam"``. Of `LightSBBM`, ``"dual"`` (default): Adam at inverse-mapped
+                minibatches, one warm Newton step each; ``"batch"``: moment steps with a line search on the dual of all
+                draws, for small exact problems; or ``"alternating"``: the paper's algorithm with a learnt inverse,
+                which loses the density.
             held_out: Share of the draws that the fit is judged by, in [0, 1); 0 judges by all of them.
             num_draws: How many draws of a distribution the units and EM are read from.
 
         Returns:
-            Training and held-out losses in nats, lowest is best; whether they had settled.
+            Training and held-out losses in nats, lowest is best; whether they had settled. `LightSBBM`'s are
+            :math:`-G / \epsilon`, comparable within one beta; as residuals its batch solver gives the ascent a step.
         """
         begun = time.perf_counter()
-        self._check_solver(solver)
+        options = Options(
+            self._read_solver(solver), num_steps, batch_size, learning_rate, num_draws, progress, checkpoint
+        )
         ends = self._read(target, source, context, weights, num_draws, held_out)
-        self._begin(ends)
-        if solver == "em":
-            history = self._moment_fit(ends, 200 if num_steps is None else num_steps, num_draws)
-        else:
-            history = self._adam_fit(ends, num_steps, batch_size, learning_rate, progress, checkpoint)
+        history = self._solve(ends, options)
         if checkpoint is not None:
             self.save(checkpoint)
         history.seconds = time.perf_counter() - begun
@@ -125,35 +129,31 @@ class LightSB(MixtureBridge):
         own = None if target.context is None else target.weights  # source rows belong to contexts, or weigh the same
         return likelihood_loss(potential, y0, y1, own, target.weights)
 
-    def _adam_fit(
-        self,
-        ends: Ends,
-        num_steps: int | None,
-        batch_size: int,
-        learning_rate: float | None,
-        progress: bool,
-        checkpoint: str | Path | None,
-    ) -> FitHistory:
+    def _solve(self, ends: Ends, options: "Options") -> FitHistory:
+        """Start, and learn by the solver asked for."""
+        self._begin(ends)
+        return self._moment_fit(ends, options) if options.solver == "em" else self._adam_fit(ends, options)
+
+    def _adam_fit(self, ends: Ends, options: "Options") -> FitHistory:
         finite = not ends.target.fresh
         return train(
             self.parameters_of.parameters(),
-            lambda: self.loss(ends, batch_size),
-            num_steps=5000 if num_steps is None else num_steps,
-            learning_rate=(2e-3 if self.context_dim else 5e-3) if learning_rate is None else learning_rate,
+            lambda: self.loss(ends, options.batch_size),
+            num_steps=options.steps(5000),
+            learning_rate=options.rate(2e-3 if self.context_dim else 5e-3),
             validate=lambda: self.held_out_loss(ends),
             keep_best=finite,
             patience=10 if finite else None,
-            progress=progress,
+            progress=options.progress,
             description=type(self).__name__,
-            on_check=self._save_checkpoint(checkpoint),
+            on_check=self._save_checkpoint(options.checkpoint),
         )
 
     @torch.no_grad()
-    def _moment_fit(self, ends: Ends, num_steps: int, num_draws: int) -> FitHistory:
+    def _moment_fit(self, ends: Ends, options: "Options") -> FitHistory:
         """Moment steps on all draws until the held-out loss stops falling."""
-        source, target = all_points(ends.source, num_draws), all_points(ends.target, num_draws)
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}. Omit it for 200.")
+        source, target = (all_points(end, options.num_draws) for end in ends)
+        num_steps = options.steps(200)
         history, best = FitHistory(), Best(list(self.parameters_of.parameters()))
         potential = self.parameters_of(None, self._epsilon)
         points, weights = zip(source, target)
@@ -179,11 +179,16 @@ class LightSB(MixtureBridge):
             )
         return history
 
-    def _check_solver(self, solver: str) -> None:
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {list(SOLVERS)}, got {solver!r}.")
-        if solver == "em" and self.context_dim:
-            raise ValueError('solver="em" has no network, got context_dim > 0. Write solver="adam".')
+    def _read_solver(self, solver: str | None) -> str:
+        """The solver's name; the class's default if there is none, an error if it is not one of the class's."""
+        solver = self.solvers[0] if solver is None else solver
+        if solver not in self.solvers:
+            raise ValueError(f"{type(self).__name__}'s solver must be one of {list(self.solvers)}, got {solver!r}.")
+        if solver != self.solvers[0] and self.context_dim:
+            raise ValueError(
+                f'solver="{solver}" has no network, got context_dim > 0. Write solver="{self.solvers[0]}".'
+            )
+        return solver
 
 
 class LightSBM(LightSB):
@@ -209,15 +214,36 @@ class LightSBM(LightSB):
         torch.Size([4, 1])
     """
 
+    solvers = ("adam",)
+
     def loss(self, ends: Ends, batch_size: int) -> Tensor:
         """Matching loss of a minibatch, in nats up to a constant."""
         target = ends.target.batch(batch_size)
         potential = self.parameters_of(target.context, self._epsilon)
         return matching_loss(potential, ends.source.batch(batch_size).points, target.points)
 
-    def _check_solver(self, solver: str) -> None:
-        if solver != "adam":
-            raise ValueError(f'solver must be "adam" for {type(self).__name__}, got {solver!r}. LightSB has "em".')
+
+class Options(NamedTuple):
+    """How a fit is to learn; None where the solver's own default holds."""
+
+    solver: str
+    num_steps: int | None
+    batch_size: int
+    learning_rate: float | None
+    num_draws: int
+    progress: bool
+    checkpoint: str | Path | None
+
+    def steps(self, default: int) -> int:
+        """Updates to make."""
+        steps = default if self.num_steps is None else self.num_steps
+        if steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {steps}. Omit it for {default}.")
+        return steps
+
+    def rate(self, default: float) -> float:
+        """Learning rate of the first update."""
+        return default if self.learning_rate is None else self.learning_rate
 
 
 def likelihood_loss(

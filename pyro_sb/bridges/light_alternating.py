@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_sb.bridges.ends import Ends
-from pyro_sb.bridges.light import matching_loss
+from pyro_sb.bridges.light import Options, matching_loss
 from pyro_sb.nn import TimeNet
 from pyro_sb.training import FitHistory, train
 
@@ -21,9 +21,7 @@ class LearnedMap(TimeNet):
     """Network in place of the inverse :math:`Y_t(x)`."""
 
 
-def alternate(
-    bridge: "LightSBBM", ends: Ends, num_steps: int, batch_size: int, learning_rate: float, progress: bool
-) -> FitHistory:
+def alternate(bridge: "LightSBBM", ends: Ends, options: Options) -> FitHistory:
     r"""Algorithm 1 of arXiv 2601.19312.
 
     From :math:`Z = \mathrm{id}`, ``NUM_STAGES`` times
@@ -35,8 +33,14 @@ def alternate(
     """
     learned, history = bridge.learned_map, FitHistory(converged=True)
     assert learned is not None
-    mapped, steps = False, max(1, num_steps // (2 * NUM_STAGES))
-    options: dict[str, Any] = {"num_steps": steps, "progress": progress, "tolerance": float("inf"), "num_checks": 4}
+    mapped, batch_size = False, options.batch_size
+    steps = max(1, options.steps(10_000) // (2 * NUM_STAGES))
+    shared: dict[str, Any] = {
+        "num_steps": steps,
+        "progress": options.progress,
+        "tolerance": float("inf"),
+        "num_checks": 4,
+    }
 
     def matching() -> Tensor:
         x0 = ends.source.batch(batch_size).points.expand(batch_size, -1)
@@ -58,13 +62,13 @@ def alternate(
         return errors[0] + errors[1]
 
     halves = (
-        ("matching", bridge.parameters_of, matching, learning_rate, history.losses),
+        ("matching", bridge.parameters_of, matching, options.rate(5e-3), history.losses),
         ("inverse", learned, inverting, MAP_LEARNING_RATE, history.residuals),
     )
     for stage in range(NUM_STAGES):
         for name, module, loss, rate, record in halves:
             part = train(
-                module.parameters(), loss, learning_rate=rate, description=f"{name}, stage {stage + 1}", **options
+                module.parameters(), loss, learning_rate=rate, description=f"{name}, stage {stage + 1}", **shared
             )
             record += part.losses
             history.iterations += part.iterations

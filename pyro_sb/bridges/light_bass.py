@@ -1,9 +1,7 @@
 """The light Schrödinger-Bass bridge: drift and volatility from one Gaussian mixture, by ascent on one dual."""
 
 import math
-import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 from pyro_sb.bridges.bass_dual import DualProblem
 from pyro_sb.bridges.ends import Batch, Ends
 from pyro_sb.bridges.inverse_pool import Pairs, Pool
-from pyro_sb.bridges.light import HELD_OUT, LightSB, all_points, paired, weighted_mean
+from pyro_sb.bridges.light import HELD_OUT, LightSB, Options, all_points, paired, weighted_mean
 from pyro_sb.bridges.light_alternating import LearnedMap, alternate
 from pyro_sb.distributions import Draws
 from pyro_sb.ops.mixture import MixturePotential
@@ -24,7 +22,6 @@ POOL_TOLERANCE = 1e-3  # of their inverses: the step before each use squares it
 PRODUCTS = 8  # Hessian products of that step where d is large
 START_POINTS, START_STEPS = 2048, 30  # of the ascent that the fit starts with
 CANDIDATES = (2.0, 5.0, 20.0, 100.0, math.inf)  # of beta="auto"
-SOLVERS = ("dual", "batch", "alternating")
 
 
 class LightSBBM(LightSB):
@@ -73,6 +70,8 @@ class LightSBBM(LightSB):
         torch.Size([4, 1, 1])
     """
 
+    solvers = ("dual", "batch", "alternating")
+
     def __init__(
         self,
         dim: int,
@@ -105,69 +104,22 @@ class LightSBBM(LightSB):
         """As `LightSB`'s; None after the alternating solver, whose inverse is learnt and so not exact."""
         return None if self.learned_map is not None else super().density
 
-    def fit(
-        self,
-        target: Any,
-        source: Any = None,
-        *,
-        context: Any = None,
-        weights: Any = None,
-        progress: bool = True,
-        checkpoint: str | Path | None = None,
-        num_steps: int | None = None,
-        batch_size: int = 512,
-        learning_rate: float | None = None,
-        solver: str = "dual",
-        held_out: float = 0.1,
-        num_draws: int = 20_000,
-    ) -> FitHistory:
-        r"""Fit the potential. Losses are :math:`-G / \epsilon`, in nats: compare them within one beta.
-
-        Args:
-            target: As in `LightSB.fit`.
-            source: As there.
-            context: As there.
-            weights: As there.
-            progress: Show a bar.
-            checkpoint: Path that the bridge is saved to at the end, and at every check of the dual solver's.
-            num_steps: Updates. Omitted: 5000 (``"dual"``), 200 (``"batch"``), 10,000 (``"alternating"``, both nets
-                together).
-            batch_size: Points of each side an update.
-            learning_rate: As there.
-            solver: ``"dual"``: Adam at inverse-mapped minibatches, one warm Newton step each. ``"batch"``: moment steps
-                with a line search on G of all draws, for small exact problems. ``"alternating"``: the paper's algorithm
-                with a learnt inverse, for comparison; it loses the density.
-            held_out: As there.
-            num_draws: As there.
-
-        Returns:
-            Losses of training and held-out draws; for the batch solver its ascent of G and, as residuals, the falls.
-        """
-        begun = time.perf_counter()
-        self._check_solver(solver)
-        ends = self._read(target, source, context, weights, num_draws, held_out)
+    def _solve(self, ends: Ends, options: Options) -> FitHistory:
+        """Choose beta if that was asked, start, and learn by the solver asked for."""
         if self._asked_beta == "auto":
-            chosen = self._choose_beta(
-                ends, max(1, (5000 if num_steps is None else num_steps) // 5), batch_size, solver
-            )
+            chosen = self._choose_beta(ends, options)
             if chosen.interrupted:
                 return chosen
         self._pool, self.learned_map = None, None
-        if solver == "alternating":
+        if options.solver == "alternating":
             self.learned_map = LearnedMap(self.dim).to(self.location)
         self._begin(ends)
-        if solver == "batch":
-            history = self._batch_fit(ends, 200 if num_steps is None else num_steps, num_draws)
-        elif solver == "alternating":
-            num_steps = 10_000 if num_steps is None else num_steps
-            learning_rate = 5e-3 if learning_rate is None else learning_rate
-            history = alternate(self, ends, num_steps, batch_size, learning_rate, progress)
-        else:
-            history = self._adam_fit(ends, num_steps, batch_size, learning_rate, progress, checkpoint)
-            self._pool = None
-        if checkpoint is not None:
-            self.save(checkpoint)
-        history.seconds = time.perf_counter() - begun
+        if options.solver == "batch":
+            return self._batch_fit(ends, options)
+        if options.solver == "alternating":
+            return alternate(self, ends, options)
+        history = self._adam_fit(ends, options)
+        self._pool = None
         return history
 
     def loss(self, ends: Ends, batch_size: int) -> Tensor:
@@ -226,11 +178,10 @@ class LightSBBM(LightSB):
         return Pairs(points0, y0, points1, y1, target.context)
 
     @torch.no_grad()
-    def _batch_fit(self, ends: Ends, num_steps: int, num_draws: int) -> FitHistory:
-        """Moment steps at inverse points, each as long as G of all draws allows."""
-        problem = DualProblem(all_points(ends.source, num_draws), all_points(ends.target, num_draws), self.beta)
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}. Omit it for 200.")
+    def _batch_fit(self, ends: Ends, options: Options) -> FitHistory:
+        """Moment steps at inverse points, each as long as G of all draws allows; the best by held-out G is kept."""
+        source, target = (all_points(end, options.num_draws) for end in ends)
+        problem, num_steps = DualProblem(source, target, self.beta), options.steps(200)
         history, best = FitHistory(), Best(list(self.parameters_of.parameters()))
         state = problem.at(self.parameters_of(None, self._epsilon))
         best.offer(self.held_out_loss(ends))
@@ -261,10 +212,9 @@ class LightSBBM(LightSB):
             )
         return history
 
-    def _choose_beta(self, ends: Ends, num_steps: int, batch_size: int, solver: str) -> FitHistory:
+    def _choose_beta(self, ends: Ends, options: Options) -> FitHistory:
         """Take the largest candidate whose held-out likelihood is within a standard error of the best one's."""
-        if solver != "dual":
-            raise ValueError(f'beta="auto" needs solver="dual", got {solver!r}. Give beta a number.')
+        short = options._replace(num_steps=max(1, options.steps(5000) // 5), checkpoint=None, progress=False)
         scores, history = {}, FitHistory()
         judge = ends.target.held_out(HELD_OUT)
         base = ends.source.held_out(HELD_OUT).points
@@ -273,7 +223,7 @@ class LightSBBM(LightSB):
             self._begin(ends)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*has not converged", RuntimeWarning)  # a short run need not
-                history = self._adam_fit(ends, num_steps, batch_size, None, False, None)
+                history = self._adam_fit(ends, short)
             if history.interrupted:
                 return history
             with torch.no_grad():
@@ -357,10 +307,10 @@ class LightSBBM(LightSB):
                 'inverse is a network. Fit with solver="dual".'
             )
 
-    def _check_solver(self, solver: str) -> None:
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {list(SOLVERS)}, got {solver!r}.")
-        if solver != "dual" and self.context_dim:
-            raise ValueError(f'solver={solver!r} has no context, got context_dim > 0. Write solver="dual".')
+    def _read_solver(self, solver: str | None) -> str:
+        solver = super()._read_solver(solver)
+        if self._asked_beta == "auto" and solver != "dual":
+            raise ValueError(f'beta="auto" needs solver="dual", got {solver!r}. Give beta a number.')
         if solver == "alternating" and math.isinf(self.beta):
             raise ValueError('solver="alternating" needs a finite beta, got inf. Use LightSBM.')
+        return solver

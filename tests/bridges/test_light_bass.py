@@ -400,7 +400,7 @@ def test_bad_choices_are_refused():
     with pytest.raises(ValueError, match="solver must be one of .*'dual', 'batch', 'alternating'.*'em'"):
         LightSBBM(2, 3).fit(target, solver="em", progress=False)
     for solver in ("batch", "alternating"):
-        with pytest.raises(ValueError, match=f"solver='{solver}' has no context"):
+        with pytest.raises(ValueError, match=f'solver="{solver}" has no network'):
             LightSBBM(2, 3, context_dim=1).fit(target, context=context, solver=solver, progress=False)
     with pytest.raises(ValueError, match="needs a finite beta, got inf. Use LightSBM"):
         LightSBBM(2, 3, beta=math.inf).fit(target, solver="alternating", progress=False)
