@@ -105,7 +105,7 @@ def exact_twin(bridge: LightSB, pair: Pair) -> LightSBBM:
     twin = schroedinger_bass(pair, bridge.beta)
     kept = {key: v for key, v in bridge.state_dict().items() if "extra_state" not in key and "learned_map" not in key}
     twin.load_state_dict(kept, strict=False)
-    twin.set_extra_state({"source_kind": "law", "beta": bridge.beta, "learned": False})
+    twin.set_extra_state(twin.get_extra_state() | {"source_kind": "law"})
     twin.source = pair.source
     if getattr(bridge, "learned_map", None) is not None:
         twin.parameters_of.set(twin.parameters_of(None, twin._epsilon), twin._floor)
