@@ -355,7 +355,7 @@ def main() -> None:
     if not asked.report:
         run_all(store, pairs, asked.seeds, asked.seconds)
     report = Report(store, pairs, asked.seeds)
-    title = header(f"Planar pairs, {asked.seeds} seeds, {asked.seconds:g} CPU s of training", 0)
+    title = header(f"Light bridges on planar pairs, {asked.seconds:g} CPU s of training", 0)
     write(asked.name, f"{title}\n{NOTE}\n{report.text()}")
     picture(report, asked.name)
 
