@@ -448,8 +448,8 @@ def search_text(kept: Kept) -> str:
                 f"{SIZE['search']} updates each. Log likelihood of {2 * SIZE['held']:,} held-out draws at beta = inf, "
                 "and what a finite beta gains, in nats a draw with paired standard errors. Where the first seed's best "
                 f"beta gained, or its worst lost, more than {CLEAR:g} standard errors, it was fitted again on a second "
-                "seed: it wins or loses where that is so there too. beta = 100 is nearly inf: a gain as large there is "
-                "that of a better start (the dual solver's ascent), not of volatility."
+                "seed: it wins or loses where that is so there too. Where components are wide (J = 2), beta = 100 is "
+                "nearly inf: a gain as large there is a better start's or optimum's, not volatility's."
             ),
             table([*columns, "second seed: best", "worst"], rows),
             f"\nOf {len(rows)} laws and sizes a finite beta wins in {wins} and a badly chosen one loses in {losses}.",
