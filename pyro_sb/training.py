@@ -128,6 +128,8 @@ def train(
     optimiser = torch.optim.Adam(parameters, learning_rate, foreach=True)
     best, every = Best(parameters), max(1, num_steps // num_checks)
     recent, stale = 0.0, 0
+    if keep_best and validate is not None:
+        best.offer(validate())
     bar = tqdm(range(1, num_steps + 1), desc=description, disable=not progress, leave=False)
     with interruptible(history, num_steps, description):
         for step in bar:

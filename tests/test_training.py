@@ -10,6 +10,11 @@ from torch import nn
 from pyro_sb.training import Best, FitHistory, cosine, train
 
 
+def judged(keep_best, *losses):
+    """Held-out losses in turn; where the best is kept, the start is judged first, and is the worst."""
+    return iter([9.0] * keep_best + list(losses))
+
+
 def parameter(value=1.0):
     return nn.Parameter(torch.tensor(value, dtype=torch.float64))
 
@@ -57,7 +62,7 @@ def test_the_gradient_is_clipped_over_all_parameters():
 
 @pytest.mark.parametrize("keep_best", [True, False])
 def test_of_finite_data_the_lowest_validation_loss_is_kept(keep_best):
-    x, losses = parameter(0.0), iter([3.0, 1.0, 2.0, 2.0])
+    x, losses = parameter(0.0), judged(keep_best, 3.0, 1.0, 2.0, 2.0)
     seen = []
 
     def validate():
@@ -68,11 +73,17 @@ def test_of_finite_data_the_lowest_validation_loss_is_kept(keep_best):
         [x], lambda: (x - 5) ** 2, num_steps=40, num_checks=4, validate=validate, keep_best=keep_best, tolerance=9.0
     )
     assert history.validation_losses == [3.0, 1.0, 2.0, 2.0]
-    assert float(x.detach()) == seen[1 if keep_best else 3]
+    assert float(x.detach()) == seen[2 if keep_best else 3]
+
+
+def test_a_start_that_nothing_betters_is_kept():
+    x, losses = parameter(0.0), iter([1.0, 2.0, 3.0, 2.0, 2.0])
+    quiet([x], lambda: (x - 5) ** 2, num_steps=40, num_checks=4, validate=lambda: next(losses), keep_best=True)
+    assert float(x.detach()) == 0.0
 
 
 def test_patience_ends_a_fit_that_no_longer_falls():
-    x, losses = parameter(), iter([3.0, 1.0, 2.0, 2.0, 2.0, 0.0])
+    x, losses = parameter(), judged(True, 3.0, 1.0, 2.0, 2.0, 2.0, 0.0)
     history = quiet(
         [x], lambda: x**2, num_steps=60, num_checks=6, validate=lambda: next(losses), keep_best=True, patience=3
     )
@@ -113,7 +124,7 @@ def test_a_loss_that_is_not_finite_raises_and_puts_the_checked_parameters_back(k
     def loss():
         return x**2 * (math.nan if next(steps) == 37 else 1.0)
 
-    held_out = iter([1.0, 2.0, 3.0])  # the last checked, not the best, where the best is not asked for
+    held_out = judged(keep_best, 1.0, 2.0, 3.0)  # the last checked, not the best, where the best is not asked for
     with pytest.raises(RuntimeError, match=r"finite, got nan at step 37.*learning_rate \(now 0\.05\)"):
         options = {"validate": lambda: next(held_out), "keep_best": keep_best}
         quiet([x], loss, num_checks=10, on_check=lambda: checked.append(float(x.detach())), **options)
@@ -137,7 +148,7 @@ def test_ctrl_c_keeps_what_was_learnt_and_says_so(keep_best):
         seen.append(float(x.detach()))
         return (x - 1) ** 2
 
-    held_out = iter([5.0, 1.0, 2.0, 3.0])
+    held_out = judged(keep_best, 5.0, 1.0, 2.0, 3.0)
     with pytest.warns(RuntimeWarning, match="interrupted: 45 of 100 updates of mine"):
         history = quiet(
             [x], loss, num_checks=10, validate=lambda: next(held_out), keep_best=keep_best, description="mine"

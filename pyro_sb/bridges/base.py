@@ -1,5 +1,6 @@
 """The noun of the package: a bridge is fitted on draws and called on a context."""
 
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Bridge(nn.Module):
         super().__init__()
         if dim < 1 or context_dim < 0:
             raise ValueError(f"dim must be at least 1 and context_dim at least 0, got {dim} and {context_dim}.")
-        self.dim, self.context_dim = dim, context_dim
+        self.dim, self.context_dim = index(dim), index(context_dim)
 
     def fit(
         self,

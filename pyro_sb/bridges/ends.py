@@ -111,10 +111,30 @@ class DrawsEnd:
 
 
 class Ends(NamedTuple):
-    """What a fit learns from, in the bridge's units."""
+    """What a fit learns from, each side centred on its own mean: plans and Bass maps do not feel one side's shift."""
 
     source: LawEnd | DrawsEnd | PointEnd
     target: LawEnd | DrawsEnd
+
+
+class Reading(NamedTuple):
+    """What was read from the data.
+
+    Args:
+        ends: Both sides in the bridge's units.
+        units: Those of the target.
+        source_location: Mean of the source. Shape ``(dim,)``.
+        source_variance: Its variance, averaged over the axes, in the bridge's units.
+        deviations: The target's standard deviations, in the bridge's units. Shape ``(dim,)``.
+        contexts: Mean and standard deviation of the contexts. Shape ``(context_dim,)``.
+    """
+
+    ends: Ends
+    units: Units
+    source_location: Tensor
+    source_variance: float
+    deviations: Tensor
+    contexts: tuple[Tensor, Tensor]
 
 
 class Wanted(NamedTuple):
@@ -128,8 +148,8 @@ class Wanted(NamedTuple):
 
 def read_ends(
     wanted: Wanted, target: Any, source: Any, context: Any, weights: Any, num_draws: int, held_out: float
-) -> tuple[Ends, Units, tuple[Tensor, Tensor]]:
-    """Both ends checked and in the bridge's units, those units, and the contexts' mean and standard deviation."""
+) -> Reading:
+    """Both ends checked and in the bridge's units."""
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must lie in [0, 1), got {held_out}. Write 0.1 for a tenth of the draws.")
     is_law = isinstance(target, Distribution)
@@ -141,11 +161,15 @@ def read_ends(
             raise ValueError("weights go with draws, got a distribution as target. Omit them.")
     points = as_draws("target", target, wanted.dim, num_draws=num_draws)
     row_weights = None if weights is None else as_weights(weights, points)
+    if row_weights is not None and context is not None and len(torch.as_tensor(context)) == len(points):
+        context = torch.as_tensor(context)[(row_weights > 0).cpu()]
+    if row_weights is not None:  # draws without weight are no draws
+        points, row_weights = points[row_weights > 0], row_weights[row_weights > 0]
     if isinstance(source, Distribution):
         check_law("source", source, wanted.dim)
     elif source is not None:
         source = read_source(source, wanted.dim, points)
-    units = read_units(points, row_weights)
+    units, deviations = read_units(points, row_weights)
     if wanted.full:
         check_conditioning(points, row_weights)
     rows, *contexts = read_context(wanted.context_dim, context, points, row_weights)
@@ -156,7 +180,13 @@ def read_ends(
             f"{end.num_train} (of {len(points)}; {held_out:.0%} are held out). "
             f"Write num_components={max(1, end.num_train // 10)}."
         )
-    return Ends(_source_end(source, units, held_out), end), units, (contexts[0], contexts[1])
+    if not is_law and len(points[:4096].unique(dim=0)) < wanted.num_components > len(points.unique(dim=0)):
+        raise ValueError(
+            f"num_components must be at most the number of distinct draws, got {wanted.num_components} for "
+            f"{len(points.unique(dim=0))}. Write fewer."
+        )
+    start, location, variance = _source_end(source, units, num_draws, held_out)
+    return Reading(Ends(start, end), units, location, variance, deviations, (contexts[0], contexts[1]))
 
 
 def read_context(
@@ -175,16 +205,24 @@ def read_context(
     weights = torch.full_like(points[:, 0], 1 / len(points)) if weights is None else weights
     location = weights @ context
     deviation = (weights @ (context - location).square()).sqrt()
-    deviation = torch.where(deviation > 0, deviation, 1.0)
+    constant = context.amin(0) == context.amax(0)
+    deviation = torch.where(constant, 1.0, deviation)
     return (context - location) / deviation, location, deviation
 
 
-def _source_end(source: Any, units: Units, held_out: float) -> LawEnd | DrawsEnd | PointEnd:
-    if source is None:
-        return PointEnd(torch.zeros_like(units.location)[None])
+def _source_end(
+    source: Any, units: Units, num_draws: int, held_out: float
+) -> tuple[LawEnd | DrawsEnd | PointEnd, Tensor, float]:
+    """The source's end, centred on its own mean; the mean, and its variance in the bridge's units."""
+    if source is None or (isinstance(source, Tensor) and len(source) == 1):
+        location = units.location if source is None else source[0]
+        return PointEnd(torch.zeros_like(location)[None]), location, 0.0
+    draws = source.sample((num_draws,)).to(units.location) if isinstance(source, Distribution) else source
+    own = Units(draws.mean(0), units.scale)
+    variance = float(own.to(draws).square().mean())
     if isinstance(source, Distribution):
-        return LawEnd(source, units)
-    return PointEnd(units.to(source)) if len(source) == 1 else DrawsEnd(units.to(source), None, None, held_out)
+        return LawEnd(source, own), own.location, variance
+    return DrawsEnd(own.to(draws), None, None, held_out), own.location, variance
 
 
 def read_source(source: Any, dim: int, like: Tensor) -> Tensor:

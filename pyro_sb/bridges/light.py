@@ -1,5 +1,7 @@
 """The light Schrödinger bridges: one Gaussian-mixture potential, fitted by likelihood or by bridge matching."""
 
+import copy
+import math
 import time
 import warnings
 from pathlib import Path
@@ -104,8 +106,17 @@ class LightSB(MixtureBridge):
         options = Options(
             self._read_solver(solver), num_steps, batch_size, learning_rate, num_draws, progress, checkpoint
         )
-        ends = self._read(target, source, context, weights, num_draws, held_out)
-        history = self._solve(ends, options)
+        options.check()
+        before = copy.deepcopy(self.state_dict()), self.source
+        self._learning = False
+        try:
+            ends = self._read(target, source, context, weights, num_draws, held_out)
+            history = self._solve(ends, options)
+        except BaseException:
+            if not self._learning:  # nothing was learnt yet: the bridge is what it was
+                self.load_state_dict(before[0])
+                self.source = before[1]
+            raise
         if checkpoint is not None:
             self.save(checkpoint)
         history.seconds = time.perf_counter() - begun
@@ -166,13 +177,13 @@ class LightSB(MixtureBridge):
                 history.validation_losses.append(self.held_out_loss(ends))
                 history.iterations = step
                 best.offer(history.validation_losses[-1])
-                if step >= 10 and history.validation_losses[-10] - min(history.validation_losses[-9:]) < 1e-4:
+                if step >= 10 and history.losses[-10] - history.losses[-1] < 1e-4:
                     history.converged = True
                     break
         best.restore()
         if not history.converged and not history.interrupted:
             warnings.warn(
-                f"{type(self).__name__}'s moment steps have not converged: the held-out loss still falls after "
+                f"{type(self).__name__}'s moment steps have not converged: the loss still falls after "
                 f"{num_steps}. Raise num_steps.",
                 RuntimeWarning,
                 stacklevel=3,
@@ -234,12 +245,20 @@ class Options(NamedTuple):
     progress: bool
     checkpoint: str | Path | None
 
+    def check(self) -> None:
+        """Refuse what no solver can use."""
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}. Omit it for the solver's default.")
+        if self.batch_size < 1 or self.num_draws < 2:
+            raise ValueError(
+                f"batch_size must be at least 1 and num_draws at least 2, got {self.batch_size} and {self.num_draws}."
+            )
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}. Omit it for the default.")
+
     def steps(self, default: int) -> int:
         """Updates to make."""
-        steps = default if self.num_steps is None else self.num_steps
-        if steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {steps}. Omit it for {default}.")
-        return steps
+        return default if self.num_steps is None else self.num_steps
 
     def rate(self, default: float) -> float:
         """Learning rate of the first update."""
@@ -282,9 +301,7 @@ def paired(source: Tensor, target: Batch) -> tuple[Tensor, Batch]:
         return source, target
     if len(source) == 1:
         return source.expand_as(target.points), target
-    num = min(len(source), len(target.points))  # held-out ends may differ in size
-    weights = None if target.weights is None else target.weights[:num]
-    return source[:num], Batch(target.points[:num], target.context[:num], weights)
+    return source[torch.arange(len(target.points), device=source.device) % len(source)], target
 
 
 def all_points(end: Any, num: int) -> Side:

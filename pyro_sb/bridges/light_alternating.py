@@ -29,9 +29,10 @@ def alternate(bridge: "LightSBBM", ends: Ends, options: Options) -> FitHistory:
     1. fit the potential by bridge matching between :math:`Z(0, x_0)` and :math:`Z(1, x_1)`;
     2. fit the network by :math:`|Z(t, X_t(x)) - x|^2` at t = 0 and 1, with x from the two sides.
 
-    With the drift's regular form, and a learning rate that falls within each stage. Half of the steps go to each.
+    With the drift's regular form, and a learning rate that falls within each stage. Half of the steps go to each. It
+    has no rule to stop by and no held-out loss, so it never says that it has converged.
     """
-    learned, history = bridge.learned_map, FitHistory(converged=True)
+    learned, history = bridge.learned_map, FitHistory()
     assert learned is not None
     mapped, batch_size = False, options.batch_size
     steps = max(1, options.steps(10_000) // (2 * NUM_STAGES))
@@ -73,7 +74,7 @@ def alternate(bridge: "LightSBBM", ends: Ends, options: Options) -> FitHistory:
             record += part.losses
             history.iterations += part.iterations
             if part.interrupted:
-                history.interrupted, history.converged = True, False
+                history.interrupted = True
                 return history
         mapped = True
     return history

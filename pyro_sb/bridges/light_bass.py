@@ -84,7 +84,7 @@ class LightSBBM(LightSB):
         hidden: tuple[int, ...] = (64, 64),
     ) -> None:
         super().__init__(dim, num_components, epsilon, context_dim=context_dim, covariance=covariance, hidden=hidden)
-        self._asked_beta = beta
+        self._asked_beta = beta if isinstance(beta, str) else float(beta)
         if isinstance(beta, str):
             if beta != "auto":
                 raise ValueError(f'beta must be a number above 1 or "auto", got {beta!r}.')
@@ -152,8 +152,10 @@ class LightSBBM(LightSB):
         if self.context_dim:
             raise NotImplementedError(f"dual has no context, got context_dim = {self.context_dim}.")
         self._refuse_learned()
-        z0, z1 = self._rows(x0, None)[0], self._rows(x1, None)[0]
-        return float(self.scale) ** 2 * self._dual(z0, Batch(z1))
+        z0, z1 = self._rows(x0, None, 0.0)[0], self._rows(x1, None, 1.0)[0]
+        shift = (self.location - self.source_location) / self.scale
+        moved = float(shift @ (z1.mean(0) - z0.mean(0) + 0.5 * shift))  # of the centres, whose drift is their distance
+        return float(self.scale) ** 2 * (self._dual(z0, Batch(z1)) + moved)
 
     def _dual(self, source: Tensor, target: Batch) -> float:
         source, target = paired(source, target)
@@ -279,6 +281,7 @@ class LightSBBM(LightSB):
         super()._begin(ends)
         if math.isinf(self.beta) or self.learned_map is not None:
             return
+        self._warn_of_narrow_axes()
         source, target = (equal_weights(end.batch(START_POINTS).points) for end in ends)
         problem, size = DualProblem(source, target, self.beta), 1.0
         state = problem.at(self.parameters_of(None, self._epsilon))
@@ -288,6 +291,19 @@ class LightSBBM(LightSB):
             if gain < 1e-3 * self._epsilon:
                 break
         self.parameters_of.set(state.potential, self._floor)
+
+    def _warn_of_narrow_axes(self) -> None:
+        """Say so where an axis is narrower than the narrowest end that the floor of S allows a component."""
+        end = math.sqrt(self._epsilon * self._floor) * (1 + (1 - 1 / self._floor) / self.beta)
+        narrowest = float(self.parameters_of.axes.min()) / 10
+        if narrowest < end and narrowest < 0.1:
+            warnings.warn(
+                f"the target's narrowest axis has a standard deviation of {narrowest * float(self.scale):.2g}, but at "
+                f"beta = {self.beta:g} no component is narrower than {end * float(self.scale):.2g}. Raise beta, lower "
+                "epsilon, or rescale the axis.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
     @property
     def _floor(self) -> float:

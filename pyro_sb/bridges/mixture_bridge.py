@@ -1,6 +1,7 @@
 """What all Gaussian-mixture bridges are: a potential, a source, and closed forms for the rest."""
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from pyro_sb.bridges.mixture_parameters import COVARIANCES, MixtureParameters
 from pyro_sb.bridges.mixture_start import MAX_POINTS, cluster_start
 from pyro_sb.bridges.plan import Plan, chunked
 from pyro_sb.distributions import BridgeDistribution, Draws
-from pyro_sb.ops.bass import BassMap
+from pyro_sb.ops.bass import DENSE_DIM, BassMap
 from pyro_sb.ops.mixture import MixturePotential
 from pyro_sb.ops.moment_matching import Side, equal_weights
 
+SMALL_EPSILON = 1e-3  # in units of the target's variance
 MIN_SOURCES, MAX_SOURCES, CONTEXT_SOURCES = 256, 4096, 64  # source points that a path weight averages over
 
 
@@ -36,6 +38,7 @@ class MixtureBridge(Bridge):
 
     location: Tensor
     scale: Tensor
+    source_location: Tensor
     context_location: Tensor
     context_scale: Tensor
     source_points: Tensor
@@ -57,14 +60,18 @@ class MixtureBridge(Bridge):
             raise ValueError(
                 f"epsilon must be positive and finite, got {epsilon}. Write the variance of the reference over [0, 1]."
             )
+        if not hidden:
+            raise ValueError("hidden must name at least one layer, got (). Omit it for (64, 64).")
         if covariance not in COVARIANCES:
             raise ValueError(f"covariance must be one of {list(COVARIANCES)}, got {covariance!r}.")
-        self.num_components, self.epsilon, self.covariance = num_components, float(epsilon), covariance
-        self.hidden, self.beta = tuple(hidden), math.inf
+        self.num_components, self.epsilon, self.covariance = int(num_components), float(epsilon), covariance
+        self.hidden, self.beta = tuple(map(int, hidden)), math.inf
         self.parameters_of = MixtureParameters(dim, num_components, context_dim, covariance, self.hidden)
         for name in MixtureBridge.__annotations__:
             self.register_buffer(name, torch.empty(0))
         self.source: Distribution | None = None
+        self._source_variance = 0.0
+        self._learning = False
         self._source_kind = "point"
 
     @property
@@ -77,23 +84,28 @@ class MixtureBridge(Bridge):
     def _read(self, target: Any, source: Any, context: Any, weights: Any, num_draws: int, held_out: float) -> Ends:
         """Checked ends in the bridge's units; the bridge changes when all has gone well."""
         wanted = Wanted(self.dim, self.context_dim, self.num_components, self.covariance == "full")
-        ends, units, contexts = read_ends(wanted, target, source, context, weights, num_draws, held_out)
+        read = read_ends(wanted, target, source, context, weights, num_draws, held_out)
+        units = read.units
         self.to(units.location)
         self.location, self.scale = units
-        self.context_location, self.context_scale = contexts
+        self.source_location, self._source_variance = read.source_location, read.source_variance
+        self.parameters_of.measure(read.deviations)
+        self.context_location, self.context_scale = read.contexts
         self.source = source if isinstance(source, Distribution) else None
         if self.source is not None:
             self.source_points, self._source_kind = units.location.new_empty(0), "law"
         else:
             points = units.location[None] if source is None else read_source(source, self.dim, units.location)
             self.source_points, self._source_kind = points, "point" if len(points) == 1 else "draws"
-        return ends
+        return read.ends
 
     @property
     def _floor(self) -> float:
-        """Smallest eigenvalue of S: components keep a variance of 1e-6 of the target's, or the Bass map its inverse."""
+        """Smallest eigenvalue of S: components keep 1e-6 of the target's variance, or the Bass map its inverse."""
         bass = 0.0 if math.isinf(self.beta) else 1.05 / (1 + self.beta)
-        return max(1e-6 / self._epsilon, bass)
+        variance = 1e-6 * float(self.parameters_of.axes.min()) ** 2  # the axes are 1 where none is narrow
+        root = math.sqrt(self._epsilon**2 + 4 * self._source_variance * variance)
+        return max(2 * variance / (self._epsilon + root), bass)  # S that carries the source to that variance
 
     @property
     def _epsilon(self) -> float:
@@ -102,6 +114,14 @@ class MixtureBridge(Bridge):
 
     def _begin(self, ends: Ends) -> None:
         """Put the start into the parameters."""
+        self._learning = False
+        if self._epsilon < SMALL_EPSILON and self._source_variance > 0:
+            warnings.warn(
+                f"epsilon is {self._epsilon:.2g} of the target's variance, below {SMALL_EPSILON:g}: gates saturate, "
+                "and the fit may be far off. Raise epsilon, or compare draws with held-out ones.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
         source = ends.source.batch(MAX_POINTS // 2).points
         target = ends.target.batch(MAX_POINTS).points
         if isinstance(ends.target, DrawsEnd) and len(target) > ends.target.num_train:
@@ -119,10 +139,11 @@ class MixtureBridge(Bridge):
         )
         self.parameters_of.reset()
         self.parameters_of.set(potential, self._floor)
+        self._learning = True
 
-    @property
-    def _units(self) -> Units:
-        return Units(self.location, self.scale)
+    def _units(self, t: float | Tensor = 1.0) -> Units:
+        """The units at time t: the centre moves from the source's mean to the target's, and the drift with it."""
+        return Units(torch.lerp(self.source_location, self.location, torch.as_tensor(t).to(self.location)), self.scale)
 
     def _lift(self, z: Tensor, context: Tensor | None) -> tuple[MixturePotential, Tensor]:
         """The potential of each row's context, and the rows in the shape that it takes."""
@@ -145,7 +166,7 @@ class MixtureBridge(Bridge):
         bass = self._bass(potential, t)
         with torch.no_grad():
             inverse = bass.inverse(points)
-        if not inverse.converged and inverse.residual > 1e3 * torch.finfo(points.dtype).eps ** 0.5:
+        if not inverse.residual <= (1e-3 if points.dtype == torch.float32 else 1e-9):  # NaN is refused too
             raise RuntimeError(
                 f"the inverse of the Bass map must be found, got a residual of {inverse.residual:.2g} after "
                 f"{inverse.iterations} Newton steps. Fit in float64, or raise beta (now {self.beta:g})."
@@ -174,8 +195,9 @@ class MixtureBridge(Bridge):
             Shape ``(*, dim)``.
         """
         t = _check_time(t)
-        z, rows, shape = self._rows(x0, context)
-        return self._units.back(chunked(lambda z, rows: self._move(z, rows, t), z, rows)).reshape(shape)
+        z, rows, shape = self._rows(x0, context, 0.0)
+        moved = chunked(lambda z, rows: self._move(z, rows, t), z, rows, width=self._width)
+        return self._units(t).back(moved).reshape(shape)
 
     def plan(self, x0: Tensor, context: Any = None) -> BridgeDistribution:
         r"""The law :math:`\pi(x_1 | x_0)` of the ends of bridges from given points, with an exact log_prob.
@@ -187,7 +209,7 @@ class MixtureBridge(Bridge):
         Returns:
             A Pyro distribution with ``batch_shape == batch``.
         """
-        x0 = x0.to(self.like())
+        x0 = torch.as_tensor(x0).to(self.like())
         _check_points("x0", x0, self.dim)
         x0, given = self._broadcast(x0, self.check_context(context))
         joint = x0 if given is None else torch.cat([x0, given], -1)
@@ -238,9 +260,12 @@ class MixtureBridge(Bridge):
         if observed.dim() == 0 or observed.shape[-1] != len(axes):
             raise ValueError(f"observed must have shape (*batch, {len(axes)}), got {tuple(observed.shape)}.")
         potential = self.parameters_of(None, self._epsilon)
-        y0 = self._units.to(self.source_points[0] if x0 is None else torch.as_tensor(x0).to(like))
+        x0 = self.source_points[0] if x0 is None else torch.as_tensor(x0).to(like)
+        if x0.shape != (self.dim,):
+            raise ValueError(f"x0 must be one point of shape ({self.dim},), got {tuple(x0.shape)}. Write x0[0].")
+        y0 = self._units(0.0).to(x0)
         gates, locs, covariances = potential.plan_components(y0)
-        locs, covariances = self._units.back(locs), self.scale**2 * covariances
+        locs, covariances = self._units().back(locs), self.scale**2 * covariances
         return condition_mixture(gates, locs, covariances, axes, observed)
 
     @torch.no_grad()
@@ -254,11 +279,11 @@ class MixtureBridge(Bridge):
                 f"the plan's moments have a closed form for beta = inf, got beta = {self.beta:g}. "
                 "Use plan(x0).sample((1000,))."
             )
-        z, rows, shape = self._rows(x0, context)
+        z, rows, shape = self._rows(x0, context, 0.0)
         potential, points = self._frozen(z, rows)
         mean, covariance = potential.plan_moments(points)
         covariance = self.scale**2 * covariance.reshape(*shape, self.dim)
-        return self._units.back(mean.reshape(z.shape)).reshape(shape), covariance
+        return self._units().back(mean.reshape(z.shape)).reshape(shape), covariance
 
     def marginal_log_prob(self, x: Tensor, context: Any = None, *, num_source: int = 4096) -> Tensor:
         r"""Log density of the draws whatever the source: of the plan, averaged over source points.
@@ -277,8 +302,8 @@ class MixtureBridge(Bridge):
         Returns:
             Shape ``(*,)``.
         """
-        z, rows, shape = self._rows(x, context)
-        z0 = self._units.to(self._start(1 if self._source_kind == "point" else num_source))
+        z, rows, shape = self._rows(x, context, 1.0)
+        z0 = self._units(0.0).to(self._start(1 if self._source_kind == "point" else num_source))
         return (self._mean_log_prob(z, z0, rows) - self.dim * self.scale.log()).reshape(shape[:-1])
 
     def _mean_log_prob(self, z1: Tensor, z0: Tensor, rows: Tensor | None) -> Tensor:
@@ -298,19 +323,21 @@ class MixtureBridge(Bridge):
             value = potential.adjusted().value(y1) + mean - self._bass(potential, 1.0).log_det(y1)
             return value.reshape(len(z))
 
-        return chunked(log_prob, z1, rows, None if rows is None else z0)
+        width = self._width if rows is None else self._width * z0.shape[-2]
+        return chunked(log_prob, z1, rows, None if rows is None else z0, width=width)
 
     @torch.no_grad()
     def drift(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
         r"""Optimal drift :math:`\alpha^*(t, x) = s(t, Y_t(x))` at a time t in [0, 1], both ends included."""
         t = _check_time(t)
-        z, rows, shape = self._rows(x, context)
+        z, rows, shape = self._rows(x, context, t)
 
         def drift(z: Tensor, rows: Tensor | None) -> Tensor:
             potential, points = self._frozen(z, rows)
             return potential.drift(t, self._invert(potential, t, points)).reshape(z.shape)
 
-        return self.scale * chunked(drift, z, rows).reshape(shape)
+        shift = self.location - self.source_location
+        return self.scale * chunked(drift, z, rows, width=self._width).reshape(shape) + shift
 
     @torch.no_grad()
     def volatility(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
@@ -319,14 +346,16 @@ class MixtureBridge(Bridge):
         For ``beta = inf`` it is :math:`\sqrt\epsilon I`. Shapes ``(*, dim)`` to ``(*, dim, dim)``.
         """
         t = _check_time(t)
-        z, rows, shape = self._rows(x, context)
+        z, rows, shape = self._rows(x, context, t)
 
         def jacobian(z: Tensor, rows: Tensor | None) -> Tensor:
             potential, points = self._frozen(z, rows)
             bass = self._bass(potential, t)
             return bass.jacobian(self._invert(potential, t, points)).reshape(*z.shape, self.dim)
 
-        return math.sqrt(self.epsilon) * chunked(jacobian, z, rows).reshape(*shape, self.dim)
+        return math.sqrt(self.epsilon) * chunked(jacobian, z, rows, width=self._width * self.dim).reshape(
+            *shape, self.dim
+        )
 
     @torch.no_grad()
     def paths(self, num_paths: int, num_steps: int, context: Any = None) -> tuple[Tensor, Tensor]:
@@ -341,24 +370,24 @@ class MixtureBridge(Bridge):
         shape = torch.Size((num_paths,)) + (torch.Size() if context is None else context.shape[:-1])
         rows = None if context is None else context.expand(*shape, -1).reshape(-1, self.context_dim)
         rows = self._context_rows(rows)
-        z = self._units.to(self._start(shape.numel()))
+        z = self._units(0.0).to(self._start(shape.numel()))
         potential, points = self._frozen(z, rows)
         y0 = self._invert(potential, 0.0, points)
         y1 = potential.plan_sample(y0)
         times = torch.linspace(0, 1, num_steps + 1).to(z)
-        y, states = y0, [z]
+        y, states = y0, [self._units(0.0).back(z)]
         for now, then in zip(times[:-1], times[1:]):
             share = (then - now) / (1 - now)  # Brownian bridge from y at `now` to y1 at 1
             spread = (self._epsilon * share * (1 - then)).clamp_min(0.0).sqrt()
             y = y + share * (y1 - y) + spread * torch.randn_like(y)
-            states.append(self._bass(potential, then).forward(y).reshape(z.shape))
-        return times, self._units.back(torch.stack(states)).reshape(num_steps + 1, *shape, self.dim)
+            states.append(self._units(then).back(self._bass(potential, then).forward(y).reshape(z.shape)))
+        return times, torch.stack(states).reshape(num_steps + 1, *shape, self.dim)
 
     @torch.no_grad()
     def sample_rows(self, num: int, context: Tensor | None) -> Tensor:
         """Ends of bridges from source points."""
-        z = self._units.to(self._start(num))
-        return self._units.back(chunked(self._move, z, self._context_rows(context)))
+        z = self._units(0.0).to(self._start(num))
+        return self._units().back(chunked(self._move, z, self._context_rows(context), width=self._width))
 
     @torch.no_grad()
     def draws_rows(self, num: int, context: Tensor | None) -> Draws:
@@ -373,14 +402,14 @@ class MixtureBridge(Bridge):
             return super().draws_rows(num, context)
         rows = self._context_rows(context)
         if rows is None:
-            z0 = self._units.to(self._start(min(max(num, MIN_SOURCES), MAX_SOURCES)))
+            z0 = self._units(0.0).to(self._start(min(max(num, MIN_SOURCES), MAX_SOURCES)))
             chosen = z0[torch.randint(len(z0), (num,), device=z0.device)]
         else:
-            z0 = self._units.to(self._start(num * CONTEXT_SOURCES)).unflatten(0, (num, CONTEXT_SOURCES))
+            z0 = self._units(0.0).to(self._start(num * CONTEXT_SOURCES)).unflatten(0, (num, CONTEXT_SOURCES))
             chosen = z0[:, 0]
-        z1 = chunked(self._move, chosen, rows)
+        z1 = chunked(self._move, chosen, rows, width=self._width)
         log_q = self._mean_log_prob(z1, z0, rows) - self.dim * self.scale.log()
-        return Draws(self._units.back(z1), log_q)
+        return Draws(self._units().back(z1), log_q)
 
     def log_prob_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Log density of points, from a point as source."""
@@ -394,7 +423,8 @@ class MixtureBridge(Bridge):
         .. math:: \log \pi(x | x_0) = \log \pi(y | y_0) - \log\det(I + \nabla s(1, y) / \beta),\quad y = Y_1(x),\;
             y_0 = Y_0(x_0)
         """
-        z, z0, rows = self._units.to(x), self._units.to(x0), self._context_rows(context)
+        z, z0 = self._units().to(x.to(self.location)), self._units(0.0).to(x0)
+        rows = self._context_rows(context)
 
         def log_prob(z: Tensor, z0: Tensor, rows: Tensor | None) -> Tensor:
             potential, points = self._frozen(z, rows)
@@ -403,7 +433,9 @@ class MixtureBridge(Bridge):
             value = potential.plan_log_prob(y1, y0) - self._bass(potential, 1.0).log_det(y1)
             return value.reshape(len(z))
 
-        return chunked(log_prob, z, z0, rows) - self.dim * self.scale.log()
+        return (
+            chunked(log_prob, z, z0, rows, width=self._width * min(self.dim, DENSE_DIM)) - self.dim * self.scale.log()
+        )
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -412,11 +444,11 @@ class MixtureBridge(Bridge):
 
     def get_extra_state(self) -> dict[str, Any]:
         """What the source was."""
-        return {"source_kind": self._source_kind}
+        return {"source_kind": self._source_kind, "source_variance": self._source_variance}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take a saved kind of source; a distribution must be given again."""
-        self._source_kind = state["source_kind"]
+        self._source_kind, self._source_variance = state["source_kind"], state["source_variance"]
 
     def _move(self, z: Tensor, rows: Tensor | None, t: float = 1.0) -> Tensor:
         """States at time t of bridges from rows, in the bridge's units."""
@@ -441,13 +473,18 @@ class MixtureBridge(Bridge):
             )
         return self.source.sample((num,)).to(self.location)
 
-    def _rows(self, x: Tensor, context: Any) -> tuple[Tensor, Tensor | None, torch.Size]:
-        """Points and contexts, broadcast, as flat rows in the bridge's units; and the points' shape before that."""
-        x, context = x.to(self.like()), self.check_context(context)
+    def _rows(self, x: Any, context: Any, t: float) -> tuple[Tensor, Tensor | None, torch.Size]:
+        """Points at time t and contexts, broadcast, as flat rows in the bridge's units; the points' shape before."""
+        x, context = torch.as_tensor(x).to(self.like()), self.check_context(context)
         _check_points("x", x, self.dim)
         x, context = self._broadcast(x, context)
         flat = None if context is None else context.reshape(-1, self.context_dim)
-        return self._units.to(x).reshape(-1, self.dim), self._context_rows(flat), x.shape
+        return self._units(t).to(x).reshape(-1, self.dim), self._context_rows(flat), x.shape
+
+    @property
+    def _width(self) -> int:
+        """Numbers that a row of points takes at once."""
+        return self.num_components * self.dim
 
     def _broadcast(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if context is None:
@@ -464,7 +501,7 @@ class MixtureBridge(Bridge):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         saved = state_dict.get(prefix + "location")
         if isinstance(saved, Tensor):
-            self.to(saved.dtype)
+            self.to(saved)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

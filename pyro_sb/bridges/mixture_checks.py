@@ -34,15 +34,15 @@ def check_law(name: str, law: Distribution, dim: int) -> None:
         raise ValueError(f"{name} must have batch and event shapes () and ({dim},), got {shapes}. Write .to_event(1).")
 
 
-def read_units(draws: Tensor, weights: Tensor | None) -> Units:
-    """Mean and root mean variance of the axes; refused where one is constant, or 1e6 times narrower than another."""
+def read_units(draws: Tensor, weights: Tensor | None) -> tuple[Units, Tensor]:
+    """Mean and root mean variance of the axes, and each axis's standard deviation in those units.
+
+    Refused where one is constant, or 1e6 times narrower than another.
+    """
     weights = torch.full_like(draws[:, 0], 1 / len(draws)) if weights is None else weights
     location = weights @ draws
     variance = weights @ (draws - location).square()
-    flat = (
-        variance
-        <= (4 * torch.finfo(draws.dtype).eps * location.abs().clamp_min(torch.finfo(draws.dtype).tiny)).square()
-    )
+    flat = draws.amin(0) == draws.amax(0)
     if bool(flat.any()):
         raise ValueError(
             f"target must vary along every axis, got constant axes {flat.nonzero().flatten().tolist()}. "
@@ -55,13 +55,18 @@ def read_units(draws: Tensor, weights: Tensor | None) -> Units:
             f"{float(variance.min().sqrt()):.2g} (axis {narrow}) to {float(variance.max().sqrt()):.2g}. "
             "Rescale the axes: a bridge has one epsilon for all."
         )
-    return Units(location, variance.mean().sqrt())
+    return Units(location, variance.mean().sqrt()), (variance / variance.mean()).sqrt()
 
 
 def check_conditioning(draws: Tensor, weights: Tensor | None) -> None:
     """Refuse draws whose covariance is singular, where components have full covariances."""
-    if draws.shape[1] == 1 or len(draws) <= draws.shape[1]:
+    if draws.shape[1] == 1:
         return
+    if len(draws) <= draws.shape[1]:
+        raise ValueError(
+            f"full components need more draws than axes, got {len(draws)} draws of {draws.shape[1]} axes. "
+            'Write covariance="diagonal".'
+        )
     weights = torch.full_like(draws[:, 0], 1 / len(draws)) if weights is None else weights
     centred = (draws - weights @ draws).double()
     covariance = (weights.double()[:, None] * centred).T @ centred

@@ -12,8 +12,10 @@ COVARIANCES = ("diagonal", "full")
 class MixtureParameters(nn.Module):
     r"""Unconstrained parameters of :math:`\log a_j, r_j, S_j`, with every eigenvalue of S above a floor.
 
-    Diagonal: :math:`S = s_{\min} + e^q`. Full: :math:`S = s_{\min} I + L L^\top` with :math:`L` lower triangular and
-    :math:`\log \operatorname{diag} L` free. With a context a network adds to all of them.
+    Diagonal: :math:`S = s_{\min} + e^q`. Full: :math:`S = s_{\min} I + A L L^\top A` with :math:`L` lower triangular
+    and :math:`\log \operatorname{diag} L` free; :math:`r = A \rho`. The diagonal A is 1 but for axes that are more
+    than ten times narrower than the rest, so that Adam's steps suit them too. With a context a network adds to all
+    parameters.
 
     Args:
         dim: Event size d.
@@ -24,6 +26,7 @@ class MixtureParameters(nn.Module):
     """
 
     floor: Tensor
+    axes: Tensor
     net: ContextNet | None
 
     def __init__(
@@ -36,6 +39,7 @@ class MixtureParameters(nn.Module):
         self.locs = nn.Parameter(torch.zeros(num_components, dim))
         self.raw = nn.Parameter(torch.zeros(shape))
         self.register_buffer("floor", torch.tensor(1e-6))
+        self.register_buffer("axes", torch.ones(dim))
         size = sum(p.numel() for p in (self.log_weights, self.locs, self.raw))
         self.net = ContextNet(context_dim, size, hidden) if context_dim else None
 
@@ -47,7 +51,11 @@ class MixtureParameters(nn.Module):
             log_weights, locs, raw = (
                 p + s.unflatten(-1, p.shape) for p, s in zip((log_weights, locs, raw), shift, strict=True)
             )
-        return MixturePotential(log_weights, locs, self._scales(raw), epsilon)
+        return MixturePotential(log_weights, self.axes * locs, self._scales(raw), epsilon)
+
+    def measure(self, deviations: Tensor) -> None:
+        """Take A from the standard deviations of the axes, in the bridge's units. Shape ``(dim,)``."""
+        self.axes.copy_((10 * deviations).clamp_max(1.0))
 
     def reset(self) -> None:
         """Forget what the network has learnt."""
@@ -59,18 +67,18 @@ class MixtureParameters(nn.Module):
         """Take the values of a potential without a batch; eigenvalues of S near or below the floor are raised."""
         self.floor.fill_(floor)
         self.log_weights.copy_(potential.log_weights)
-        self.locs.copy_(potential.locs)
+        self.locs.copy_(potential.locs / self.axes)
         if self.diagonal:
             self.raw.copy_((potential.scales - self.floor).clamp_min(1e-3 * floor).log())
             return
         values, vectors = torch.linalg.eigh(potential.scales)
         above = (vectors * (values - self.floor).clamp_min(1e-3 * floor)[..., None, :]) @ vectors.mT
-        factor = torch.linalg.cholesky(above)
+        factor = torch.linalg.cholesky(above / (self.axes[:, None] * self.axes))
         diagonal = factor.diagonal(dim1=-2, dim2=-1)
         self.raw.copy_(factor.tril(-1) + torch.diag_embed(diagonal.log()))
 
     def _scales(self, raw: Tensor) -> Tensor:
         if self.diagonal:
             return self.floor + raw.exp()
-        factor = raw.tril(-1) + torch.diag_embed(raw.diagonal(dim1=-2, dim2=-1).exp())
+        factor = self.axes[:, None] * (raw.tril(-1) + torch.diag_embed(raw.diagonal(dim1=-2, dim2=-1).exp()))
         return factor @ factor.mT + self.floor * torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device)

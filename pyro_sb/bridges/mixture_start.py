@@ -34,7 +34,7 @@ def cluster_start(
     points = target.points
     labels = _clusters(target, num_components)
     gates = torch.nn.functional.one_hot(labels, num_components).to(points) * target.weights[:, None]
-    mass = gates.sum(0)
+    mass = gates.sum(0).clamp_min(1e-8)  # a cluster may be empty
     mean = (gates.T @ points) / mass[:, None]
     centred = points - mean[labels]
     variance = (gates.T @ centred.square()) / mass[:, None] + 1e-3 * _within(centred, target.weights)

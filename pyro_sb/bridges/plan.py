@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_sb.distributions import Draws
 
-CHUNK = 8192  # rows evaluated at once
+MOST = 2**22  # numbers in an array of rows, components and axes
 
 
 class Planner(Protocol):
@@ -56,12 +56,10 @@ class Plan:
         return x0, rows if self.bridge.context_dim else None
 
 
-def chunked(function: Callable[..., Any], *rows: Tensor | None) -> Any:
-    """A function of rows, evaluated some at a time: its temporaries have a component axis."""
-    num = next(len(r) for r in rows if r is not None)
-    if num <= CHUNK:
+def chunked(function: Callable[..., Any], *rows: Tensor | None, width: int) -> Any:
+    """A function of rows, evaluated some at a time, such that ``width`` numbers a row stay within memory."""
+    num, size = next(len(r) for r in rows if r is not None), max(1, MOST // width)
+    if num <= size:
         return function(*rows)
-    parts = [function(*(None if r is None else r[i : i + CHUNK] for r in rows)) for i in range(0, num, CHUNK)]
-    if isinstance(parts[0], tuple):
-        return tuple(torch.cat(part) for part in zip(*parts))
+    parts = [function(*(None if r is None else r[i : i + size] for r in rows)) for i in range(0, num, size)]
     return torch.cat(parts)

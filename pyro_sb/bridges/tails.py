@@ -138,6 +138,7 @@ class TailMatched(Bridge):
         for side in _sides(df):
             _check_index(side, self.dim)
         self.bridge, self.df, self.fraction = bridge, df, fraction
+        self._source: Distribution | None = None
         for name in TailMatched.__annotations__:
             self.register_buffer(name, torch.empty(0))
 
@@ -205,6 +206,7 @@ class TailMatched(Bridge):
             **options,
         )
         self.loc, self.scale, self.lower, self.upper = transform.loc, transform.scale, transform.lower, transform.upper
+        self._source = source if isinstance(source, Distribution) else None
         if checkpoint is not None:
             self.save(checkpoint)
         return history
@@ -246,6 +248,16 @@ class TailMatched(Bridge):
         z = self._inverse(x)
         return self.bridge.log_prob_rows(z, context) - self.transform.log_abs_det_jacobian(z, x)
 
+    @property
+    def source(self) -> Distribution | None:
+        """Law that bridges leave from, in x; None where it is no distribution, or none was given after a load."""
+        return self._source
+
+    @source.setter
+    def source(self, law: Distribution | None) -> None:
+        self._source = law
+        setattr(self.bridge, "source", None if law is None else _transformed(law, self.transform))  # noqa: B010
+
     def describe(self) -> str:
         """Name and inner bridge, for messages."""
         return f"TailMatched {self.bridge.describe()}"
@@ -269,7 +281,7 @@ class TailMatched(Bridge):
 
     def save(self, path: str | Path) -> None:
         """As `Bridge.save`."""
-        self.bridge.save(path)  # written over below; it refuses what is not its to save: a source distribution
+        self.bridge.save(path)  # written over below: an inner bridge may refuse what it cannot save
         super().save(path)
 
     @torch.no_grad()

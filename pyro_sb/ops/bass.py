@@ -104,7 +104,7 @@ class BassMap(NamedTuple):
         y, units, steps = (x if start is None else start), 1 + x.abs().amax(-1), 0
         model = self._model(y, x, None)
         while True:
-            error = model.offset.abs().amax(-1) / units
+            error = torch.nan_to_num(model.offset.abs().amax(-1) / units, nan=math.inf)
             residual, open_rows = float(error.max()), error > tolerance
             if residual <= tolerance or steps == max_iter:
                 return Inverse(y, residual, steps, residual <= tolerance)

@@ -74,11 +74,16 @@ class MixturePotential(NamedTuple):
 
     def adjusted(self) -> LogSumQuadratic:
         r"""The function :math:`\log v(y_1)`, with its normaliser."""
-        end = self.at(1.0)
-        dim = self.locs.shape[-1]
-        eye = torch.ones_like(self.scales) if self.diagonal else torch.eye(dim).to(self.scales)
-        constant = end.constant - 0.5 * dim * math.log(2 * math.pi * self.epsilon)
-        return LogSumQuadratic(constant, end.linear, end.quadratic - eye / self.epsilon)
+        if self.diagonal:
+            precision, log_det = 1 / self.scales, self.scales.log().sum(-1)
+            pulled = self.locs * precision
+        else:
+            factor = torch.linalg.cholesky(self.scales)
+            precision, log_det = torch.cholesky_inverse(factor), 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            pulled = (precision @ self.locs[..., None])[..., 0]
+        constant = self.log_weights - 0.5 * (log_det + (self.locs * pulled).sum(-1) / self.epsilon)
+        constant = constant - 0.5 * self.locs.shape[-1] * math.log(2 * math.pi * self.epsilon)
+        return LogSumQuadratic(constant, pulled / self.epsilon, -precision / self.epsilon)
 
     def drift(self, t: Tensor | float, y: Tensor) -> Tensor:
         r"""Drift :math:`s(t, y) = \epsilon \nabla \log h_t(y)`. Shape of ``y``, ``(*B, m, d)``."""

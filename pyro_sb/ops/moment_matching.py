@@ -100,14 +100,19 @@ def moment_step(
 
 
 def _component_moments(gates: Tensor, points: Tensor, diagonal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass, mean and covariance of each component under weighted gates ``(n, J)``."""
+    """Mass, mean and covariance of each component under weighted gates ``(n, J)``, summed in float64."""
+    dtype, gates, points = points.dtype, gates.double(), points.double()
+    centre = points.mean(0)
+    points = points - centre
     mass = gates.sum(0).clamp_min(torch.finfo(points.dtype).tiny)
     share = gates / mass
     mean = share.T @ points
     if diagonal:
-        return mass, mean, (share.T @ points.square() - mean.square()).clamp_min(0.0)
-    squares = (points[:, :, None] * points[:, None, :]).flatten(1)
-    return mass, mean, (share.T @ squares).unflatten(1, mean.shape[-1:] * 2) - mean[:, :, None] * mean[:, None, :]
+        covariance = (share.T @ points.square() - mean.square()).clamp_min(0.0)
+    else:
+        squares = (points[:, :, None] * points[:, None, :]).flatten(1)
+        covariance = (share.T @ squares).unflatten(1, mean.shape[-1:] * 2) - mean[:, :, None] * mean[:, None, :]
+    return mass.to(dtype), (mean + centre).to(dtype), covariance.to(dtype)
 
 
 def _effective(side: Side) -> Tensor:

@@ -143,7 +143,7 @@ def test_from_a_point_to_the_normal_law_there_is_nothing_to_pay():
 @full_or_not
 @pytest.mark.parametrize("beta", [1.5, 10.0])
 def test_the_batch_solver_never_descends_and_keeps_the_floor(beta, covariance):
-    target, source = clusters(100), torch.randn(100, 2, **F64)
+    target, source = (x - x.mean(0) for x in (clusters(100), torch.randn(100, 2, **F64)))
     bridge = LightSBBM(2, 3, 0.5, beta, covariance=covariance)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -347,10 +347,26 @@ def test_auto_takes_a_candidate_by_its_score():
     quick(bridge, scaled(400, 0.2), scaled(400, 1.0), num_steps=50)
     assert bridge.beta in CANDIDATES and set(bridge.scores) == set(CANDIDATES)
     assert all(math.isfinite(score) for score in bridge.scores.values())
-    near = [beta for beta in CANDIDATES if bridge.scores[beta] >= bridge.scores[bridge.beta]]
-    assert bridge.beta in near
     with pytest.raises(ValueError, match='beta="auto" needs solver="dual"'):
         LightSBBM(1, 2, 1.0, "auto").fit(scaled(100, 1.0), solver="batch", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("means", "choice"),
+    [
+        ((-9.0, 0.0, -0.01, -0.02, -9.0), 100.0),
+        ((-9.0, 0.0, -9.0, -9.0, -9.0), 5.0),
+        ((-9.0, -0.02, -9.0, -9.0, 0.0), math.inf),
+    ],
+)
+def test_auto_takes_the_largest_within_a_standard_error_of_the_best(monkeypatch, means, choice):
+    noise = torch.randn(60, **F64)  # gaps to the best have a standard error of about .1 but for their means
+    scores = iter([mean + torch.randn(60, **F64) * 0.8 + noise - noise.mean() for mean in means])
+    centred = (score - score.mean() + mean for score, mean in zip(scores, means))
+    monkeypatch.setattr(LightSBBM, "_mean_log_prob", lambda *args: next(centred))
+    bridge = LightSBBM(1, 2, 1.0, "auto")
+    quick(bridge, scaled(600, 0.5), num_steps=5)
+    assert bridge.beta == choice
 
 
 def test_auto_survives_saving(tmp_path):
