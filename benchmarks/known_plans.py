@@ -146,11 +146,16 @@ class Trial:
 
 def cached(path: Path, key: str, measure: Callable[[], Figures] | None) -> Figures:
     """Figures that an interrupted run has left, or else new ones, which are kept at once; none without ``measure``."""
-    kept = json.loads(path.read_text()) if path.exists() else {}
+
+    def read() -> Figures:
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    kept = read()
     if key not in kept:
         if measure is None:
             return {}
-        kept[key] = measure()
+        found = measure()
+        kept = read() | {key: found}  # other runs may have written meanwhile
         path.write_text(json.dumps(kept, indent=1))
         print(f"{path.name}: {key}: {kept[key]}", flush=True)
     return kept[key]

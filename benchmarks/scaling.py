@@ -124,6 +124,10 @@ def power_law(found: dict[Case, Figures], kind: str, least: int) -> tuple[float,
     return math.exp(constant), over_dim, over_size, float((design @ solution - logs).abs().max().exp())
 
 
+def milliseconds(own: dict[int, Figures]) -> list[float]:
+    return [1e3 * cost["median"] for cost in own.values()]
+
+
 def draw(found: dict[Case, Figures], path: Path) -> None:
     """Milliseconds an update against J and d, and the excess of the scores over their floor."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), constrained_layout=True)
@@ -133,22 +137,22 @@ def draw(found: dict[Case, Figures], path: Path) -> None:
         for dim in DIMS:
             own = {case.size: cost for case, cost in found.items() if (case.kind, case.dim) == (kind, dim)}
             label = f"d = {dim}" if kind == "LightSBBM" else None
-            times = [1e3 * cost["median"] for cost in own.values()]
-            left.loglog(list(own), times, style, marker="o", ms=4, color=colours[dim], label=label)
+            left.loglog(list(own), milliseconds(own), style, marker="o", ms=4, color=colours[dim], label=label)
             if dim in SCORED:
                 ratios = [cost["sliced"] / cost["floor"] for cost in own.values()]
                 right.loglog(list(own), ratios, style, marker="o", ms=4, color=colours[dim], label=f"{kind}, d = {dim}")
         for size in SIZES:
             own = {case.dim: cost for case, cost in found.items() if (case.kind, case.size) == (kind, size)}
             label = f"J = {size}" if kind == "LightSBBM" else None
-            times = [1e3 * cost["median"] for cost in own.values()]
-            middle.loglog(list(own), times, style, marker="o", ms=4, color=tones[size], label=label)
+            middle.loglog(list(own), milliseconds(own), style, marker="o", ms=4, color=tones[size], label=label)
     right.axhline(1, color="0.6", lw=1)
     left.set(title="an update (solid LightSB, dashed LightSBBM,\ndotted LightSB full)", xlabel="J", ylabel="CPU ms")
     middle.set(title="the same against dimension", xlabel="d", ylabel="CPU ms")
     right.set(title=f"sliced W2 of {DRAWS:,} draws over its floor", xlabel="J", ylabel="ratio")
-    for axis, ticks in ((left, SIZES), (middle, DIMS), (right, SIZES)):
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    times, ratios = (1, 2, 5, 10, 20, 50, 100), (1, 2, 3, 5)
+    for axis, across, up in ((left, SIZES, times), (middle, DIMS, times), (right, SIZES, ratios)):
+        axis.set_xticks(across, [str(tick) for tick in across])
+        axis.set_yticks(up, [str(tick) for tick in up])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -171,7 +175,10 @@ def report(found: dict[Case, Figures]) -> str:
         rows.append([case.kind, case.dim, case.size, *times, cost["updates"], *score])
     missing = sum(len(cases(dim)) for dim in DIMS) - len(found)
     dims = sorted({case.dim for case in found})
-    laws = [law_row(found, kind, least) for kind in KINDS for least in dims if least in (dims[0], 32)]
+    spans = {
+        (kind, least): {c.dim for c in found if c.kind == kind and c.dim >= least} for kind in KINDS for least in dims
+    }
+    laws = [law_row(found, *key) for key, span in spans.items() if key[1] in (dims[0], 32) and len(span) > 1]
     columns = ["bridge", "d", "J", "median ms", "mean ms", "start s", "updates", "sliced W2", "floor", "draws s"]
     return "\n".join(
         [
