@@ -87,13 +87,17 @@ class DrawsEnd:
 
     def batch(self, num: int) -> Batch:
         """Draws to learn from, each once a round."""
-        if self._weights is not None:
-            return self._rows(self._train[torch.multinomial(self._weights[self._train], num, replacement=True)])
         while len(self._queue) < num:
-            shuffled = self._train[torch.randperm(len(self._train), device=self._train.device)]
-            self._queue = torch.cat([self._queue, shuffled])
+            self._queue = torch.cat([self._queue, self._round(num)])
         index, self._queue = self._queue[:num], self._queue[num:]
         return self._rows(index)
+
+    def _round(self, num: int) -> Tensor:
+        """Indices for some minibatches to come: a shuffle, or as many choices by weight as there are draws."""
+        if self._weights is None:
+            return self._train[torch.randperm(len(self._train), device=self._train.device)]
+        count = max(num, len(self._train))  # one pass over the weights for all of them
+        return self._train[torch.multinomial(self._weights[self._train], count, replacement=True)]
 
     def all(self) -> tuple[Batch, Tensor]:
         """All draws to learn from, with their normalised weights."""
