@@ -284,7 +284,8 @@ def matching_loss(potential: MixturePotential, y0: Tensor, y1: Tensor) -> Tensor
     if potential.log_weights.dim() > 1:
         groups, y0, y1 = len(y0), y0[:, None], y1[:, None]
     else:
-        groups = min(NUM_TIMES, len(y0))
+        many = potential.diagonal or y0.shape[-1] <= 32  # a time costs J factorisations where matrices are full
+        groups = min(NUM_TIMES if many else NUM_TIMES // 4, len(y0))
         size = len(y0) // groups
         y0, y1 = (y[: groups * size].unflatten(0, (groups, size)) for y in (y0, y1))
     strata = torch.randperm(groups, device=y0.device) + torch.rand(groups, dtype=y0.dtype, device=y0.device)

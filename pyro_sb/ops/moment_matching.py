@@ -71,7 +71,8 @@ def moment_step(
         source: Points at time 0, in the bridge's space.
         target: Points at time 1, in the bridge's space.
         floor: Smallest eigenvalue that S may have, positive.
-        min_count: A component with less than this many points' worth of mass on a side keeps its r and S.
+        min_count: A component with less than this many points' worth of mass on a side keeps its r and S; for full
+            matrices so many for every axis.
 
     Example:
         >>> potential = MixturePotential(torch.zeros(1), torch.zeros(1, 1), torch.ones(1, 1), 1.0)
@@ -87,6 +88,7 @@ def moment_step(
         matching_scale(cov0, cov1, potential.epsilon, diagonal=potential.diagonal), floor, potential.diagonal
     )
     locs = mean1 - (scales * mean0 if potential.diagonal else (scales @ mean0[..., None])[..., 0])
+    min_count = min_count if potential.diagonal else min_count * potential.locs.shape[-1]
     alive = mass1 * _effective(target) >= min_count
     if len(source.points) > 1:  # a point has all the mass in every component
         alive = alive & (mass0 * _effective(source) >= min_count)
