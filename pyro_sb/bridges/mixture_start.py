@@ -53,7 +53,7 @@ def _clusters(target: Side, num: int) -> Tensor:
     if num == 1:
         return torch.zeros(len(target.points), dtype=torch.long, device=target.points.device)
     seed = int(torch.randint(2**31, ()))
-    kmeans = KMeans(num, n_init=1, max_iter=30, random_state=seed)
+    kmeans = KMeans(num, n_init=4, max_iter=30, random_state=seed)  # one start may merge two modes
     labels = kmeans.fit_predict(target.points.cpu().double().numpy(), sample_weight=target.weights.cpu().numpy())
     return torch.as_tensor(labels, dtype=torch.long, device=target.points.device)
 
