@@ -47,9 +47,9 @@ BUDGETS = {
     64: Budget(300_000, {"LightSB": 1500, "LightSBM": 250}, 512),
     128: Budget(200_000, {"LightSB": 800, "LightSBM": 40}, 512),
 }
-HARD = {  # more draws; the start of d = 128, epsilon = .1 is too ill conditioned for float32
+HARD = {  # more draws, or more updates
     (16, 0.1): Budget(4_000_000, {"LightSB": 3500, "LightSBM": 1500}, 2048),
-    (128, 0.1): Budget(200_000, {"LightSB": 600, "LightSBM": 15}, 512, torch.float64),
+    (128, 0.1): Budget(400_000, {"LightSB": 2000, "LightSBM": 150}, 512),
 }
 EM_DRAWS, EM_STEPS = 50_000, 50
 SHORT = Budget(20_000, {"LightSB": 100, "LightSBM": 50}, 512)
