@@ -177,7 +177,7 @@ class LightSB(MixtureBridge):
                 history.validation_losses.append(self.held_out_loss(ends))
                 history.iterations = step
                 best.offer(history.validation_losses[-1])
-                if step >= 10 and history.losses[-10] - history.losses[-1] < 1e-4:
+                if step >= 10 and abs(history.losses[-10] - history.losses[-1]) < 1e-4:  # a rise is no rest
                     history.converged = True
                     break
         best.restore()
