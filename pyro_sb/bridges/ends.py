@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -68,15 +69,24 @@ class LawEnd:
 
 
 class DrawsEnd:
-    """Draws, shuffled anew each time round; weighted ones are chosen with replacement. A share of them is held out."""
+    """Draws, shuffled anew each time round; weighted ones are chosen with replacement.
+
+    What is held out is a random share of them, or those that a mask names.
+    """
 
     fresh = False
 
-    def __init__(self, points: Tensor, weights: Tensor | None, context: Tensor | None, share: float) -> None:
+    def __init__(
+        self, points: Tensor, weights: Tensor | None, context: Tensor | None, held_out: float | Tensor
+    ) -> None:
         order = torch.randperm(len(points), device=points.device)
-        held = int(share * len(points)) if len(points) >= 20 else 0
+        if isinstance(held_out, Tensor):
+            held = held_out.to(points.device)[order]
+            self._test, self._train = order[held], order[~held]
+        else:
+            num = int(held_out * len(points)) if len(points) >= 20 else 0
+            self._test, self._train = order[:num], order[num:]
         self._points, self._context = points, context
-        self._test, self._train = order[:held], order[held:]
         self._weights = weights
         self._queue = order[:0]
 
@@ -151,11 +161,9 @@ class Wanted(NamedTuple):
 
 
 def read_ends(
-    wanted: Wanted, target: Any, source: Any, context: Any, weights: Any, num_draws: int, held_out: float
+    wanted: Wanted, target: Any, source: Any, context: Any, weights: Any, num_draws: int, held_out: float | Tensor
 ) -> Reading:
     """Both ends checked and in the bridge's units."""
-    if not 0 <= held_out < 1:
-        raise ValueError(f"held_out must lie in [0, 1), got {held_out}. Write 0.1 for a tenth of the draws.")
     is_law = isinstance(target, Distribution)
     if is_law:
         check_law("target", target, wanted.dim)
@@ -164,9 +172,12 @@ def read_ends(
         if weights is not None:
             raise ValueError("weights go with draws, got a distribution as target. Omit them.")
     points = as_draws("target", target, wanted.dim, num_draws=num_draws)
+    held_out = read_held_out(held_out, None if is_law else len(points))
     row_weights = None if weights is None else as_weights(weights, points)
     if row_weights is not None and context is not None and len(torch.as_tensor(context)) == len(points):
         context = torch.as_tensor(context)[(row_weights > 0).cpu()]
+    if row_weights is not None and isinstance(held_out, Tensor):
+        held_out = held_out[(row_weights > 0).cpu()]
     if row_weights is not None:  # draws without weight are no draws
         points, row_weights = points[row_weights > 0], row_weights[row_weights > 0]
     if isinstance(source, Distribution):
@@ -181,7 +192,7 @@ def read_ends(
     if isinstance(end, DrawsEnd) and end.num_train < wanted.num_components:
         raise ValueError(
             f"num_components must be at most the number of draws to learn from, got {wanted.num_components} for "
-            f"{end.num_train} (of {len(points)}; {held_out:.0%} are held out). "
+            f"{end.num_train} (of {len(points)}; {1 - end.num_train / len(points):.0%} are held out). "
             f"Write num_components={max(1, end.num_train // 10)}."
         )
     if not is_law and len(points[:4096].unique(dim=0)) < wanted.num_components > len(points.unique(dim=0)):
@@ -189,8 +200,28 @@ def read_ends(
             f"num_components must be at most the number of distinct draws, got {wanted.num_components} for "
             f"{len(points.unique(dim=0))}. Write fewer."
         )
-    start, location, variance = _source_end(source, units, num_draws, held_out)
+    share = held_out if isinstance(held_out, float) else 0.1
+    start, location, variance = _source_end(source, units, num_draws, share)
     return Reading(Ends(start, end), units, location, variance, deviations, (contexts[0], contexts[1]))
+
+
+def read_held_out(held_out: Any, num: int | None) -> float | Tensor:
+    """A share in [0, 1), or a boolean mask of ``num`` draws that leaves some to learn from; None: there are no draws."""
+    if not isinstance(held_out, Tensor) and np.ndim(held_out) == 0:
+        if not 0 <= held_out < 1:
+            raise ValueError(f"held_out must lie in [0, 1), got {held_out}. Write 0.1 for a tenth of the draws.")
+        return float(held_out)
+    mask = torch.as_tensor(held_out).detach().cpu()
+    if num is None:
+        raise ValueError("held_out must be a share where the target is a distribution, got a mask. Write 0.1.")
+    if mask.dtype != torch.bool or mask.shape != (num,):
+        raise ValueError(
+            f"held_out must be a share in [0, 1) or a boolean mask of shape ({num},), got {mask.dtype} of shape "
+            f"{tuple(mask.shape)}. Mark the draws to judge by."
+        )
+    if bool(mask.all()) or not bool(mask.any()):
+        raise ValueError(f"held_out must mark some draws and leave some, got {int(mask.sum())} of {num}.")
+    return mask
 
 
 def read_context(

@@ -71,7 +71,7 @@ class LightSB(MixtureBridge):
         batch_size: int = 512,
         learning_rate: float | None = None,
         solver: str | None = None,
-        held_out: float = 0.1,
+        held_out: float | Tensor = 0.1,
         num_draws: int = 20_000,
     ) -> FitHistory:
         r"""Fit the potential, from k-means clusters of the target carried down a ladder of falling epsilons.
@@ -95,7 +95,8 @@ class LightSB(MixtureBridge):
                 minibatches, one warm Newton step each; ``"batch"``: moment steps with a line search on the dual of all
                 draws, for small exact problems; or ``"alternating"``: the paper's algorithm with a learnt inverse,
                 which loses the density.
-            held_out: Share of the draws that the fit is judged by, in [0, 1); 0 judges by all of them.
+            held_out: Share of the draws that the fit is judged by, in [0, 1), or a boolean mask of shape ``(N,)``: for
+                draws in groups. 0 judges by all of them.
             num_draws: How many draws of a distribution the units and EM are read from.
 
         Returns:

@@ -73,7 +73,7 @@ class MixtureState(Bridge):
             return "marginal"
         return "path" if self._source_kind == "law" else None
 
-    def _read(self, target: Any, source: Any, context: Any, weights: Any, num_draws: int, held_out: float) -> Ends:
+    def _read(self, target: Any, source: Any, context: Any, weights: Any, num_draws: int, held_out: Any) -> Ends:
         """Checked ends in the bridge's units; the bridge changes when all has gone well."""
         wanted = Wanted(self.dim, self.context_dim, self.num_components, self.covariance == "full")
         read = read_ends(wanted, target, source, context, weights, num_draws, held_out)
