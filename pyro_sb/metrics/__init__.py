@@ -2,6 +2,7 @@
 
 from pyro_sb.metrics.affinity import mmd
 from pyro_sb.metrics.bures import Moments, bw2_uvp, cbw2_uvp
+from pyro_sb.metrics.classifier import c2st
 from pyro_sb.metrics.modes import mode_share_tv, mode_shares
 from pyro_sb.metrics.score import Score
 from pyro_sb.metrics.transport import sliced_wasserstein2, wasserstein2
@@ -10,6 +11,7 @@ __all__ = [
     "Moments",
     "Score",
     "bw2_uvp",
+    "c2st",
     "cbw2_uvp",
     "mmd",
     "mode_share_tv",
