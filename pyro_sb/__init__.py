@@ -5,6 +5,7 @@ from pyro_sb.bridges.kernel_langevin import KernelLangevinBridge
 from pyro_sb.bridges.light import LightSB, LightSBM
 from pyro_sb.bridges.light_bass import LightSBBM
 from pyro_sb.bridges.tails import TailMatched
+from pyro_sb.bridges.vsdm import SGM, VSDM
 from pyro_sb.diagnostics import to_arviz
 from pyro_sb.distributions import BridgeDistribution, Draws
 from pyro_sb.infer.kernels import KernelLangevin
@@ -14,6 +15,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MCMC",
+    "SGM",
+    "VSDM",
     "Bridge",
     "BridgeDistribution",
     "Draws",

@@ -1,11 +1,13 @@
 """The one training loop, and what a fit leaves behind."""
 
+import copy
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +73,48 @@ class Best:
                 value.copy_(kept)
 
 
+class Average:
+    r"""Exponential moving average of parameters: :math:`a \leftarrow \lambda a + (1 - \lambda) p`.
+
+    The first updates weigh more: the factor is the smaller of ``decay`` and ``(1 + n) / (10 + n)`` at update n.
+
+    Args:
+        parameters: What is averaged.
+        decay: In [0, 1); None for no average, the parameters themselves.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float | None) -> None:
+        if decay is not None and not 0 <= decay < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {decay}. Write None for no average.")
+        self.parameters, self.decay, self.updates = parameters, decay, 0
+        self.values = [] if decay is None else [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the present values in."""
+        self.updates += 1
+        if self.decay is not None:
+            factor = min(self.decay, (1 + self.updates) / (10 + self.updates))
+            torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - factor)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the average with the parameters' own values."""
+        for value, parameter in zip(self.values, self.parameters):
+            own = parameter.detach().clone()
+            parameter.copy_(value)
+            value.copy_(own)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """The parameters hold the average within."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+
 def train(
     parameters: Iterable[nn.Parameter],
     loss: Callable[[], Tensor],
@@ -87,6 +131,9 @@ def train(
     progress: bool = True,
     description: str = "",
     on_check: Callable[[], None] | None = None,
+    ema: float | None = None,
+    on_state: Callable[[dict[str, Any]], None] | None = None,
+    resume: dict[str, Any] | None = None,
 ) -> FitHistory:
     r"""Adam with the norm of the gradient clipped and the learning rate lowered along a cosine.
 
@@ -109,6 +156,11 @@ def train(
         progress: Show a bar.
         description: What the bar and the warnings call it.
         on_check: Called after every check: a place to save.
+        ema: Decay of an exponential moving average of the parameters, which is then what is validated, kept and left
+            behind. Omitted: no average.
+        on_state: Called after every check with the whole state of the loop, torch's random state included, as tensors
+            and plain values.
+        resume: Such a state: the loop goes on from it, and ends bit for bit where it would have ended uninterrupted.
 
     Returns:
         Losses at every check, updates made, seconds, whether the validation loss had stopped falling.
@@ -126,13 +178,16 @@ def train(
     begun, history = time.perf_counter(), FitHistory()
     parameters = list(parameters)
     optimiser = torch.optim.Adam(parameters, learning_rate, foreach=True)
-    best, every = Best(parameters), max(1, num_steps // num_checks)
-    recent, stale = 0.0, 0
-    if keep_best and validate is not None:
+    best, average, every = Best(parameters), Average(parameters, ema), max(1, num_steps // num_checks)
+    recent, stale, spent = 0.0, 0, 0.0
+    if resume is not None:
+        history, stale, spent = _restore(resume, parameters, optimiser, average, best)
+    elif keep_best and validate is not None:
         best.offer(validate())
-    bar = tqdm(range(1, num_steps + 1), desc=description, disable=not progress, leave=False)
+    first = history.iterations + 1
+    bar = tqdm(range(first, num_steps + 1), desc=description, disable=not progress, leave=False)
     with interruptible(history, num_steps, description):
-        for step in bar:
+        for step in bar if resume is None or patience is None or stale < patience else ():
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate * cosine(step / num_steps, final_rate)
             value = loss()
@@ -146,29 +201,81 @@ def train(
             value.backward()
             nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
             optimiser.step()
+            average.update()
             history.iterations = step
             recent += float(value.detach())
             if step % every and step < num_steps:
                 continue
             history.losses.append(recent / ((step - 1) % every + 1))
             recent = 0.0
-            held_out = history.losses[-1] if validate is None else validate()
-            if validate is not None:
-                history.validation_losses.append(held_out)
-                bar.set_postfix(held_out=f"{held_out:.4f}", refresh=False)
-            stale = 0 if best.offer(held_out) else stale + 1
-            if not keep_best:
-                best.keep()
-            if on_check is not None:
-                on_check()
+            with average.inside():
+                held_out = history.losses[-1] if validate is None else validate()
+                if validate is not None:
+                    history.validation_losses.append(held_out)
+                    bar.set_postfix(held_out=f"{held_out:.4f}", refresh=False)
+                stale = 0 if best.offer(held_out) else stale + 1
+                if not keep_best:
+                    best.keep()
+                if on_check is not None:
+                    on_check()
+            if on_state is not None:
+                history.seconds = spent + time.perf_counter() - begun
+                on_state(_state(history, stale, parameters, optimiser, average, best))
             if patience is not None and stale >= patience:
                 break
     optimiser.zero_grad(set_to_none=True)
+    average.swap()
     if keep_best and math.isfinite(best.loss):
         best.restore()
-    history.seconds = time.perf_counter() - begun
+    history.seconds = spent + time.perf_counter() - begun
     history.converged = not history.interrupted and _settled(history, tolerance, num_steps, description)
     return history
+
+
+def _state(
+    history: FitHistory,
+    stale: int,
+    parameters: list[nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    average: Average,
+    best: Best,
+) -> dict[str, Any]:
+    """All that the loop needs to go on, copied: tensors and plain values."""
+    copies = [p.detach().clone() for p in parameters]
+    device = parameters[0].device
+    return {
+        "history": asdict(history),
+        "stale": stale,
+        "parameters": copies,
+        "optimiser": copy.deepcopy(optimiser.state_dict()),
+        "average": [v.clone() for v in average.values],
+        "updates": average.updates,
+        "best": [v.clone() for v in best.values],
+        "best_loss": best.loss,
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+@torch.no_grad()
+def _restore(
+    state: dict[str, Any],
+    parameters: list[nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    average: Average,
+    best: Best,
+) -> tuple[FitHistory, int, float]:
+    """Put a saved state back; its history, how long nothing has got better, and the seconds spent."""
+    for values, saved in ((parameters, "parameters"), (average.values, "average"), (best.values, "best")):
+        for value, kept in zip(values, state[saved]):
+            value.copy_(kept)
+    optimiser.load_state_dict(state["optimiser"])
+    average.updates, best.loss = state["updates"], state["best_loss"]
+    torch.set_rng_state(state["random"].cpu())
+    if state["random_cuda"] is not None:
+        torch.cuda.set_rng_state(state["random_cuda"].cpu(), parameters[0].device)
+    history = FitHistory(**state["history"])
+    return history, state["stale"], history.seconds
 
 
 @contextmanager

@@ -5,7 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges import Bridge, KernelLangevinBridge, LightSB, LightSBBM, LightSBM, TailMatched
+from pyro_sb.bridges import (
+    SGM,
+    VSDM,
+    Bridge,
+    KernelLangevinBridge,
+    LightSB,
+    LightSBBM,
+    LightSBM,
+    TailMatched,
+)
 
 DIM, CONTEXT_DIM = 2, 3
 
@@ -31,6 +40,20 @@ class QuickSBBM(LightSBBM):
         return super().fit(*args, **({"num_steps": 20} | options))
 
 
+class QuickVSDM(VSDM):
+    """The same."""
+
+    def fit(self, *args, **options):
+        return super().fit(*args, **({"num_steps": 20} | options))
+
+
+class QuickSGM(SGM):
+    """The same."""
+
+    def fit(self, *args, **options):
+        return super().fit(*args, **({"num_steps": 20} | options))
+
+
 BRIDGES: dict[str, Callable[..., Bridge]] = {
     "langevin-data-aware": lambda **kw: KernelLangevinBridge(DIM, num_steps=3, **kw),
     "langevin-split-step": lambda **kw: KernelLangevinBridge(DIM, num_steps=3, scheme="split-step", **kw),
@@ -45,6 +68,10 @@ BRIDGES: dict[str, Callable[..., Bridge]] = {
     "light-bass": lambda **kw: QuickSBBM(DIM, num_components=3, epsilon=0.5, beta=5.0, **kw),
     "light-bass-full": lambda **kw: QuickSBBM(DIM, num_components=3, epsilon=0.5, beta=5.0, covariance="full", **kw),
     "tails-light-bass": lambda **kw: TailMatched(QuickSBBM(DIM, num_components=3, epsilon=0.5, **kw), df=3.0),
+    "vsdm": lambda **kw: QuickVSDM(DIM, hidden=(16, 16), **kw),
+    "vsdm-stochastic": lambda **kw: QuickVSDM(DIM, hidden=(16, 16), drift="stochastic", **kw),
+    "vsdm-analytic": lambda **kw: QuickVSDM(DIM, hidden=(16, 16), covariance="analytic", start="conditional", **kw),
+    "sgm": lambda **kw: QuickSGM(DIM, hidden=(16, 16), **kw),
 }
 
 

@@ -39,6 +39,7 @@ class Bridge(nn.Module):
     density: str | None = None
     density_hint = "No choice of options gives it one."
     has_rsample = False
+    approximate_log_prob = False  # whether log_prob is there though density is not "marginal", as an approximation
 
     def __init__(self, dim: int, context_dim: int = 0) -> None:
         super().__init__()

@@ -1,0 +1,76 @@
+r"""The stochastic approximation of the variational score's matrix A, D = I - 2 A."""
+
+import torch
+from torch import Tensor
+
+from pyro_sb.ops.linear_sde import LinearSDE
+from pyro_sb.ops.solvers import Conditional, Denoiser, score, step_law
+
+SMALLEST, LARGEST = 0.3, 8.0  # rates that keep the noising well posed
+NUM_PARTICLES, NUM_GRID = 1024, 60
+
+
+def best_matrix(denoise: Denoiser, sde: LinearSDE, times: Tensor, x: Tensor, zeta: float = 1.0) -> Tensor:
+    r"""The symmetric A that is best for paths simulated with the present one, in the present eigenbasis.
+
+    The forward part of the likelihood bound is quadratic in A,
+
+    .. math:: J(A) = \int \beta\, E\big[\tfrac12 |A x|^2 + x^\top A^\top s_b + \zeta\, \mathrm{tr} A\big] d\tau , \qquad
+              s_b = \nabla \log p - A_k x ,
+
+    so its minimiser solves :math:`A Q + Q A = -(G + G^\top) - 2 \zeta W I`, with :math:`Q = \int \beta E[x x^\top]`
+    and :math:`G = \int \beta E[s_b x^\top]` along the generating SDE.
+
+    Args:
+        denoise: ``(tau, x)`` to the mean of the target given x.
+        sde: The noising process with the present D.
+        times: Falling from 1 to 0. Shape ``(K + 1,)``.
+        x: Draws of the source. Shape ``(n, d)``.
+        zeta: The interaction coefficient.
+
+    Returns:
+        A in the eigenbasis. Shape ``(d, d)``.
+
+    References:
+        Variational Schrödinger Diffusion Models (Deng et al., 2024), https://arxiv.org/abs/2405.04795. They step along
+        the gradient with Adam; the Lyapunov equation is ours.
+    """
+    present = 0.5 * (1 - sde.rates)
+    squares, crosses, integrals = [], [], sde.schedule.integral(times[:-1])
+    for now, then in zip(times[:-1], times[1:]):
+        estimate = denoise(now, x)
+        backward = score(sde, now, x, estimate) - present * x
+        squares.append(x.T @ x / len(x))
+        crosses.append(backward.T @ x / len(x))
+        if then > 0:
+            x = step_law(sde, now, then, x, Conditional(estimate, torch.zeros_like(x))).sample()
+    growth = integrals[:-1] - integrals[1:]
+    weights = 0.5 * torch.cat([growth, growth[:0].new_zeros(1)]) + 0.5 * torch.cat([growth.new_zeros(1), growth])
+    q = torch.einsum("k,kij->ij", weights, torch.stack(squares))
+    g = torch.einsum("k,kij->ij", weights, torch.stack(crosses))
+    eye = torch.eye(len(q), dtype=q.dtype, device=q.device)
+    return lyapunov(q, -(g + g.T) - 2 * zeta * weights.sum() * eye)
+
+
+def lyapunov(q: Tensor, right: Tensor) -> Tensor:
+    """The symmetric A with ``A q + q A = right``, for q symmetric positive definite.
+
+    Example:
+        >>> lyapunov(torch.eye(1), torch.eye(1))
+        tensor([[0.5000]])
+    """
+    values, vectors = torch.linalg.eigh(q)
+    inner = vectors.T @ right @ vectors / (values[:, None] + values)
+    return vectors @ inner @ vectors.T
+
+
+def project(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors and rates of D = I - 2 A, the rates held within bounds that keep the noising well posed."""
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    rates, basis = torch.linalg.eigh(eye - (matrix + matrix.T))
+    return basis, rates.clamp(SMALLEST, LARGEST)
+
+
+def step_size(stage: int) -> float:
+    """Robbins-Monro weight of a stage, counted from 0: their sum is infinite, that of their squares is not."""
+    return min(0.3, 2 / (stage + 1) ** 0.75)
