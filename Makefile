@@ -1,5 +1,5 @@
 # `make demo` and `make test` do all their set-up: Python >= 3.10 with its venv module is all they need.
-.PHONY: setup demo test lint format bench-env bench arviz1-env clean
+.PHONY: setup demo test lint format bench-env bench sbi-peers arviz1-env clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -47,19 +47,24 @@ format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# NumPyro and JAX live apart: the package does not need them, the benchmarks compare with them.
+# NumPyro, JAX and sbi live apart: the package does not need them, the benchmarks compare with them.
 bench-env: $(BENCH)
 
 $(BENCH): constraints-bench.txt
 	@python=$(FIND); test -n "$$python" || { echo "No python3 >= 3.10, < 3.14 with venv found."; exit 1; }; \
 	test -x .venv-bench/bin/python || $$python -m venv .venv-bench
-	.venv-bench/bin/python -m pip install -q numpyro jax 'arviz<1' -c constraints-bench.txt
+	.venv-bench/bin/python -m pip install -q torch -c constraints-bench.txt
+	.venv-bench/bin/python -m pip install -q numpyro jax 'arviz<1' sbi pyro-ppl scikit-learn -c constraints-bench.txt
 	@rm -f .venv-bench/.stamp-*
 	@touch $@
 
 bench: setup bench-env
 	for name in posteriors modes moves attention bridge_experiments bridge_dynamics \
 		planar beta_sweep tails bass_oracle known_plans scaling translation heteroskedastic; do $(PY) -m benchmarks.$$name || exit 1; done
+
+# sbi's estimators, once: an hour and a half; what is in the cache folder is not run again.
+sbi-peers: bench-env
+	.venv-bench/bin/python -m benchmarks.sbi_peers
 
 # ArviZ 1.x needs Python 3.12 and no torch: the tests run its half of the converter there, where a python3.12 is found.
 arviz1-env:
