@@ -81,7 +81,7 @@ def test_an_unknown_name_is_refused():
 
 
 def test_the_score_has_mean_zero(task):
-    for theta in task.true_parameters:
+    for theta in task.true_parameters[:3]:
         theta = theta.expand(2000, -1).clone().requires_grad_()
         with torch.no_grad():
             y = run(task, 2000, theta)[1]
