@@ -86,7 +86,7 @@ class LinearSDE(NamedTuple):
 
     Example:
         >>> law = variance_preserving(1).at(torch.tensor(1.0))
-        >>> (law.factor**2 + law.variance).item()
+        >>> round((law.factor**2 + law.variance).item(), 6)
         1.0
     """
 
@@ -194,7 +194,7 @@ def fixed_point_rates(variances: Tensor, total: float) -> Tensor:
 
     Example:
         >>> fixed_point_rates(torch.tensor([1.0, 350.0]), 3.77)
-        tensor([1.0000, 1.7777])
+        tensor([1.0000, 1.7735])
     """
     v = variances.double()
 

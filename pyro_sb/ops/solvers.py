@@ -186,8 +186,8 @@ Model = Callable[[Tensor, Tensor], Conditional]
 def step_law(sde: LinearSDE, now: Tensor, then: Tensor, x: Tensor, given: Conditional) -> StepLaw:
     r"""Law of the state at the cleaner time ``then`` given the state x at ``now``.
 
-    By Bayes' rule, given the target :math:`x_0` too, the state is Gaussian with mean :math:`g x + h x_0` and variance q,
-    where :math:`g = s'^2 m / (m' s^2)`, :math:`h = m' - g m`, :math:`q = s'^2 (1 - g m / m')`. With the model
+    By Bayes' rule, given the target :math:`x_0` too, the state is Gaussian with mean :math:`g x + h x_0` and variance
+    q, where :math:`g = s'^2 m / (m' s^2)`, :math:`h = m' - g m`, :math:`q = s'^2 (1 - g m / m')`. With the model
     N(mean, C) of the target given x the step is :math:`N(g x + h\, mean, q + h C h)`; the last one is N(mean, C),
     never noiseless.
     """
