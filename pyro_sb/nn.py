@@ -9,36 +9,58 @@ from zuko.nn import MLP
 
 
 class ContextNet(nn.Module):
-    """Network from a context to a vector, zero before it is trained.
+    """Network from a context to a vector, zero before it is trained; layers as wide as the one before are residual.
 
     Args:
         context_dim: Size of the context, standardised.
         out_dim: Size of the output.
         hidden: Widths of the hidden layers.
+        dropout: Share of the features that a residual layer drops while ``noisy`` is set, in [0, 1): a fit sets it,
+            so that a fitted network is the same whatever ``train()`` and ``eval()`` say.
 
     Example:
         >>> ContextNet(3, 5)(torch.ones(2, 3)).abs().max().item()
         0.0
     """
 
-    def __init__(self, context_dim: int, out_dim: int, hidden: tuple[int, ...] = (64, 64)) -> None:
+    def __init__(
+        self, context_dim: int, out_dim: int, hidden: tuple[int, ...] = (64, 64), dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.body = MLP(context_dim, hidden[-1], hidden_features=hidden, activation=nn.SiLU)
+        self.dropout, self.noisy = dropout, False
+        self.first = nn.Linear(context_dim, hidden[0])
+        self.layers = nn.ModuleList(ResidualLayer(a, b) for a, b in zip(hidden[:1] + hidden[:-1], hidden))
         self.head = nn.Linear(hidden[-1], out_dim)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.reset()
 
     def reset(self) -> None:
-        """Start anew: a random body, a head of zeros."""
-        for module in self.body.modules():
-            if hasattr(module, "reset_parameters"):  # zuko's linear layer is no nn.Linear
+        """Start anew: random layers, a head of zeros."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.LayerNorm):
                 module.reset_parameters()
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, context: Tensor) -> Tensor:
         """Shapes ``(*, context_dim)`` to ``(*, out_dim)``."""
-        return self.head(nn.functional.silu(self.body(context)))
+        h = self.first(context)
+        for layer in self.layers:
+            h = layer(h, self.dropout if self.noisy else 0.0)
+        return self.head(nn.functional.silu(h))
+
+
+class ResidualLayer(nn.Module):
+    """A normalised two-layer step, added to its input where the widths agree. ``(*, a)`` to ``(*, b)``."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, out), nn.Linear(out, out)
+
+    def forward(self, h: Tensor, dropout: float = 0.0) -> Tensor:
+        """A step with a share of its inner features dropped."""
+        inner = nn.functional.silu(self.up(self.norm(h)))
+        ahead = self.down(nn.functional.dropout(inner, dropout, training=dropout > 0))
+        return h + ahead if ahead.shape == h.shape else ahead
 
 
 class TimeNet(nn.Module):

@@ -152,12 +152,16 @@ class Reading(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What a bridge asks of its data: sizes, the number of components, and whether their covariances are full."""
+    """What a bridge asks of its data: sizes, the number of components, and whether their covariances are full.
+
+    ``raw``: contexts are left as they are, for an embedding.
+    """
 
     dim: int
     context_dim: int
     num_components: int
     full: bool
+    raw: bool = False
 
 
 def read_ends(
@@ -187,7 +191,7 @@ def read_ends(
     units, deviations = read_units(points, row_weights)
     if wanted.full:
         check_conditioning(points, row_weights)
-    rows, *contexts = read_context(wanted.context_dim, context, points, row_weights)
+    rows, *contexts = read_context(wanted.context_dim, context, points, row_weights, raw=wanted.raw)
     end = LawEnd(target, units) if is_law else DrawsEnd(units.to(points), row_weights, rows, held_out)
     if isinstance(end, DrawsEnd) and end.num_train < wanted.num_components:
         raise ValueError(
@@ -206,7 +210,7 @@ def read_ends(
 
 
 def read_held_out(held_out: Any, num: int | None) -> float | Tensor:
-    """A share in [0, 1), or a boolean mask of ``num`` draws that leaves some to learn from; None: there are no draws."""
+    """A share in [0, 1), or a boolean mask of ``num`` draws that leaves some to learn from; None: no draws."""
     if not isinstance(held_out, Tensor) and np.ndim(held_out) == 0:
         if not 0 <= held_out < 1:
             raise ValueError(f"held_out must lie in [0, 1), got {held_out}. Write 0.1 for a tenth of the draws.")
@@ -225,9 +229,12 @@ def read_held_out(held_out: Any, num: int | None) -> float | Tensor:
 
 
 def read_context(
-    context_dim: int, context: Any, points: Tensor, weights: Tensor | None
+    context_dim: int, context: Any, points: Tensor, weights: Tensor | None, *, raw: bool = False
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Standardised contexts of the draws, their mean and standard deviation; None and empty without context."""
+    """Standardised contexts of the draws, their mean and standard deviation; None and empty without context.
+
+    Raw ones stay as they are, under mean 0 and deviation 1.
+    """
     if context_dim == 0:
         if context is not None:
             raise ValueError("context needs context_dim > 0, got context_dim = 0. Build the bridge with context_dim.")
@@ -237,6 +244,8 @@ def read_context(
     context = as_draws("context", context, context_dim, like=points)
     if len(context) != len(points):
         raise ValueError(f"context must have a row a draw, got {len(context)} for {len(points)} draws.")
+    if raw:
+        return context, torch.zeros_like(context[0]), torch.ones_like(context[0])
     weights = torch.full_like(points[:, 0], 1 / len(points)) if weights is None else weights
     location = weights @ context
     deviation = (weights @ (context - location).square()).sqrt()

@@ -42,6 +42,10 @@ class LightSB(MixtureBridge):
         context_dim: Size of the context, 0 for none. With a context, a network gives weights, means and covariances.
         covariance: ``"diagonal"`` or ``"full"``.
         hidden: Widths of the context network's hidden layers.
+        dropout: Share of features that the network drops while it learns, in [0, 1): for few draws.
+        embedding: Module from contexts ``(n, context_dim)`` to features, learnt with the rest, such as
+            `pyro_sb.nn.SetEmbedding` for exchangeable observations. It sees contexts as they are; without it they are
+            standardised.
 
     References:
         Light Schrödinger Bridge (Korotin, Gushchin and Burnaev, 2024), https://arxiv.org/abs/2310.01174, eq. 10. The
@@ -128,6 +132,17 @@ class LightSB(MixtureBridge):
         target = ends.target.batch(batch_size)
         return self._likelihood(ends.source.batch(batch_size).points, target)
 
+    def _noisy_loss(self, ends: Ends, batch_size: int) -> Tensor:
+        """The loss with the network's dropout switched on."""
+        net = self.parameters_of.net
+        if net is None:
+            return self.loss(ends, batch_size)
+        net.noisy = True
+        try:
+            return self.loss(ends, batch_size)
+        finally:
+            net.noisy = False
+
     def held_out_loss(self, ends: Ends) -> float:
         """Likelihood loss on held-out points: the same landscape whichever loss is trained on."""
         target = ends.target.held_out(HELD_OUT)
@@ -135,6 +150,9 @@ class LightSB(MixtureBridge):
             return float(self._likelihood(ends.source.held_out(len(target.points)).points, target))
 
     def _likelihood(self, source: Tensor, target: Batch) -> Tensor:
+        if self._factored and target.context is not None:  # -log of the plan's density from the source
+            law = self.parameters_of.law(target.context, self._epsilon)
+            return -weighted_mean(law.log_prob(target.points), target.weights)
         source, target = paired(source, target)
         potential, y1 = self._lift(target.points, target.context)
         y0 = self._lift(source, target.context)[1]
@@ -150,7 +168,7 @@ class LightSB(MixtureBridge):
         finite = not ends.target.fresh
         return train(
             self.parameters_of.parameters(),
-            lambda: self.loss(ends, options.batch_size),
+            lambda: self._noisy_loss(ends, options.batch_size),
             num_steps=options.steps(5000),
             learning_rate=options.rate(2e-3 if self.context_dim else 5e-3),
             validate=lambda: self.held_out_loss(ends),

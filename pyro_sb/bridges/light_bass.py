@@ -5,7 +5,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_sb.bridges.bass_dual import DualProblem
 from pyro_sb.bridges.ends import Batch, Ends
@@ -82,8 +82,19 @@ class LightSBBM(LightSB):
         context_dim: int = 0,
         covariance: str = "diagonal",
         hidden: tuple[int, ...] = (64, 64),
+        dropout: float = 0.0,
+        embedding: nn.Module | None = None,
     ) -> None:
-        super().__init__(dim, num_components, epsilon, context_dim=context_dim, covariance=covariance, hidden=hidden)
+        super().__init__(
+            dim,
+            num_components,
+            epsilon,
+            context_dim=context_dim,
+            covariance=covariance,
+            hidden=hidden,
+            dropout=dropout,
+            embedding=embedding,
+        )
         self._asked_beta = beta if isinstance(beta, str) else float(beta)
         if isinstance(beta, str):
             if beta != "auto":

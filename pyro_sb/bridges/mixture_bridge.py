@@ -215,7 +215,7 @@ class MixtureBridge(MixtureState):
         z = self._units(0.0).to(self._start(shape.numel()))
         potential, points = self._frozen(z, rows)
         y0 = self._invert(potential, 0.0, points)
-        y1 = potential.plan_sample(y0)
+        y1 = self._plan_draw(potential, y0, rows)
         times = torch.linspace(0, 1, num_steps + 1).to(z)
         y, states = y0, [self._units(0.0).back(z)]
         for now, then in zip(times[:-1], times[1:]):
@@ -228,8 +228,14 @@ class MixtureBridge(MixtureState):
     @torch.no_grad()
     def sample_rows(self, num: int, context: Tensor | None) -> Tensor:
         """Ends of bridges from source points."""
+        rows = self._context_rows(context)
+        if self._factored and rows is not None:
+            draw = chunked(
+                lambda rows: self.parameters_of.law(rows, self._epsilon).sample(), rows, width=self._row_width
+            )
+            return self._units().back(draw)
         z = self._units(0.0).to(self._start(num))
-        return self._units().back(chunked(self._move, z, self._context_rows(context), width=self._width))
+        return self._units().back(chunked(self._move, z, rows, width=self._width))
 
     @torch.no_grad()
     def draws_rows(self, num: int, context: Tensor | None) -> Draws:
@@ -257,6 +263,10 @@ class MixtureBridge(MixtureState):
         """Log density of points, from a point as source."""
         if self.density != "marginal":
             return super().log_prob_rows(x, context)
+        rows = self._context_rows(context)
+        if self._factored and rows is not None:
+            z = self._units().to(x.to(self.location))
+            return chunked(self._law_log_prob, z, rows, width=self._row_width) - self.dim * self.scale.log()
         return self.plan_log_prob_rows(x, self.source_points.expand(len(x), -1), context)
 
     def plan_log_prob_rows(self, x: Tensor, x0: Tensor, context: Tensor | None) -> Tensor:
@@ -278,6 +288,17 @@ class MixtureBridge(MixtureState):
         return (
             chunked(log_prob, z, z0, rows, width=self._width * min(self.dim, DENSE_DIM)) - self.dim * self.scale.log()
         )
+
+    def _law_log_prob(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Log density of the ends from the source point; no gradient goes to parameters."""
+        with torch.no_grad():
+            law = self.parameters_of.law(rows, self._epsilon)
+        return law.log_prob(z)
+
+    @property
+    def _row_width(self) -> int:
+        """Numbers that a row of contexts takes where it has full covariances."""
+        return self._width * self.dim
 
     def _move(self, z: Tensor, rows: Tensor | None, t: float = 1.0) -> Tensor:
         """States at time t of bridges from rows, in the bridge's units."""

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from pyro_sb.nn import ContextNet
+from pyro_sb.nn import ContextNet, embedding_size
+from pyro_sb.ops.factor_mixture import FactorMixture
 from pyro_sb.ops.mixture import MixturePotential
 
 COVARIANCES = ("diagonal", "full")
@@ -14,8 +15,11 @@ class MixtureParameters(nn.Module):
 
     Diagonal: :math:`S = s_{\min} + e^q`. Full: :math:`S = s_{\min} I + A L L^\top A` with :math:`L` lower triangular
     and :math:`\log \operatorname{diag} L` free; :math:`r = A \rho`. The diagonal A is 1 but for axes that are more
-    than ten times narrower than the rest, so that Adam's steps suit them too. With a context a network adds to all
-    parameters.
+    than ten times narrower than the rest, so that Adam's steps suit them too.
+
+    With a context a network adds to all parameters. Full covariances are then given by the lower triangular factor of
+    their precision, :math:`S = (P^\top P)^{-1}` with :math:`P = D (I + N)`, :math:`\log D` and the strictly lower
+    :math:`N` free but for :math:`D \le s_{\min}^{-1/2}`: a density then needs no factorisation (`law`).
 
     Args:
         dim: Event size d.
@@ -23,6 +27,8 @@ class MixtureParameters(nn.Module):
         context_dim: Size of the context; 0 for none.
         covariance: ``"diagonal"`` or ``"full"``.
         hidden: Widths of the network's hidden layers.
+        dropout: Share of features that the network drops while it learns.
+        embedding: Module from contexts ``(n, context_dim)`` to features, learnt with the rest.
     """
 
     floor: Tensor
@@ -30,7 +36,14 @@ class MixtureParameters(nn.Module):
     net: ContextNet | None
 
     def __init__(
-        self, dim: int, num_components: int, context_dim: int, covariance: str, hidden: tuple[int, ...]
+        self,
+        dim: int,
+        num_components: int,
+        context_dim: int,
+        covariance: str,
+        hidden: tuple[int, ...],
+        dropout: float = 0.0,
+        embedding: nn.Module | None = None,
     ) -> None:
         super().__init__()
         shape = (num_components, dim) if covariance == "diagonal" else (num_components, dim, dim)
@@ -40,18 +53,50 @@ class MixtureParameters(nn.Module):
         self.raw = nn.Parameter(torch.zeros(shape))
         self.register_buffer("floor", torch.tensor(1e-6))
         self.register_buffer("axes", torch.ones(dim))
-        size = sum(p.numel() for p in (self.log_weights, self.locs, self.raw))
-        self.net = ContextNet(context_dim, size, hidden) if context_dim else None
+        self.factored = context_dim > 0 and not self.diagonal
+        self.lower = torch.tril_indices(dim, dim).tolist() if self.factored else None
+        self.sizes = [num_components, num_components * dim, self.raw.numel()]
+        if self.lower is not None:
+            self.sizes[2] = num_components * len(self.lower[0])
+        self.embedding = embedding
+        features = context_dim if embedding is None else embedding_size(embedding, context_dim)
+        self.net = ContextNet(features, sum(self.sizes), hidden, dropout) if context_dim else None
 
     def forward(self, context: Tensor | None, epsilon: float) -> MixturePotential:
         """The potential, with a leading batch of contexts ``(n, context_dim)`` if there are any."""
-        log_weights, locs, raw = self.log_weights, self.locs, self.raw
+        log_weights, locs, raw = self._raw(context)
+        return MixturePotential(log_weights, locs, self._scales(raw), epsilon)
+
+    def law(self, context: Tensor, epsilon: float) -> FactorMixture:
+        r"""The plan from the origin, :math:`\sum_j a_j N(r_j, \epsilon S_j)`: contexts with full covariances alone."""
+        log_weights, locs, raw = self._raw(context)
+        return FactorMixture(log_weights, locs, self._factor(raw) / epsilon**0.5)
+
+    def _raw(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Log weights, locs and raw scales, given the context."""
+        own = (self.log_weights, self.locs, self.raw)
         if self.net is not None and context is not None:
-            shift = self.net(context).split([p.numel() for p in (log_weights, locs, raw)], -1)
+            features = context if self.embedding is None else self.embedding(context)
             log_weights, locs, raw = (
-                p + s.unflatten(-1, p.shape) for p, s in zip((log_weights, locs, raw), shift, strict=True)
+                x.unflatten(-1, (len(own[0]), -1)) for x in self.net(features).split(self.sizes, -1)
             )
-        return MixturePotential(log_weights, self.axes * locs, self._scales(raw), epsilon)
+            if self.lower is None:
+                raw = raw.unflatten(-1, own[2].shape[1:])
+            else:
+                rows, columns = self.lower
+                lower = torch.zeros(*raw.shape[:-1], *own[2].shape[1:], dtype=raw.dtype, device=raw.device)
+                lower[..., rows, columns] = raw
+                raw = lower
+            log_weights, locs, raw = own[0] + log_weights[..., 0], own[1] + locs, own[2] + raw
+            return log_weights, self.axes * locs, raw
+        return own[0], self.axes * own[1], own[2]
+
+    def _factor(self, raw: Tensor) -> Tensor:
+        """P from its raw form. The diagonal bends into its bound."""
+        most = -0.5 * self.floor.log()
+        log_diagonal = most - nn.functional.softplus(most - raw.diagonal(dim1=-2, dim2=-1))
+        eye = torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device)
+        return log_diagonal.exp()[..., None] * (raw.tril(-1) + eye)
 
     def measure(self, deviations: Tensor) -> None:
         """Take A from the standard deviations of the axes, in the bridge's units. Shape ``(dim,)``."""
@@ -61,6 +106,10 @@ class MixtureParameters(nn.Module):
         """Forget what the network has learnt."""
         if self.net is not None:
             self.net.reset()
+        for module in self.embedding.modules() if self.embedding is not None else ():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
 
     @torch.no_grad()
     def set(self, potential: MixturePotential, floor: float) -> None:
@@ -71,13 +120,32 @@ class MixtureParameters(nn.Module):
         if self.diagonal:
             self.raw.copy_((potential.scales - self.floor).clamp_min(1e-3 * floor).log())
             return
+        if self.factored:
+            self.raw.copy_(self._raw_factor(potential.scales))
+            return
         values, vectors = torch.linalg.eigh(potential.scales)
         above = (vectors * (values - self.floor).clamp_min(1e-3 * floor)[..., None, :]) @ vectors.mT
         factor = torch.linalg.cholesky(above / (self.axes[:, None] * self.axes))
         diagonal = factor.diagonal(dim1=-2, dim2=-1)
         self.raw.copy_(factor.tril(-1) + torch.diag_embed(diagonal.log()))
 
+    def _raw_factor(self, scales: Tensor) -> Tensor:
+        """The raw form of P for given S, with eigenvalues raised to twice the floor."""
+        values, vectors = torch.linalg.eigh(scales)
+        above = (vectors * values.clamp_min(2 * self.floor)[..., None, :]) @ vectors.mT
+        eye = torch.eye(scales.shape[-1], dtype=scales.dtype, device=scales.device)
+        factor = torch.linalg.solve_triangular(torch.linalg.cholesky(above), eye.expand_as(above), upper=False)
+        diagonal = factor.diagonal(dim1=-2, dim2=-1)
+        most = -0.5 * self.floor.log()
+        below = most - diagonal.log().clamp_max(most - 1e-3)
+        return (factor / diagonal[..., None]).tril(-1) + torch.diag_embed(most - below.expm1().log())
+
     def _scales(self, raw: Tensor) -> Tensor:
+        if self.factored:
+            factor = self._factor(raw)
+            eye = torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device)
+            inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+            return inverse @ inverse.mT
         if self.diagonal:
             return self.floor + raw.exp()
         factor = self.axes[:, None] * (raw.tril(-1) + torch.diag_embed(raw.diagonal(dim1=-2, dim2=-1).exp()))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import Bridge
@@ -15,6 +15,7 @@ from pyro_sb.bridges.ends import DrawsEnd, Ends, Wanted, read_ends, read_source
 from pyro_sb.bridges.mixture_checks import Units
 from pyro_sb.bridges.mixture_parameters import COVARIANCES, MixtureParameters
 from pyro_sb.bridges.mixture_start import MAX_POINTS, cluster_start
+from pyro_sb.nn import embedding_config, embedding_from_config
 from pyro_sb.ops.bass import BassMap
 from pyro_sb.ops.mixture import MixturePotential
 from pyro_sb.ops.moment_matching import Side, equal_weights
@@ -44,8 +45,12 @@ class MixtureState(Bridge):
         context_dim: int = 0,
         covariance: str = "diagonal",
         hidden: tuple[int, ...] = (64, 64),
+        dropout: float = 0.0,
+        embedding: nn.Module | None = None,
     ) -> None:
         super().__init__(dim, context_dim)
+        if embedding is not None and not context_dim:
+            raise ValueError("embedding needs context_dim > 0, got 0: it maps contexts to features.")
         if num_components < 1:
             raise ValueError(f"num_components must be at least 1, got {num_components}. Omit it for 50.")
         if not 0 < epsilon < math.inf:
@@ -56,9 +61,14 @@ class MixtureState(Bridge):
             raise ValueError("hidden must name at least one layer, got (). Omit it for (64, 64).")
         if covariance not in COVARIANCES:
             raise ValueError(f"covariance must be one of {list(COVARIANCES)}, got {covariance!r}.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}. Write 0.1, or omit it for none.")
+        self.dropout = float(dropout)
         self.num_components, self.epsilon, self.covariance = int(num_components), float(epsilon), covariance
         self.hidden, self.beta = tuple(map(int, hidden)), math.inf
-        self.parameters_of = MixtureParameters(dim, num_components, context_dim, covariance, self.hidden)
+        self.parameters_of = MixtureParameters(
+            dim, num_components, context_dim, covariance, self.hidden, self.dropout, embedding
+        )
         for name in MixtureState.__annotations__:
             self.register_buffer(name, torch.empty(0))
         self.source: Distribution | None = None
@@ -75,7 +85,8 @@ class MixtureState(Bridge):
 
     def _read(self, target: Any, source: Any, context: Any, weights: Any, num_draws: int, held_out: Any) -> Ends:
         """Checked ends in the bridge's units; the bridge changes when all has gone well."""
-        wanted = Wanted(self.dim, self.context_dim, self.num_components, self.covariance == "full")
+        raw = self.parameters_of.embedding is not None
+        wanted = Wanted(self.dim, self.context_dim, self.num_components, self.covariance == "full", raw)
         read = read_ends(wanted, target, source, context, weights, num_draws, held_out)
         units = read.units
         self.to(units.location)
@@ -176,8 +187,14 @@ class MixtureState(Bridge):
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        names = ("num_components", "epsilon", "covariance", "hidden")
-        return super().config() | {name: getattr(self, name) for name in names}
+        names = ("num_components", "epsilon", "covariance", "hidden", "dropout")
+        embedding = {"embedding": embedding_config(self.parameters_of.embedding)}
+        return super().config() | {name: getattr(self, name) for name in names} | embedding
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "MixtureState":
+        """Build the bridge that `config` describes, its embedding among it."""
+        return cls(**config | {"embedding": embedding_from_config(config.get("embedding"))})
 
     def get_extra_state(self) -> dict[str, Any]:
         """What the source was."""
@@ -213,6 +230,17 @@ class MixtureState(Bridge):
     def _width(self) -> int:
         """Numbers that a row of points takes at once."""
         return self.num_components * self.dim
+
+    @property
+    def _factored(self) -> bool:
+        """Whether the plan from the source is a mixture known by the factors of its precisions."""
+        return self.parameters_of.factored and self._source_kind == "point" and math.isinf(self.beta)
+
+    def _plan_draw(self, potential: MixturePotential, y0: Tensor, rows: Tensor | None) -> Tensor:
+        """One end of the plan from each point; ``rows`` are the contexts of a point source."""
+        if self._factored and rows is not None:
+            return self.parameters_of.law(rows, self._epsilon).sample().reshape(y0.shape)
+        return potential.plan_sample(y0)
 
     def _broadcast(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if context is None:

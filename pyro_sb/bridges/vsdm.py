@@ -243,9 +243,10 @@ class VSDM(DiffusionState):
         with torch.no_grad():
             mean, features = self._features(context)
             flow, times = Flow(self.sde, self.spread), self._times(num_steps)[:-1].flip(0)
-            w = self._inward(x.to(mean), mean, torch.zeros_like(times[0])) * self._signal(flow, times[0])
-            log_volume = self._signal(flow, times[0]).log().sum()
-            change = torch.zeros_like(w[:, 0])
+            w = self._inward(x.to(mean), mean, torch.zeros_like(times[0])) / self.spread.sqrt()
+            step = flow.angle(times[0])  # from the target itself to the first noisy time: Euler
+            slope, rate = self._slope_and_rates(times[0], w, features)
+            w, change = w + step * slope, rate @ step - 0.5 * self.spread.log().sum()
             slope, rate = self._slope_and_rates(times[0], w, features)
             for now, then in zip(times[:-1], times[1:]):
                 step = flow.angle(then) - flow.angle(now)
@@ -255,13 +256,9 @@ class VSDM(DiffusionState):
                 change = change + (0.5 * (rate + next_rate)) @ step
                 rate = next_rate
             z = w / flow.inner(times[-1])
-            return self._start_log_prob(z, mean) + log_volume + change - flow.inner(times[-1]).log().sum()
+            return self._start_log_prob(z, mean) + change - flow.inner(times[-1]).log().sum()
 
     # Parts
-
-    def _signal(self, flow: Flow, tau: Tensor) -> Tensor:
-        """Factor from a clean state to the normalised one at a time."""
-        return flow.sde.at(tau).factor * flow.inner(tau)
 
     def _slope_and_rates(
         self, tau: Tensor, w: Tensor, features: Tensor | None, rates: bool = True

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from pyro_sb.ops.linear_sde import LinearSDE
-from pyro_sb.ops.solvers import Conditional, Denoiser, score, step_law
+from pyro_sb.ops.solvers import Model, score, step_law
 
 SMALLEST, LARGEST = 0.3, 8.0  # rates that keep the noising well posed
 NUM_PARTICLES, NUM_GRID = 1024, 60
 
 
-def best_matrix(denoise: Denoiser, sde: LinearSDE, times: Tensor, x: Tensor, zeta: float = 1.0) -> Tensor:
+def best_matrix(model: Model, sde: LinearSDE, times: Tensor, x: Tensor, zeta: float = 1.0) -> Tensor:
     r"""The symmetric A that is best for paths simulated with the present one, in the present eigenbasis.
 
     The forward part of the likelihood bound is quadratic in A,
@@ -22,7 +22,7 @@ def best_matrix(denoise: Denoiser, sde: LinearSDE, times: Tensor, x: Tensor, zet
     and :math:`G = \int \beta E[s_b x^\top]` along the generating SDE.
 
     Args:
-        denoise: ``(tau, x)`` to the mean of the target given x.
+        model: ``(tau, x)`` to a Gaussian model of the target given x: its covariance makes long steps right.
         sde: The noising process with the present D.
         times: Falling from 1 to 0. Shape ``(K + 1,)``.
         x: Draws of the source. Shape ``(n, d)``.
@@ -38,12 +38,12 @@ def best_matrix(denoise: Denoiser, sde: LinearSDE, times: Tensor, x: Tensor, zet
     present = 0.5 * (1 - sde.rates)
     squares, crosses, integrals = [], [], sde.schedule.integral(times[:-1])
     for now, then in zip(times[:-1], times[1:]):
-        estimate = denoise(now, x)
-        backward = score(sde, now, x, estimate) - present * x
+        given = model(now, x)
+        backward = score(sde, now, x, given.mean) - present * x
         squares.append(x.T @ x / len(x))
         crosses.append(backward.T @ x / len(x))
         if then > 0:
-            x = step_law(sde, now, then, x, Conditional(estimate, torch.zeros_like(x))).sample()
+            x = step_law(sde, now, then, x, given).sample()
     growth = integrals[:-1] - integrals[1:]
     weights = 0.5 * torch.cat([growth, growth[:0].new_zeros(1)]) + 0.5 * torch.cat([growth.new_zeros(1), growth])
     q = torch.einsum("k,kij->ij", weights, torch.stack(squares))

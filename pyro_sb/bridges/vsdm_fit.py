@@ -18,6 +18,7 @@ from pyro_sb.bridges.vsdm_state import NUM_KNOTS, DiffusionState
 from pyro_sb.ops.solvers import Flow
 from pyro_sb.training import FitHistory, train
 
+NUM_JUDGES = 512  # of them, at each stage of the stochastic approximation
 HELD_OUT = 4096  # noised points that the validation loss is read from
 NUM_TIMES = 1024  # of the table of times uniform in log-SNR
 NUM_CHECKS, PATIENCE = 40, 8
@@ -247,14 +248,14 @@ class Fit:
         return w, goal, bridge._goal(rows.tau, w, bridge.net.features(rows.context))
 
     @torch.no_grad()
-    def _measure_errors(self) -> None:
-        """Analytic variances: what the denoiser misses on the held-out draws, at each knot of the log-SNR scale."""
+    def _measure_errors(self, num: int = HELD_OUT) -> None:
+        """Analytic variances: what the denoiser misses on held-out draws, at each knot of the log-SNR scale."""
         bridge, ends = self.bridge, self.table[[0, -1]]
         levels = bridge.sde.log_snr(ends).mean(-1)
         times = bridge.sde.time_at(torch.lerp(levels[0], levels[1], torch.linspace(0, 1, NUM_KNOTS).to(levels)))
-        errors = []
+        errors, judge = [], Noised(*(None if v is None else v[:num] for v in self.judge))
         for tau in times:
-            rows = self.judge._replace(tau=tau.expand_as(self.judge.tau), noise=torch.randn_like(self.judge.noise))
+            rows = judge._replace(tau=tau.expand_as(judge.tau), noise=torch.randn_like(judge.noise))
             _, goal, answer = self._answers(rows)
             errors.append(weighted((goal - answer).square().mean(-1), rows.weights))
         bridge.log_errors = torch.stack(errors).clamp_min(1e-6).log()
@@ -266,8 +267,9 @@ class Fit:
         context = self._batch(NUM_PARTICLES).context
         features, like = bridge.net.features(context), bridge.location
         x = torch.randn(NUM_PARTICLES, bridge.dim, dtype=like.dtype, device=like.device)
+        self._measure_errors(NUM_JUDGES)
         best = best_matrix(
-            lambda tau, z: bridge._denoise(tau, z, features),
+            lambda tau, z: bridge._analytic(tau, z, features),
             bridge.sde,
             bridge._times(NUM_GRID),
             x,

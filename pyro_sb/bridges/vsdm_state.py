@@ -212,15 +212,18 @@ class DiffusionState(Bridge):
 
     def _model(self, tau: Tensor, z: Tensor, features: Tensor | None) -> Conditional:
         """Mean and covariance of the target given a state; tau is one time."""
-        flow = Flow(self.sde, self.spread)
-        angle, w, place = flow.angle(tau), z * flow.inner(tau), self._place(tau)
-        goal = self.net.goal(place, w, self.basis, features)
-        mean = self.spread.sqrt() * (angle.cos() * w + angle.sin() * goal)
-        scale = self.spread.sqrt() * angle.sin() * (0.5 * self._log_error(place)).exp()
         if self.covariance_rule == "analytic":
-            return Conditional(mean, scale.square().expand_as(mean))
-        factor = self.net.precision_factor(place, w, self.basis, features)
-        return Conditional(mean, factor_covariance(factor, scale))
+            return self._analytic(tau, z, features)
+        flow, place = Flow(self.sde, self.spread), self._place(tau)
+        mean, variances = self._analytic(tau, z, features)
+        factor = self.net.precision_factor(place, z * flow.inner(tau), self.basis, features)
+        return Conditional(mean, factor_covariance(factor, variances[0].sqrt()))
+
+    def _analytic(self, tau: Tensor, z: Tensor, features: Tensor | None) -> Conditional:
+        """The same with one number a noise level for the covariance."""
+        angle = Flow(self.sde, self.spread).angle(tau)
+        variances = self.spread * angle.sin().square() * self._log_error(self._place(tau)).exp()
+        return Conditional(self._denoise(tau, z, features), variances.expand_as(z))
 
     def _log_error(self, place: Tensor) -> Tensor:
         """Log of the analytic variance in units of the Gaussian one, between the knots it was measured at."""

@@ -1,0 +1,261 @@
+"""From a Pyro model to joint draws of its latents and its observations."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_sb.infer.packing import Packing
+from pyro_sb.infer.prototype import Prototype, Start, first_float, prototype, run
+from pyro_sb.infer.replay import PlainSampling, Record
+from pyro_sb.infer.sites import is_deterministic, is_sample
+
+__all__ = ["Simulations", "Simulator", "simulator"]
+
+logger = logging.getLogger(__name__)
+Sites = dict[str, Tensor]
+MAX_NUMBERS = 2**22  # numbers in the sites of one batch of runs
+
+
+class Simulations(NamedTuple):
+    """Joint draws: unconstrained latents ``(N, dim)``, observations ``(N, data_dim)``, packed by the `Simulator`."""
+
+    latents: Tensor
+    observations: Tensor
+
+
+@dataclass
+class Simulator:
+    r"""A model as a giver of pairs: latents of the prior, and observations of the model given them.
+
+    Attributes:
+        model: Pyro model, or a function with ``pyro.sample`` prior sites that returns its observations.
+        observed: Names of the observed sites.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+        prototype: What one run told of the latents, with the observations held at one simulation.
+        data: Layout of the observations in one vector.
+        batch_shapes: Batch shape of each observed site.
+        event_dims: Number of event dimensions of each observed site that ``to_event`` did not make.
+        returned: Whether the observations are the function's return value, so that they have no density.
+    """
+
+    model: Callable[..., Any]
+    observed: tuple[str, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    prototype: Prototype
+    data: Packing
+    batch_shapes: dict[str, torch.Size]
+    event_dims: dict[str, int]
+    returned: bool
+
+    @property
+    def dim(self) -> int:
+        """Length of the unconstrained latent vector."""
+        return self.prototype.packing.dim
+
+    def conditioned(self, values: Sites) -> Callable[..., Any]:
+        """The model with its observed sites at given values."""
+        return poutine.condition(self.model, data=values)
+
+    def simulate(self, num: int, *, keep_finite: bool = False, progress: bool = False) -> Simulations:
+        r"""Independent draws of the joint law.
+
+        Args:
+            num: How many, at least 1.
+            keep_finite: Leave out simulations that are not finite. Otherwise they are an error.
+            progress: Show a bar where the model runs draw after draw.
+
+        Returns:
+            Latents and observations; fewer rows than ``num`` if some were left out.
+
+        Raises:
+            ValueError: ``num`` < 1, or simulations that are not finite: how many, and in which sites.
+        """
+        if num < 1:
+            raise ValueError(f"num_simulations must be at least 1, got {num}. Write 10_000.")
+        with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+            parts = [self._pairs(sites) for sites in self._runs(num, progress)]
+        pairs = Simulations(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return self._finite(pairs, keep_finite)
+
+    def predict(self, z: Tensor) -> Tensor:
+        """One observation for each row of unconstrained latents. ``(N, dim)`` to ``(N, data_dim)``."""
+        latents = {name: t.inv(x) for (name, x), t in zip(self._free(z).items(), self.prototype.transforms.values())}
+        with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+            parts = [self._pairs(sites).observations for sites in self._runs(len(z), False, latents)]
+        return torch.cat(parts)
+
+    def _free(self, z: Tensor) -> Sites:
+        return self.prototype.packing.unpack(z)
+
+    def _pairs(self, sites: Sites) -> Simulations:
+        transforms = self.prototype.transforms
+        latents = self.prototype.packing.pack({name: t(sites[name]) for name, t in transforms.items()})
+        return Simulations(latents, self.data.pack({name: sites[name] for name in self.data.shapes}))
+
+    def _runs(self, num: int, progress: bool, latents: Sites | None = None) -> Iterator[Sites]:
+        """Sites of ``num`` runs in batches: under vmap where that works, else one by one."""
+        rows = max(1, MAX_NUMBERS // max(1, self.prototype.numel))
+        given = {} if latents is None else latents
+        start = 0
+        while start < num and not self.returned:  # noise of a plain function may come from outside torch
+            size = min(rows, num - start)
+            batch = {name: value[start : start + size] for name, value in given.items()}
+            try:
+                with PlainSampling():
+                    yield torch.func.vmap(self._one, randomness="different")(torch.zeros(size), batch)
+            except Exception as error:  # something in the user's model that vmap does not know
+                logger.info("the model is simulated run by run: %s: %s", type(error).__name__, error)
+                break
+            start += size
+        singles = [
+            self._one(None, {name: value[i] for name, value in given.items()})
+            for i in tqdm(range(start, num), desc="Simulate one by one", disable=not progress or start >= num)
+        ]
+        if singles:
+            yield {name: torch.stack([single[name] for single in singles]) for name in singles[0]}
+
+    def _one(self, _: Any, latents: Sites) -> Sites:
+        """Latent and observed sites of one run."""
+        wanted = [*self.prototype.transforms, *self.data.shapes]
+        with Record(latents, wanted) as messenger:
+            result = self.model(*self.args, **self.kwargs)
+        found = {name: value.detach() for name, value in messenger.found.items()}
+        if self.returned and not set(self.observed) <= found.keys():  # else they are deterministic sites
+            found |= self._checked(returned_sites(result, self.observed))
+        return found
+
+    def _checked(self, sites: Sites) -> Sites:
+        for name, shape in self.data.shapes.items():
+            if sites[name].shape != shape:
+                raise ValueError(
+                    f"observed {name!r} must have one shape at every run, got {tuple(shape)} and "
+                    f"{tuple(sites[name].shape)}. Return as many numbers each time; pad and mask them."
+                )
+        return sites
+
+    def _finite(self, pairs: Simulations, keep: bool) -> Simulations:
+        good = torch.isfinite(pairs.latents).all(-1) & torch.isfinite(pairs.observations).all(-1)
+        if bool(good.all()):
+            return pairs
+        bad: dict[str, int] = {}
+        for packing, rows in ((self.prototype.packing, pairs.latents), (self.data, pairs.observations)):
+            for name, value in packing.unpack(rows).items():
+                count = int((~torch.isfinite(value)).reshape(len(rows), -1).any(-1).sum())
+                if count:
+                    bad[name] = count
+        num = int((~good).sum())
+        if not keep:
+            raise ValueError(
+                f"simulations must be finite, got NaN or infinity in {num} of {len(good)}, by site {bad}. Mend the "
+                "model, or write keep_finite=True to learn from the others: the posterior is then that given a finite "
+                "simulation."
+            )
+        logger.warning("%d of %d simulations are not finite (by site %s) and were left out.", num, len(good), bad)
+        return Simulations(pairs.latents[good], pairs.observations[good])
+
+
+def simulator(
+    model: Callable[..., Any],
+    observed: tuple[str, ...] = ("y",),
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> Simulator:
+    r"""Read off one run of a model what its latents and observations are.
+
+    Args:
+        model: Pyro model whose observed sites are left open (``obs=None``), or a function with ``pyro.sample`` prior
+            sites that returns its observations: a tensor, or a dict by name.
+        observed: Names of the observed sites.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+
+    Raises:
+        ValueError: An observed site is missing, or held at data; no continuous latent.
+        NotImplementedError: What `log_joint` refuses.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        ...     return pyro.sample("y", dist.Poisson(rate).expand([3]).to_event(1))
+        >>> pairs = simulator(model).simulate(100)
+        >>> pairs.latents.shape, pairs.observations.shape
+        (torch.Size([100, 1]), torch.Size([100, 3]))
+    """
+    kwargs = kwargs or {}
+    observed = (observed,) if isinstance(observed, str) else tuple(observed)
+    if not observed:
+        raise ValueError('observed must name at least one site, got none. Write observed=("y",).')
+    trace = run(model, args, kwargs, Start(like=first_float(args, kwargs)))
+    sites = {name: site for name, site in trace.nodes.items() if is_sample(site)}
+    stochastic = {name: site for name, site in sites.items() if not is_deterministic(site)}
+    returned = not set(observed) <= stochastic.keys()
+    if returned:
+        result = trace.nodes["_RETURN"]["value"]
+        values = {n: sites[n]["value"] for n in observed} if set(observed) <= sites.keys() else None
+        if values is None and not _gives(result, observed):
+            raise ValueError(
+                f"The model must have the observed sites {list(observed)}, got {sorted(stochastic)} and no return value "
+                "for them. Name them in observed=(...), or return a tensor, or a dict by name."
+            )
+        values = values if values is not None else returned_sites(result, observed)
+        batch_shapes, event_dims = {name: torch.Size() for name in observed}, {}
+        latent_model = model
+    else:
+        held = [name for name in observed if stochastic[name]["is_observed"]]
+        if held:
+            raise ValueError(
+                f"Observed sites must be open to be simulated, got data at {held}. Leave the data out of fit's "
+                "arguments (obs=None) and give it to condition(y)."
+            )
+        values = {name: stochastic[name]["value"].detach() for name in observed}
+        batch_shapes = {name: stochastic[name]["fn"].batch_shape for name in observed}
+        event_dims = {name: len(base_of(stochastic[name]["fn"]).event_shape) for name in observed}
+        latent_model = poutine.condition(model, data=values)
+    return Simulator(
+        model=model,
+        observed=observed,
+        args=args,
+        kwargs=kwargs,
+        prototype=prototype(latent_model, args, kwargs),
+        data=Packing.like({name: value.detach() for name, value in values.items()}),
+        batch_shapes=batch_shapes,
+        event_dims=event_dims,
+        returned=returned,
+    )
+
+
+def returned_sites(result: Any, observed: tuple[str, ...]) -> Sites:
+    """A function's return value by name: a dict, or the one observation."""
+    if isinstance(result, dict):
+        return {name: torch.as_tensor(result[name]).detach() for name in observed}
+    return {observed[0]: torch.as_tensor(result).detach()}
+
+
+def base_of(fn: Any) -> Any:
+    """A distribution without the event dimensions that ``to_event`` made."""
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return fn
+
+
+def _gives(result: Any, observed: tuple[str, ...]) -> bool:
+    """Whether a return value holds all observations."""
+    if isinstance(result, dict):
+        return set(observed) <= result.keys()
+    if len(observed) > 1 or result is None:
+        return False
+    try:
+        torch.as_tensor(result)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
