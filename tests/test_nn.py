@@ -18,13 +18,13 @@ from pyro_sb.nn import (
 def test_a_context_net_says_nothing_before_it_is_trained_and_after_a_reset():
     net, context = ContextNet(3, 5, (8, 8)), torch.randn(4, 2, 3)
     assert net(context).shape == (4, 2, 5) and net(context).abs().max() == 0
-    before = [p.detach().clone() for p in net.body.parameters()]
+    before = [p.detach().clone() for p in net.layers.parameters()]
     with torch.no_grad():
         net.head.weight.normal_()
     assert net(context).abs().max() > 0
     net.reset()
     assert net(context).abs().max() == 0
-    assert any(not torch.equal(a, b) for a, b in zip(before, net.body.parameters()))
+    assert any(not torch.equal(a, b) for a, b in zip(before, net.layers.parameters()))
 
 
 def test_a_context_net_can_learn_at_once():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_sb.training import Best, FitHistory, cosine, train
+from pyro_sb.training import Average, Best, FitHistory, cosine, train
 
 
 def judged(keep_best, *losses):
@@ -202,3 +202,68 @@ def test_a_quiet_fit_prints_nothing(capfd):
         warnings.simplefilter("error")
         quiet([x], lambda: x**2, tolerance=9.0)
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_average_follows_the_parameters_and_is_what_is_left():
+    # constant gradient: x falls by its rate a step, and the average's lag settles at decay / (1 - decay) steps
+    x, seen = parameter(0.0), []
+    with pytest.warns(RuntimeWarning, match="converged"):
+        quiet([x], lambda: seen.append(float(x.detach())) or -x, num_steps=400, final_rate=1.0, ema=0.9)
+    last = seen[-1] + 0.05
+    assert float(x.detach()) == pytest.approx(last - 0.05 * 0.9 / 0.1, rel=1e-3)
+
+
+def test_an_early_average_weighs_recent_values_more():
+    x = parameter(0.0)
+    average = Average([x], 0.999)
+    with torch.no_grad():
+        x.fill_(1.0)
+    average.update()
+    assert float(average.values[0]) == pytest.approx(1 - 2 / 11)
+    with average.inside():
+        assert float(x.detach()) == pytest.approx(1 - 2 / 11)
+    assert float(x.detach()) == 1.0
+    with pytest.raises(ValueError, match="ema must lie"):
+        Average([x], 1.0)
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_state_goes_on_bit_for_bit(ema, keep_best):
+    def run(stop=None, resume=None):
+        x, y = parameter(3.0), nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        states, count = [], 0 if resume is None else resume["history"]["iterations"]
+
+        def loss():
+            nonlocal count
+            count += 1
+            if count == stop:
+                raise OSError
+            return (x - torch.randn(())) ** 2 + (y - torch.randn(2)).square().sum()
+
+        options = {"ema": ema, "keep_best": keep_best, "validate": lambda: float((x**2).detach()), "tolerance": 99.0}
+        try:
+            history = quiet([x, y], loss, num_checks=10, on_state=states.append, resume=resume, **options)
+        except OSError:
+            return states[-1]
+        return x.detach().clone(), y.detach().clone(), history
+
+    torch.manual_seed(3)
+    whole = run()
+    torch.manual_seed(3)
+    state = run(stop=57)
+    assert state["history"]["iterations"] == 50
+    torch.manual_seed(4)
+    rest = run(resume=state)
+    assert torch.equal(whole[0], rest[0]) and torch.equal(whole[1], rest[1])
+    assert whole[2].losses == rest[2].losses and rest[2].iterations == 100
+
+
+def test_a_state_whose_patience_was_spent_ends_at_once():
+    x, states = parameter(), []
+    losses = judged(True, 3.0, 1.0, 2.0, 2.0, 2.0)
+    options = {"num_steps": 60, "num_checks": 6, "keep_best": True, "patience": 3}
+    whole = quiet([x], lambda: x**2, validate=lambda: next(losses), on_state=states.append, **options)
+    y = parameter()
+    again = quiet([y], lambda: y**2, validate=lambda: 0.0, resume=states[-1], **options)
+    assert again.iterations == whole.iterations == 50 and torch.equal(x, y)
