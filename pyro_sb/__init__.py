@@ -8,6 +8,7 @@ from pyro_sb.bridges.tails import TailMatched
 from pyro_sb.bridges.vsdm import SGM, VSDM
 from pyro_sb.diagnostics import to_arviz
 from pyro_sb.distributions import BridgeDistribution, Draws
+from pyro_sb.infer.amortized import AmortizedPosterior
 from pyro_sb.infer.kernels import KernelLangevin
 from pyro_sb.infer.mcmc import MCMC
 
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MCMC",
+    "AmortizedPosterior",
     "SGM",
     "VSDM",
     "Bridge",

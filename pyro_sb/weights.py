@@ -3,6 +3,7 @@
 import math
 
 import torch
+from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
 
@@ -57,3 +58,36 @@ def systematic_resample(weights: Tensor, num: int) -> Tensor:
     offset = torch.rand((), dtype=weights.dtype, device=weights.device)
     positions = (torch.arange(num, dtype=weights.dtype, device=weights.device) + offset) / num
     return torch.searchsorted(weights.cumsum(0), positions).clamp_max(weights.numel() - 1)
+
+
+def pareto_k(log_weights: Tensor) -> float:
+    r"""Shape of the generalised Pareto law of the largest weights: the k-hat of Pareto-smoothed importance sampling.
+
+    Under 0.5 the weights have a variance; above 0.7 neither they nor their effective sample size can be trusted.
+
+    Args:
+        log_weights: At draws of the proposal. Shape ``(N,)``, N at least 25; entries of ``-inf`` are weights of zero.
+
+    Returns:
+        k-hat; infinity if fewer than five weights are positive.
+
+    References:
+        Pareto Smoothed Importance Sampling (Vehtari et al., 2024), https://arxiv.org/abs/1507.02646
+
+    Example:
+        >>> pareto_k(torch.zeros(100)) <= 0.0
+        True
+    """
+    num = log_weights.numel()
+    if num < 25:
+        raise ValueError(f"k-hat needs at least 25 weights, got {num}. Draw more.")
+    ordered = log_weights.detach().double().sort().values
+    tail = min(num // 5, math.ceil(3 * math.sqrt(num)))
+    threshold, top = ordered[-tail - 1], ordered[-tail:]
+    if not bool(torch.isfinite(top[-5:]).all()):
+        return math.inf
+    excess = (top - top[-1]).exp() - (threshold - top[-1]).exp()
+    excess = excess[excess > 1e-14]
+    if len(excess) < 5:  # equal weights, or nearly
+        return -math.inf if float(top[-1] - threshold) < 1e-6 else math.inf
+    return float(fit_generalized_pareto(excess)[0])

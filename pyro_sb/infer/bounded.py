@@ -1,7 +1,7 @@
 r"""Coordinates in which a bounded prior is near normal: :math:`t = \Phi^{-1}(\sigma(u))` for logits u.
 
-The logit of a uniform variable is logistic: its tails are exponential, and a posterior that leans on an edge is skew. Its
-probit is normal, and near an edge the posterior keeps the prior's normal tail.
+The logit of a uniform variable is logistic: its tails are exponential, and a posterior that leans on an edge is skew.
+Its probit is normal, and near an edge the posterior keeps the prior's normal tail.
 """
 
 import math
@@ -30,7 +30,7 @@ def to_probit(u: Tensor) -> Tensor:
 
     Example:
         >>> to_probit(torch.tensor([0.0, 1.0]))
-        tensor([0.0000, 0.6161])
+        tensor([0.0000, 0.6160])
     """
     wide = u.double().clamp(-LARGEST, LARGEST)
     tail = torch.special.ndtri(torch.sigmoid(-wide.abs()))

@@ -204,8 +204,8 @@ def simulator(
         values = {n: sites[n]["value"] for n in observed} if set(observed) <= sites.keys() else None
         if values is None and not _gives(result, observed):
             raise ValueError(
-                f"The model must have the observed sites {list(observed)}, got {sorted(stochastic)} and no return value "
-                "for them. Name them in observed=(...), or return a tensor, or a dict by name."
+                f"The model must have the observed sites {list(observed)}, got {sorted(stochastic)} and no return "
+                "value for them. Name them in observed=(...), or return a tensor, or a dict by name."
             )
         values = values if values is not None else returned_sites(result, observed)
         batch_shapes, event_dims = {name: torch.Size() for name in observed}, {}

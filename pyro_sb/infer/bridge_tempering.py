@@ -1,0 +1,162 @@
+"""Tempered SMC from a bridge's density to the model's joint, for a batch of observations side by side."""
+
+import logging
+import math
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_sb.distributions import Draws
+from pyro_sb.infer.hmc import TARGET_ACCEPTANCE, Rows, hmc_step
+
+__all__ = ["NormalLaw", "Particles", "temper_bridge", "weighted_factor"]
+
+logger = logging.getLogger(__name__)
+SWEEPS, FINAL_SWEEPS, NUM_STEPS, MAX_LEVELS = 8, 20, 6, 60
+
+
+class PointLaw(Protocol):
+    """A law with a density of points and its gradient, an observation a column."""
+
+    def draws(self, num: int) -> Draws:
+        """Draws ``(num, B, d)`` with their log density ``(num, B)``."""
+        ...
+
+    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density and gradient."""
+        ...
+
+
+class NormalLaw:
+    """Normal laws with given moments, to start from where a bridge knows the density of paths alone."""
+
+    def __init__(self, mean: Tensor, factor: Tensor) -> None:
+        self.mean, self.factor = mean, factor
+
+    def draws(self, num: int) -> Draws:
+        """Draws ``(num, B, d)`` with their log density."""
+        noise = torch.randn(num, *self.mean.shape, dtype=self.mean.dtype, device=self.mean.device)
+        u = self.mean + (self.factor @ noise[..., None])[..., 0]
+        return Draws(u, self.value_and_grad(u)[0])
+
+    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density and gradient."""
+        white = torch.linalg.solve_triangular(self.factor, (u - self.mean)[..., None], upper=False)
+        grad = -torch.linalg.solve_triangular(self.factor.mT, white, upper=True)[..., 0]
+        log_det = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        constant = 0.5 * u.shape[-1] * math.log(2 * math.pi)
+        return -0.5 * white[..., 0].square().sum(-1) - log_det - constant, grad
+
+
+class Particles(NamedTuple):
+    """Equally weighted points ``(N, B, d)``, log evidence ``(B,)``, number of levels, last acceptance rate ``(B,)``."""
+
+    points: Tensor
+    log_evidence: Tensor
+    num_levels: int
+    acceptance: Tensor
+
+
+def temper_bridge(law: PointLaw, target: Any, num: int) -> Particles:
+    r"""Particles carried along :math:`q^{1 - \beta} p^\beta`, each observation at its own :math:`\beta`.
+
+    A level raises each :math:`\beta` until half of the effective particles are left, resamples, and moves by
+    Hamiltonian Monte Carlo in the particles' covariance, with steps spread over a decade: modes of many widths.
+
+    Args:
+        law: q.
+        target: p, ``value_and_grad`` of rows ``(N * B, d)``.
+        num: Particles N an observation.
+
+    References:
+        Sequential Monte Carlo samplers (Del Moral, Doucet and Jasra, 2006), section 3.
+    """
+    u = law.draws(num).value
+    _, batch, dim = u.shape
+    like = u.new_zeros(batch)
+    beta, log_evidence, step = like.clone(), like.clone(), torch.full_like(like, 0.5)
+    acceptance = like
+    for level in range(1, MAX_LEVELS + 1):
+        log_q, log_p = law.value_and_grad(u)[0], target.value_and_grad(u.reshape(-1, dim))[0].reshape(num, batch)
+        ratio = torch.where(torch.isfinite(log_p), log_p - log_q, -torch.inf)
+        increment = next_increment(ratio, 1 - beta)
+        log_weights = torch.where(increment > 0, increment * ratio, torch.zeros_like(ratio))
+        log_evidence = log_evidence + torch.logsumexp(log_weights, 0) - math.log(num)
+        beta = beta + increment
+        weights = torch.softmax(log_weights, 0)
+        factor = weighted_factor(u, weights)
+        u = torch.gather(u, 0, systematic(weights)[..., None].expand_as(u))
+        last = bool((beta >= 1 - 1e-9).all())
+        u, step, acceptance = sweep(law, target, u, beta, factor, step, FINAL_SWEEPS if last else SWEEPS)
+        logger.debug(
+            "level %d: smallest beta %.3g, acceptance %.2f", level, float(beta.min()), float(acceptance.mean())
+        )
+        if last:
+            return Particles(u, log_evidence, level, acceptance)
+    raise RuntimeError(
+        f"tempering must reach the posterior, but stands at exponent {float(beta.min()):.3g} of 1 after {MAX_LEVELS} "
+        "levels. Fit the bridge on more simulations, or sample the conditioned model by KernelLangevin."
+    )
+
+
+def sweep(
+    law: PointLaw, target: Any, u: Tensor, beta: Tensor, factor: Tensor, step: Tensor, sweeps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """HMC moves of all particles at their temperatures; the steps follow the acceptance of their observation."""
+    num, batch, dim = u.shape
+    weight = beta.expand(num, batch)
+
+    def tempered(x: Tensor) -> tuple[Tensor, Tensor]:
+        points = x.reshape(num, batch, dim)
+        log_p, grad_p = (a.reshape(num, batch, *a.shape[1:]) for a in target.value_and_grad(x))
+        log_q, grad_q = law.value_and_grad(points)
+        value = weight * log_p + (1 - weight) * torch.where(weight < 1, log_q, torch.zeros_like(log_q))
+        grad = weight[..., None] * grad_p + (1 - weight[..., None]) * grad_q
+        return value.reshape(-1), grad.nan_to_num(0.0).reshape(-1, dim)
+
+    rows = Rows(u.reshape(-1, dim), *tempered(u.reshape(-1, dim)))
+    scale = factor.expand(num, batch, dim, dim).reshape(-1, dim, dim)
+    acceptance = torch.zeros_like(step)
+    for _ in range(sweeps):
+        each = step.expand(num, batch).reshape(-1, 1)
+        rows, probability = hmc_step(tempered, rows, scale, each, num_steps=NUM_STEPS, spread=10.0)
+        acceptance = probability.reshape(num, batch).mean(0)
+        step = step * (1.5 * (acceptance - TARGET_ACCEPTANCE)).exp()
+    return rows.x.reshape(num, batch, dim), step, acceptance
+
+
+def next_increment(ratio: Tensor, remaining: Tensor) -> Tensor:
+    """Largest steps of the exponents whose weights keep half of the effective particles, by bisection. ``(B,)``."""
+    goal = 0.5 * len(ratio)
+
+    def fair(step: Tensor) -> Tensor:
+        scaled = torch.where(step > 0, step * ratio, torch.zeros_like(ratio))
+        return 1 / torch.softmax(scaled, 0).square().sum(0) >= goal
+
+    low, high = torch.zeros_like(remaining), remaining
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        good = fair(middle)
+        low, high = torch.where(good, middle, low), torch.where(good, high, middle)
+    return torch.where(fair(remaining), remaining, low.clamp_min(1e-9).minimum(remaining))
+
+
+def systematic(weights: Tensor) -> Tensor:
+    """Systematic resampling of every column: indices ``(N, B)``."""
+    num, batch = weights.shape
+    offset = torch.rand(batch, 1, dtype=weights.dtype, device=weights.device)
+    grid = (torch.arange(num, dtype=weights.dtype, device=weights.device) + offset) / num
+    return torch.searchsorted(weights.T.cumsum(1).contiguous(), grid).clamp_max(num - 1).T
+
+
+def weighted_factor(u: Tensor, weights: Tensor) -> Tensor:
+    """Cholesky factor of the weighted covariance of every observation. ``(N, B, d)`` to ``(B, d, d)``."""
+    mean = (weights[..., None] * u).sum(0)
+    centred = u - mean
+    covariance = torch.einsum("nb,nbi,nbj->bij", weights, centred, centred)
+    spread = centred.square().mean(0).clamp_min(1e-12)
+    return torch.linalg.cholesky(
+        covariance
+        + 1e-4 * torch.diag_embed(torch.minimum(covariance.diagonal(dim1=-2, dim2=-1).clamp_min(1e-12), spread))
+    )

@@ -1,0 +1,89 @@
+"""Which conditional bridge an amortised posterior learns with."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyro_sb.bridges.base import Bridge
+from pyro_sb.bridges.light import LightSB
+from pyro_sb.bridges.vsdm import VSDM
+from pyro_sb.infer.latent_law import LatentLaw
+from pyro_sb.infer.training_set import TrainingSet
+from pyro_sb.training import FitHistory
+
+__all__ = ["build", "candidates", "fit_bridge", "held_out_score"]
+
+logger = logging.getLogger(__name__)
+Spec = Bridge | type[Bridge] | Callable[..., Bridge] | str | None
+FULL_DIM = 50  # covariances of a mixture are full up to here
+JUDGES, JUDGE_PATHS = 1024, 16
+
+
+def candidates(spec: Spec) -> dict[str, Any]:
+    """The bridges to try, by name: those of ``None`` are the light bridge and VSDM."""
+    if spec is None:
+        return {"light": "light", "vsdm": "vsdm"}
+    if isinstance(spec, str) and spec not in ("light", "vsdm"):
+        raise ValueError(f'bridge must be "light", "vsdm", a bridge, its class or a function, got {spec!r}.')
+    return {spec if isinstance(spec, str) else _name(spec): spec}
+
+
+def build(spec: Any, dim: int, context_dim: int, num_simulations: int, embedding: nn.Module | None) -> Bridge:
+    """An unfitted bridge of the right sizes.
+
+    Args:
+        spec: ``"light"``, ``"vsdm"``; a bridge, whose options are kept and whose sizes are not; its class; or a
+            function of ``dim`` and ``context_dim``.
+        dim: Number of latents.
+        context_dim: Size of the context.
+        num_simulations: How many there are to learn from.
+        embedding: Module from contexts to features.
+    """
+    more: dict[str, Any] = {} if embedding is None else {"embedding": embedding}
+    if spec == "light":
+        return LightSB(
+            dim,
+            16 if dim <= 5 else 8,
+            context_dim=context_dim,
+            covariance="full" if dim <= FULL_DIM else "diagonal",
+            hidden=(128, 128),
+            dropout=0.2 if num_simulations <= 2000 else 0.1,
+            **more,
+        )
+    if spec == "vsdm":
+        return VSDM(dim, context_dim, **more)
+    if isinstance(spec, Bridge):
+        return type(spec).from_config(spec.config() | {"dim": dim, "context_dim": context_dim} | more)
+    bridge = spec(dim, context_dim=context_dim, **more)
+    if not isinstance(bridge, Bridge) or (bridge.dim, bridge.context_dim) != (dim, context_dim):
+        raise ValueError(
+            f"bridge(dim, context_dim=...) must give a bridge of these sizes, ({dim}, {context_dim}), got {bridge!r}. "
+            "Write lambda dim, context_dim: LightSB(dim, context_dim=context_dim)."
+        )
+    return bridge
+
+
+def fit_bridge(bridge: Bridge, rows: TrainingSet, **options: Any) -> FitHistory:
+    """Fit a bridge on the whitened residuals of a training set."""
+    with torch.no_grad():
+        residual, _ = rows.residuals.encode(rows.latents, rows.features)
+    defaults = {"num_steps": 3000} if isinstance(bridge, LightSB) else {}
+    learner: Any = bridge  # every conditional bridge takes held_out
+    return learner.fit(residual, context=rows.context, held_out=rows.held_out, **(defaults | options))
+
+
+def held_out_score(bridge: Bridge, rows: TrainingSet) -> float:
+    """Mean log density of held-out latents in nats; of a path sampler its importance-weighted lower bound."""
+    judged = rows.held_out.nonzero().flatten()
+    judged = judged[torch.randperm(len(judged), device=judged.device)[:JUDGES]]
+    law = LatentLaw(bridge, rows.residuals, rows.context[judged], rows.features[judged])
+    with torch.no_grad():
+        return float(law.path_log_prob(rows.latents[judged], JUDGE_PATHS).mean())
+
+
+def _name(spec: Any) -> str:
+    kind = type(spec) if isinstance(spec, Bridge) else spec
+    return getattr(kind, "__name__", "bridge")

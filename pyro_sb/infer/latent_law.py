@@ -1,0 +1,130 @@
+"""The law of a model's unconstrained latents given features of the observation, as an amortised posterior knows it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_sb.bridges.base import Bridge
+from pyro_sb.distributions import Draws
+from pyro_sb.infer.bounded import from_probit, log_slope, to_probit
+
+__all__ = ["LatentLaw", "Residuals"]
+
+
+@dataclass
+class Residuals:
+    r"""Latents as whitened residuals of an affine regression on features.
+
+    .. math:: r = L^{-1} (t - W^\top (1, f)), \qquad t = u \text{ or } \Phi^{-1}(\sigma(u))
+
+    Args:
+        bounded: Which coordinates are logits of an interval; they become probits. Shape ``(d,)``.
+        weights: W. Shape ``(F + 1, d)``.
+        factor: L, the Cholesky factor of the residuals' covariance. Shape ``(d, d)``.
+    """
+
+    bounded: Tensor
+    weights: Tensor
+    factor: Tensor
+
+    @classmethod
+    def fit(cls, latents: Tensor, features: Tensor, bounded: Tensor) -> "Residuals":
+        """Least squares on latents ``(N, d)`` and features ``(N, F)``."""
+        normal, design = torch.where(bounded, to_probit(latents), latents), with_ones(features)
+        weights = ridge(design, normal)
+        covariance = (normal - design @ weights).T.cov().reshape(latents.shape[-1], latents.shape[-1])
+        jitter = 1e-6 * covariance.diagonal().clamp_min(1e-12)
+        return cls(bounded, weights, torch.linalg.cholesky(covariance + torch.diag(jitter)))
+
+    def encode(self, u: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Residuals of latents, and :math:`\log |\partial r / \partial u|`. ``(*, d)`` and ``(*, F)``."""
+        normal = torch.where(self.bounded, to_probit(u), u)
+        residual = normal - with_ones(features) @ self.weights
+        white = torch.linalg.solve_triangular(self.factor, residual[..., None], upper=False)[..., 0]
+        slope = torch.where(self.bounded, log_slope(u), torch.zeros_like(u)).sum(-1)
+        return white, slope - self.factor.diagonal().log().sum()
+
+    def decode(self, residual: Tensor, features: Tensor) -> Tensor:
+        """Latents of residuals. ``(*, d)`` and ``(*, F)`` to ``(*, d)``."""
+        normal = residual @ self.factor.T + with_ones(features) @ self.weights
+        return torch.where(self.bounded, from_probit(normal), normal)
+
+    def to(self, like: Tensor) -> "Residuals":
+        """On another device, in another dtype."""
+        return Residuals(self.bounded.to(like.device), self.weights.to(like), self.factor.to(like))
+
+
+@dataclass
+class LatentLaw:
+    r"""A conditional bridge on the residuals: draws of u with the log density that corrects them.
+
+    Args:
+        bridge: Fitted on residuals, given contexts.
+        residuals: Their coordinates.
+        context: What the bridge is called on. Shape ``(B, C)``.
+        features: Regressors of the affine map. Shape ``(B, F)``.
+    """
+
+    bridge: Bridge
+    residuals: Residuals
+    context: Tensor
+    features: Tensor
+
+    @property
+    def marginal(self) -> bool:
+        """Whether the density of a point is known; else that of its path."""
+        return self.bridge.density == "marginal"
+
+    def sample(self, num: int) -> Tensor:
+        """Draws by the bridge's own sampler. Shape ``(num, B, d)``."""
+        with torch.no_grad():
+            return self.residuals.decode(self.bridge(self.context).sample((num,)), self.features)
+
+    def draws(self, num: int) -> Draws:
+        """Draws with the log density that corrects them: of the point, or of its path. Shapes ``(num, B, ...)``."""
+        with torch.no_grad():
+            residual, log_q = self.bridge(self.context).draws((num,))
+            u = self.residuals.decode(residual, self.features)
+            return Draws(u, log_q + self.residuals.encode(u, self.features)[1])
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        """Log density of points, where the bridge has one. ``(*, B, d)`` to ``(*, B)``."""
+        residual, slope = self.residuals.encode(u, self.features)
+        return self.bridge(self.context).log_prob(residual) + slope
+
+    def path_log_prob(self, u: Tensor, num_paths: int = 1) -> Tensor:
+        r"""The density of a point, or of a path drawn backwards from it; for more paths the log mean of their weights.
+
+        One path is what a Metropolis step on paths needs. With many it is a lower bound of the density in the mean.
+        """
+        if self.marginal:
+            return self.log_prob(u)
+        bound: Any = self.bridge
+        with torch.no_grad():
+            residual, slope = self.residuals.encode(u, self.features)
+            context = self.context.expand(*residual.shape[:-1], -1)
+            return bound.path_log_prob(residual, context, num_paths=num_paths) + slope
+
+    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density and gradient. ``(*, B, d)`` to ``(*, B)`` and ``(*, B, d)``."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            value = self.log_prob(u)
+            (grad,) = torch.autograd.grad(value.sum(), u)
+        return value.detach(), grad
+
+
+def with_ones(features: Tensor) -> Tensor:
+    """A column of ones before the features."""
+    return torch.cat([torch.ones_like(features[..., :1]), features], -1)
+
+
+def ridge(design: Tensor, target: Tensor) -> Tensor:
+    """Least squares with a ridge far below the noise: columns may repeat each other."""
+    wide, goal = design.double(), target.double()
+    gram = wide.T @ wide / len(wide)
+    penalty = 1e-5 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    penalty[0, 0] = 0.0
+    return torch.linalg.solve(gram + penalty, wide.T @ goal / len(wide)).to(target)

@@ -1,0 +1,140 @@
+"""From simulations to the rows that a conditional bridge learns from."""
+
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_sb.infer.bounded import is_logit
+from pyro_sb.infer.features import Features
+from pyro_sb.infer.hmc import rejuvenate
+from pyro_sb.infer.latent_law import Residuals, ridge, with_ones
+from pyro_sb.infer.paired import PairedJoint
+from pyro_sb.infer.simulate import Simulations, Simulator
+
+__all__ = ["TrainingSet", "bounded_axes", "exchangeable_sites", "training_set"]
+
+logger = logging.getLogger(__name__)
+ROWS = 100_000  # rows that rejuvenation aims at
+MOST_COPIES = 39
+
+
+class TrainingSet(NamedTuple):
+    """Rows to learn from, several to a simulation.
+
+    Attributes:
+        residuals: Coordinates of the latents.
+        latents: Unconstrained. Shape ``(M, d)``.
+        context: What the bridge sees. Shape ``(M, C)``.
+        features: Regressors. Shape ``(M, F)``.
+        held_out: Rows to judge by: all rows of a tenth of the simulations. Shape ``(M,)``, bool.
+    """
+
+    residuals: Residuals
+    latents: Tensor
+    context: Tensor
+    features: Tensor
+    held_out: Tensor
+
+
+def training_set(
+    simulator: Simulator,
+    pairs: Simulations,
+    features: Features,
+    joint: PairedJoint | None,
+    *,
+    num_copies: int | None,
+    missing: float,
+    held_out: float,
+) -> TrainingSet:
+    r"""Rejuvenated copies of the simulations, in the coordinates of their residuals.
+
+    Args:
+        simulator: The model.
+        pairs: N simulations.
+        features: What is told of an observation, fitted.
+        joint: The model's log joint, or None: then there is one copy.
+        num_copies: Copies beside the simulations themselves; None: up to 100,000 rows in all, 39 copies at most.
+        missing: Largest share of an observation's entries that are hidden in a row; 0: none is.
+        held_out: Share of the simulations to judge by.
+    """
+    num, device = len(pairs.latents), pairs.latents.device
+    if num_copies is None:
+        num_copies = min(MOST_COPIES, max(4, ROWS // num - 1)) if joint is not None else 0
+    latents = pairs.latents[None]
+    if num_copies and joint is not None:
+        latents = rejuvenate(joint, pairs, proposal_factor(pairs, features), num_copies)
+    repeats = len(latents) if not missing else max(len(latents), 4)
+    latents = latents[torch.arange(repeats, device=device) % len(latents)].reshape(-1, latents.shape[-1])
+    observed = pairs.observations.to(latents).repeat(repeats, 1)
+    if missing:
+        observed = hide(observed, simulator, missing)
+        design, context = features.design(observed), features.context(observed)
+    else:  # the copies share their observations
+        once = pairs.observations.to(latents)
+        design, context = features.design(once).repeat(repeats, 1), features.context(once).repeat(repeats, 1)
+    judged = torch.zeros(num, dtype=torch.bool, device=device)
+    judged[torch.randperm(num, device=device)[: max(1, round(held_out * num))]] = True
+    judged = judged.repeat(repeats)
+    residuals = Residuals.fit(latents[~judged], design[~judged], bounded_axes(simulator))
+    return TrainingSet(residuals, latents, context, design, judged)
+
+
+def proposal_factor(pairs: Simulations, features: Features) -> Tensor:
+    """Cholesky factor of the latents' covariance given an affine function of the observation."""
+    design = with_ones(features.design(pairs.observations.to(pairs.latents)))
+    residual = pairs.latents - design @ ridge(design, pairs.latents)
+    covariance = residual.T.cov().reshape(residual.shape[1], residual.shape[1])
+    return torch.linalg.cholesky(covariance + 1e-6 * torch.diag(covariance.diagonal().clamp_min(1e-12)))
+
+
+def bounded_axes(simulator: Simulator) -> Tensor:
+    """Which unconstrained coordinates are logits of an interval. Shape ``(dim,)``."""
+    packing = simulator.prototype.packing
+    transforms = simulator.prototype.transforms
+    marks = [torch.full((shape.numel(),), is_logit(transforms[name])) for name, shape in packing.shapes.items()]
+    return torch.cat(marks).to(packing.device)
+
+
+def hide(observed: Tensor, simulator: Simulator, most: float) -> Tensor:
+    """NaN at random entries, whole events at a time: none in a quarter of the rows, else a random share up to most."""
+    share = most * torch.rand(len(observed), 1, device=observed.device)
+    share = torch.where(torch.rand_like(share) < 0.25, torch.zeros_like(share), share)
+    parts = []
+    for name, shape in simulator.data.shapes.items():
+        width = shape[len(shape) - simulator.event_dims.get(name, 0) :].numel()
+        gone = torch.rand(len(observed), shape.numel() // width, device=observed.device) < share
+        parts.append(gone.repeat_interleave(width, 1))
+    return torch.where(torch.cat(parts, 1), torch.full_like(observed, torch.nan), observed)
+
+
+def exchangeable_sites(simulator: Simulator, pairs: Simulations, joint: PairedJoint) -> dict[str, int]:
+    """Observed sites whose items may be permuted without a change of the log joint, with their number of items.
+
+    Items run along all dimensions but those of a joint event, or along the first alone.
+    """
+    z, y = pairs.latents[:16], pairs.observations[:16].to(pairs.latents)
+    before = joint.log_prob(z, y)
+    good = torch.isfinite(before)
+    if not bool(good.any()):
+        return {}
+    found, start = {}, 0
+    for name, shape in simulator.data.shapes.items():
+        part = slice(start, start + shape.numel())
+        start += shape.numel()
+        free = shape[: len(shape) - simulator.event_dims[name]]
+        for count in dict.fromkeys([free.numel(), *free[:1]]):
+            if count < 2:
+                continue
+            moved = y.clone()
+            items = y[:, part].unflatten(1, (count, -1))
+            moved[:, part] = items.roll(1, 1).flatten(1)
+            swapped = y.clone()
+            swapped[:, part] = torch.cat([items[:, 1:2], items[:, :1], items[:, 2:]], 1).flatten(1)
+            tolerance = 1e-4 if z.dtype == torch.float32 else 1e-9
+            after = torch.stack([joint.log_prob(z, moved), joint.log_prob(z, swapped)])[:, good]
+            if torch.allclose(after, before[good].expand_as(after), rtol=tolerance, atol=tolerance):
+                found[name] = count
+                break
+    return found
