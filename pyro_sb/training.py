@@ -232,6 +232,19 @@ def train(
     return history
 
 
+def random_state() -> list[Tensor]:
+    """Torch's random states: of the CPU, then of each CUDA device that is in use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def set_random_state(states: list[Tensor]) -> None:
+    """Put states back that `random_state` gave."""
+    torch.set_rng_state(states[0].cpu())
+    if len(states) > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states[1:]])
+
+
 def _state(
     history: FitHistory,
     stale: int,
@@ -241,19 +254,16 @@ def _state(
     best: Best,
 ) -> dict[str, Any]:
     """All that the loop needs to go on, copied: tensors and plain values."""
-    copies = [p.detach().clone() for p in parameters]
-    device = parameters[0].device
     return {
         "history": asdict(history),
         "stale": stale,
-        "parameters": copies,
+        "parameters": [p.detach().clone() for p in parameters],
         "optimiser": copy.deepcopy(optimiser.state_dict()),
         "average": [v.clone() for v in average.values],
         "updates": average.updates,
         "best": [v.clone() for v in best.values],
         "best_loss": best.loss,
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "random": random_state(),
     }
 
 
@@ -271,9 +281,7 @@ def _restore(
             value.copy_(kept)
     optimiser.load_state_dict(state["optimiser"])
     average.updates, best.loss = state["updates"], state["best_loss"]
-    torch.set_rng_state(state["random"].cpu())
-    if state["random_cuda"] is not None:
-        torch.cuda.set_rng_state(state["random_cuda"].cpu(), parameters[0].device)
+    set_random_state(state["random"])
     history = FitHistory(**state["history"])
     return history, state["stale"], history.seconds
 

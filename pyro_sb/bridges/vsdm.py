@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from pyro_sb.bridges.mixture_state import check_points
-from pyro_sb.bridges.vsdm_fit import FitOptions, fit_diffusion
+from pyro_sb.bridges.vsdm_checkpoint import FitOptions
+from pyro_sb.bridges.vsdm_density import flow_change
+from pyro_sb.bridges.vsdm_fit import fit_diffusion
 from pyro_sb.bridges.vsdm_state import SOLVERS, DiffusionState, check_choice
 from pyro_sb.distributions import Draws
 from pyro_sb.ops.solvers import (
@@ -25,7 +27,6 @@ from pyro_sb.ops.solvers import (
 )
 from pyro_sb.training import FitHistory
 
-EXACT_UP_TO = 20  # dimensions with an exact divergence
 CHUNK = 2**22  # numbers of a batch of covariances at once
 
 
@@ -239,45 +240,15 @@ class VSDM(DiffusionState):
 
         Above it the divergence is a mean over fixed random signs. Nothing that corrects draws uses it.
         """
-        num_steps = max(20, 2 * self.sampler.num_steps)
         with torch.no_grad():
             mean, features = self._features(context)
-            flow, times = Flow(self.sde, self.spread), self._times(num_steps)[:-1].flip(0)
-            w = self._inward(x.to(mean), mean, torch.zeros_like(times[0])) / self.spread.sqrt()
-            step = flow.angle(times[0])  # from the target itself to the first noisy time: Euler
-            slope, rate = self._slope_and_rates(times[0], w, features)
-            w, change = w + step * slope, rate @ step - 0.5 * self.spread.log().sum()
-            slope, rate = self._slope_and_rates(times[0], w, features)
-            for now, then in zip(times[:-1], times[1:]):
-                step = flow.angle(then) - flow.angle(now)
-                ahead, _ = self._slope_and_rates(then, w + step * slope, features, rates=False)
-                w = w + 0.5 * step * (slope + ahead)
-                slope, next_rate = self._slope_and_rates(then, w, features)
-                change = change + (0.5 * (rate + next_rate)) @ step
-                rate = next_rate
-            z = w / flow.inner(times[-1])
-            return self._start_log_prob(z, mean) + change - flow.inner(times[-1]).log().sum()
+            times = self._times(max(20, 2 * self.sampler.num_steps))[:-1].flip(0)
+            z = self._inward(x.to(mean), mean, torch.zeros_like(times[0]))
+            goal = partial(self._goal, features=features)
+            end, change = flow_change(goal, Flow(self.sde, self.spread), times, z, self.probes)
+            return self._start_log_prob(end, mean) + change
 
     # Parts
-
-    def _slope_and_rates(
-        self, tau: Tensor, w: Tensor, features: Tensor | None, rates: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Slope of the normalised flow ``(n, dim)``, and its diagonal derivatives ``(n, dim)`` (estimates above 20)."""
-        if not rates:
-            return -self._goal(tau, w, features), w
-        if self.dim <= EXACT_UP_TO:
-            signs = torch.eye(self.dim, dtype=w.dtype, device=w.device)
-        else:
-            signs = self.probes
-        diagonal = torch.zeros_like(w)
-        with torch.enable_grad():
-            point = w.detach().requires_grad_()
-            value = -self._goal(tau, point, features)
-            for sign in signs:
-                (across,) = torch.autograd.grad(value, point, sign.expand_as(w), retain_graph=True)
-                diagonal = diagonal + across * sign
-        return value.detach(), diagonal if self.dim <= EXACT_UP_TO else diagonal / len(signs)
 
     def _solve(self, z: Tensor, features: Tensor | None, times: Tensor, solver: str) -> list[Tensor]:
         """States at all times from those at the first."""

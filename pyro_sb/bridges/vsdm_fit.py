@@ -1,7 +1,6 @@
-"""How a variational diffusion is fitted: adaptation of D, denoiser, covariance head; and how a fit is resumed."""
+"""How a variational diffusion is fitted: adaptation of D, denoiser, covariance head."""
 
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,45 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_sb.bridges.base import FORMAT
 from pyro_sb.bridges.ends import Batch
 from pyro_sb.bridges.vsdm_adapt import NUM_GRID, NUM_PARTICLES, best_matrix, project, step_size
+from pyro_sb.bridges.vsdm_checkpoint import FitOptions, fingerprint, unfinished, write
 from pyro_sb.bridges.vsdm_data import Affine, Reading, Rows, read_pairs, summarise
 from pyro_sb.bridges.vsdm_network import factor_loss
 from pyro_sb.bridges.vsdm_state import NUM_KNOTS, DiffusionState
 from pyro_sb.ops.solvers import Flow
-from pyro_sb.training import FitHistory, train
+from pyro_sb.training import FitHistory, random_state, set_random_state, train
 
 NUM_JUDGES = 512  # of them, at each stage of the stochastic approximation
 HELD_OUT = 4096  # noised points that the validation loss is read from
 NUM_TIMES = 1024  # of the table of times uniform in log-SNR
 NUM_CHECKS, PATIENCE = 40, 8
-
-
-class FitOptions(NamedTuple):
-    """How a fit is to learn; as in `VSDM.fit`."""
-
-    num_steps: int
-    batch_size: int
-    learning_rate: float
-    ema: float | None
-    num_draws: int
-    num_stages: int
-    zeta: float
-    progress: bool
-    checkpoint: str | Path | None
-
-    def check(self) -> None:
-        """Refuse what no fit can use."""
-        if self.num_steps < 1 or self.batch_size < 1 or self.num_draws < 2 or self.num_stages < 1:
-            raise ValueError(
-                f"num_steps, batch_size and num_stages must be at least 1 and num_draws at least 2, got "
-                f"{self.num_steps}, {self.batch_size}, {self.num_stages} and {self.num_draws}."
-            )
-        if not 0 < self.learning_rate < math.inf or not 0 < self.zeta < math.inf:
-            raise ValueError(f"learning_rate and zeta must be positive, got {self.learning_rate} and {self.zeta}.")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema must lie in [0, 1), got {self.ema}. Write None for no average.")
 
 
 class Noised(NamedTuple):
@@ -59,16 +32,21 @@ class Noised(NamedTuple):
     context: Tensor | None
     weights: Tensor | None = None
 
+    def first(self, num: int) -> "Noised":
+        """The first rows."""
+        context, weights = (None if v is None else v[:num] for v in (self.context, self.weights))
+        return Noised(self.clean[:num], self.noise[:num], self.tau[:num], context, weights)
+
 
 def fit_diffusion(
     bridge: DiffusionState, options: FitOptions, target: Any, context: Any, weights: Any, held_out: Any
 ) -> FitHistory:
     """Read the data, then learn in phases; from a checkpoint of the same fit, the rest of them."""
     saved = unfinished(options.checkpoint)
-    random = torch.get_rng_state()
+    random = random_state()
     if saved is not None:
         random = saved["start"]
-        torch.set_rng_state(random)
+        set_random_state(random)
     read = read_pairs(
         bridge.dim, bridge.context_dim, target, context, weights, options.num_draws, held_out, bridge.net.embedding
     )
@@ -88,29 +66,12 @@ def fit_diffusion(
     return history
 
 
-def unfinished(checkpoint: str | Path | None) -> dict[str, Any] | None:
-    """The state of a fit that did not end, if there is one at this path."""
-    if checkpoint is None or not Path(checkpoint).exists():
-        return None
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if not isinstance(saved, dict) or "training" not in saved:
-        return None
-    return saved["training"] | {"state": saved["state"]}
-
-
-def fingerprint(bridge: DiffusionState, options: FitOptions, read: Reading) -> str:
-    """A text that differs between fits that could not go on from each other."""
-    config = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in bridge.config().items()}
-    plain = options._replace(progress=False, checkpoint=None)
-    split: list[float] = [] if not isinstance(read.end, Rows) else [read.end.num_train]
-    split.append(float(read.affine.location.double().sum()))
-    return repr((type(bridge).__name__, config, plain, split, read.sums, str(read.covariance.dtype)))
-
-
 class Fit:
     """One fit: its data, its place, and its phases."""
 
-    def __init__(self, bridge: DiffusionState, options: FitOptions, read: Reading, random: Tensor, name: str) -> None:
+    def __init__(
+        self, bridge: DiffusionState, options: FitOptions, read: Reading, random: list[Tensor], name: str
+    ) -> None:
         self.bridge, self.options, self.end = bridge, options, read.end
         self.covariance = read.covariance
         self.random, self.name = random, name
@@ -253,7 +214,7 @@ class Fit:
         bridge, ends = self.bridge, self.table[[0, -1]]
         levels = bridge.sde.log_snr(ends).mean(-1)
         times = bridge.sde.time_at(torch.lerp(levels[0], levels[1], torch.linspace(0, 1, NUM_KNOTS).to(levels)))
-        errors, judge = [], Noised(*(None if v is None else v[:num] for v in self.judge))
+        errors, judge = [], self.judge.first(num)
         for tau in times:
             rows = judge._replace(tau=tau.expand_as(judge.tau), noise=torch.randn_like(judge.noise))
             _, goal, answer = self._answers(rows)
@@ -322,8 +283,6 @@ class Fit:
 
     def _save(self, state: dict[str, Any]) -> None:
         """The bridge as of this check, loadable, and beside it all that the fit needs to go on."""
-        bridge, path = self.bridge, Path(str(self.options.checkpoint))
-        part = path.with_name(path.name + ".part")
         training = {
             "fit": self.name,
             "start": self.random,
@@ -331,10 +290,7 @@ class Fit:
             "done": [vars(h) for h in self.done],
             "queue": self.end.position() if isinstance(self.end, Rows) else None,
         }
-        weights = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in bridge.state_dict().items()}
-        saved = {"format": FORMAT, "class": type(bridge).__name__, "config": bridge.config(), "state": weights}
-        torch.save(saved | {"training": training}, part)
-        os.replace(part, path)
+        write(self.bridge, training, Path(str(self.options.checkpoint)))
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go to where the saved fit was."""
