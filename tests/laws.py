@@ -23,35 +23,35 @@ class QuickSB(LightSB):
     """A few updates from its start: the laws hold of any fit."""
 
     def fit(self, *args, **options):
-        return super().fit(*args, **({"num_steps": 20} | options))
+        return super().fit(*args, **({"num_steps": 20, "learning_rate": 5e-4} | options))
 
 
 class QuickSBM(LightSBM):
     """The same."""
 
     def fit(self, *args, **options):
-        return super().fit(*args, **({"num_steps": 20} | options))
+        return super().fit(*args, **({"num_steps": 20, "learning_rate": 5e-4} | options))
 
 
 class QuickSBBM(LightSBBM):
     """The same."""
 
     def fit(self, *args, **options):
-        return super().fit(*args, **({"num_steps": 20} | options))
+        return super().fit(*args, **({"num_steps": 20, "learning_rate": 5e-4} | options))
 
 
 class QuickVSDM(VSDM):
     """The same."""
 
     def fit(self, *args, **options):
-        return super().fit(*args, **({"num_steps": 20} | options))
+        return super().fit(*args, **({"num_steps": 20, "learning_rate": 5e-4} | options))
 
 
 class QuickSGM(SGM):
     """The same."""
 
     def fit(self, *args, **options):
-        return super().fit(*args, **({"num_steps": 20} | options))
+        return super().fit(*args, **({"num_steps": 20, "learning_rate": 5e-4} | options))
 
 
 BRIDGES: dict[str, Callable[..., Bridge]] = {

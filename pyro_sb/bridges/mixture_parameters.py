@@ -1,5 +1,7 @@
 """The learnt parameters of a Gaussian-mixture potential, free or given by a network of the context."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -70,7 +72,7 @@ class MixtureParameters(nn.Module):
     def law(self, context: Tensor, epsilon: float) -> FactorMixture:
         r"""The plan from the origin, :math:`\sum_j a_j N(r_j, \epsilon S_j)`: contexts with full covariances alone."""
         log_weights, locs, raw = self._raw(context)
-        return FactorMixture(log_weights, locs, self._factor(raw) / epsilon**0.5)
+        return FactorMixture(log_weights, locs, self._log_diagonal(raw) - 0.5 * math.log(epsilon), strictly_lower(raw))
 
     def _raw(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Log weights, locs and raw scales, given the context."""
@@ -91,12 +93,10 @@ class MixtureParameters(nn.Module):
             return log_weights, self.axes * locs, raw
         return own[0], self.axes * own[1], own[2]
 
-    def _factor(self, raw: Tensor) -> Tensor:
-        """P from its raw form. The diagonal bends into its bound."""
+    def _log_diagonal(self, raw: Tensor) -> Tensor:
+        """Log D from the raw diagonal, which bends into its bound."""
         most = -0.5 * self.floor.log()
-        log_diagonal = most - nn.functional.softplus(most - raw.diagonal(dim1=-2, dim2=-1))
-        eye = torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device)
-        return log_diagonal.exp()[..., None] * (raw.tril(-1) + eye)
+        return most - nn.functional.softplus(most - raw.diagonal(dim1=-2, dim2=-1))
 
     def measure(self, deviations: Tensor) -> None:
         """Take A from the standard deviations of the axes, in the bridge's units. Shape ``(dim,)``."""
@@ -142,11 +142,16 @@ class MixtureParameters(nn.Module):
 
     def _scales(self, raw: Tensor) -> Tensor:
         if self.factored:
-            factor = self._factor(raw)
-            eye = torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device)
-            inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
-            return inverse @ inverse.mT
+            return FactorMixture(
+                self.log_weights, self.locs, self._log_diagonal(raw), strictly_lower(raw)
+            ).covariances()
         if self.diagonal:
             return self.floor + raw.exp()
         factor = self.axes[:, None] * (raw.tril(-1) + torch.diag_embed(raw.diagonal(dim1=-2, dim2=-1).exp()))
         return factor @ factor.mT + self.floor * torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device)
+
+
+def strictly_lower(raw: Tensor) -> Tensor:
+    """Matrices without their diagonal and what is above it."""
+    keep = torch.ones(raw.shape[-2:], dtype=raw.dtype, device=raw.device).tril(-1)
+    return raw * keep

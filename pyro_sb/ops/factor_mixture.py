@@ -8,46 +8,51 @@ from torch import Tensor
 
 
 class FactorMixture(NamedTuple):
-    r"""Batch of mixtures :math:`\sum_j w_j N(r_j, (P_j^\top P_j)^{-1})` with lower triangular :math:`P_j`.
+    r"""Batch of mixtures :math:`\sum_j w_j N(r_j, (P_j^\top P_j)^{-1})` with :math:`P_j = D_j (I + N_j)`.
 
-    .. math:: \log N = \log\det P - \tfrac12 |P (x - r)|^2 - \tfrac d2 \log 2\pi
+    .. math:: \log N = \log\det D - \tfrac12 |D (I + N) (x - r)|^2 - \tfrac d2 \log 2\pi
 
-    A network that gives P gives a density for a few products; nothing is factored, and nothing fails in float32.
+    A network that gives D and N gives a density for a few products; nothing is factored, and nothing fails in float32.
 
     Args:
         log_weights: :math:`\log w_j`; they need not sum to one. Shape ``(n, J)``.
         locs: :math:`r_j`. Shape ``(n, J, d)``.
-        factors: :math:`P_j`, with a positive diagonal. Shape ``(n, J, d, d)``.
+        log_diagonals: Logarithms of the diagonals :math:`D_j`. Shape ``(n, J, d)``.
+        lower: :math:`N_j`, strictly lower triangular. Shape ``(n, J, d, d)``.
 
     Example:
-        >>> mixture = FactorMixture(torch.zeros(1, 1), torch.zeros(1, 1, 2), torch.eye(2)[None, None])
+        >>> locs = torch.zeros(1, 1, 2)
+        >>> mixture = FactorMixture(torch.zeros(1, 1), locs, torch.zeros_like(locs), torch.zeros(1, 1, 2, 2))
         >>> mixture.log_prob(torch.zeros(1, 2))
         tensor([-1.8379])
     """
 
     log_weights: Tensor
     locs: Tensor
-    factors: Tensor
+    log_diagonals: Tensor
+    lower: Tensor
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density of a point a row. ``(n, d)`` to ``(n,)``."""
-        white = (self.factors @ (x[:, None] - self.locs)[..., None])[..., 0]
-        log_det = self.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        terms = torch.log_softmax(self.log_weights, -1) + log_det - 0.5 * white.square().sum(-1)
+        offset = x[:, None] - self.locs
+        white = self.log_diagonals.exp() * (offset + (self.lower @ offset[..., None])[..., 0])
+        terms = torch.log_softmax(self.log_weights, -1) + self.log_diagonals.sum(-1) - 0.5 * white.square().sum(-1)
         return torch.logsumexp(terms, -1) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
 
     def sample(self) -> Tensor:
         """One draw a row. Shape ``(n, d)``."""
         index = torch.multinomial(torch.softmax(self.log_weights, -1), 1)[:, 0]
         rows = torch.arange(len(index), device=index.device)
-        noise = torch.randn_like(self.locs[:, 0])[..., None]
+        scaled = torch.randn_like(self.locs[:, 0]) * (-self.log_diagonals[rows, index]).exp()
+        solve = torch.linalg.solve_triangular  # it reads the lower half alone, and ones on the diagonal
         return (
             self.locs[rows, index]
-            + torch.linalg.solve_triangular(self.factors[rows, index], noise, upper=False)[..., 0]
+            + solve(self.lower[rows, index], scaled[..., None], upper=False, unitriangular=True)[..., 0]
         )
 
     def covariances(self) -> Tensor:
         """Covariances of the components. Shape ``(n, J, d, d)``."""
-        eye = torch.eye(self.locs.shape[-1], dtype=self.locs.dtype, device=self.locs.device)
-        inverse = torch.linalg.solve_triangular(self.factors, eye.expand_as(self.factors), upper=False)
+        inverse = torch.linalg.solve_triangular(
+            self.lower, torch.diag_embed((-self.log_diagonals).exp()), upper=False, unitriangular=True
+        )
         return inverse @ inverse.mT
