@@ -33,7 +33,7 @@ def to_probit(u: Tensor) -> Tensor:
         tensor([0.0000, 0.6160])
     """
     wide = u.double().clamp(-LARGEST, LARGEST)
-    tail = torch.special.ndtri(torch.sigmoid(-wide.abs()))
+    tail = torch.special.ndtri(torch.sigmoid(torch.where(wide > 0, -wide, wide)))  # |u| has no slope at 0
     return torch.where(wide > 0, -tail, tail).to(u)
 
 
