@@ -8,10 +8,12 @@ from torch import nn
 
 from pyro_sb.bridges import SGM, VSDM, Bridge, Sampler
 from pyro_sb.bridges.vsdm_adapt import best_matrix, project, step_size
+from pyro_sb.bridges.vsdm_density import flow_change
+from pyro_sb.bridges.vsdm_network import factor_covariance, factor_loss
 from pyro_sb.nn import SetEmbedding
 from pyro_sb.ops.gaussian import gaussian_bridge
-from pyro_sb.ops.linear_sde import LinearSDE, Schedule, fixed_point_rates, preconditioning
-from pyro_sb.ops.solvers import Conditional
+from pyro_sb.ops.linear_sde import LinearSDE, Schedule, fixed_point_rates, preconditioning, start_covariance
+from pyro_sb.ops.solvers import Conditional, Flow
 
 F64 = {"dtype": torch.float64}
 SMALL = {"hidden": (16, 16), "covariance_hidden": (16, 16)}
@@ -322,3 +324,41 @@ def test_two_modes_are_both_found_with_path_weights_that_see_them(kind):
     weights = (log_p - log_q).exp()
     assert abs(float(weights.mean()) - 1) < 4 * float(weights.std()) / math.sqrt(4000)
     assert float(weights.mean() ** 2 / weights.square().mean()) > 0.5
+
+
+@pytest.mark.parametrize("dim", [2, 21])
+def test_the_flow_carries_a_density_that_it_does_not_know(dim):
+    # a correlated Gaussian in the angles of another one: N is linear and its divergence is not zero
+    sde = LinearSDE(torch.linspace(0.8, 2.0, dim, **F64), Schedule())
+    root = torch.eye(dim, **F64) + 0.3 * torch.randn(dim, dim, **F64) / math.sqrt(dim)
+    covariance, spread = root @ root.T, torch.linspace(2.0, 3.0, dim, **F64)
+    flow, eye = Flow(sde, spread), torch.eye(dim, **F64)
+
+    def goal(tau, w):
+        law = sde.at(tau)
+        noised = law.factor[:, None] * covariance * law.factor + law.variance.diag()
+        mean = (w / flow.inner(tau)) @ torch.linalg.inv(noised) @ (law.factor[:, None] * covariance)
+        return -flow.slope(lambda tau, x: mean, tau, w)
+
+    z = torch.randn(5, dim, **F64) @ root.T
+    probes = 1 - 2 * torch.randint(0, 2, (64, dim), **F64)
+    end, change = flow_change(goal, flow, sde.grid(400, 1e-4)[:-1].flip(0), z, probes)
+    noised = start_covariance(sde, covariance)
+    found = torch.distributions.MultivariateNormal(0 * z[0], noised).log_prob(end) + change
+    exact = torch.distributions.MultivariateNormal(0 * z[0], covariance).log_prob(z)
+    torch.testing.assert_close(found, exact, rtol=0, atol=2e-3 if dim <= 20 else 0.3)
+    assert not torch.allclose(covariance, eye, atol=0.1)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_head_s_loss_is_least_at_the_precision_of_what_is_missed(full):
+    axes = torch.tensor([[2.0, 0.0], [1.0, 0.5]], **F64)
+    missed = torch.cat([axes.T, -axes.T])  # second moments axes axes^T / 2
+    covariance = missed.T @ missed / 4
+    factor = torch.linalg.cholesky(torch.linalg.inv(covariance)) if full else covariance.diagonal().rsqrt()
+    factor = factor.clone().requires_grad_()
+    loss = factor_loss(factor.expand(4, *factor.shape), missed).mean()
+    (slope,) = torch.autograd.grad(loss, factor)
+    assert (slope.tril() if full else slope).abs().max() < 1e-12
+    found = factor_covariance(factor.detach()[None], torch.ones(2, **F64))[0]
+    torch.testing.assert_close(found, covariance if full else covariance.diagonal(), rtol=1e-10, atol=1e-12)
