@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyro_sb.weights import effective_sample_size, log_evidence, normalise, systematic_resample
+from pyro_sb.weights import effective_sample_size, log_evidence, normalise, pareto_k, systematic_resample
 
 F64 = {"dtype": torch.float64}
 log_weight_lists = st.lists(st.one_of(st.floats(-700, 700), st.just(-math.inf)), min_size=1, max_size=40)
@@ -95,3 +95,42 @@ def test_systematic_counts_are_unbiased():
     weights = torch.tensor([0.13, 0.29, 0.58], **F64)
     counts = torch.stack([torch.bincount(systematic_resample(weights, 5), minlength=3) for _ in range(4000)]).double()
     assert ((counts.mean(0) - 5 * weights) / counts.std(0) * 4000**0.5).abs().max() < 4
+
+
+# ---- k-hat ----
+
+
+@pytest.mark.parametrize("alpha", [1.2, 2.0, 4.0])
+def test_k_hat_is_the_inverse_of_the_tails_exponent(alpha):
+    # P(w > x) = x^-alpha is generalised Pareto of shape 1 / alpha above every threshold
+    k = torch.tensor([pareto_k(-torch.rand(40_000, **F64).log() / alpha) for _ in range(20)])
+    assert abs(float((k.mean() - 1 / alpha) / k.std() * 20**0.5)) < 4 + 20**0.5 * 0.02 / float(k.std())  # its prior: .5
+    assert abs(float(k.mean()) - 1 / alpha) < 0.05
+
+
+def test_k_hat_of_light_and_bounded_tails():
+    exponential, uniform = torch.rand(40_000, **F64).log().neg().log(), torch.rand(40_000, **F64).log()
+    assert abs(pareto_k(exponential)) < 0.15  # shape 0
+    assert pareto_k(uniform) < -0.5  # shape -1
+
+
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+def test_a_factor_on_the_weights_leaves_k_hat(shift):
+    log_weights = 2 * torch.randn(500, **F64)
+    assert pareto_k(log_weights + shift) == pytest.approx(pareto_k(log_weights), abs=1e-6)
+
+
+def test_k_hat_at_its_ends():
+    assert pareto_k(torch.zeros(100, **F64)) == -math.inf
+    one = torch.full((100,), -math.inf, **F64)
+    one[:3] = 0.0
+    assert pareto_k(one) == math.inf  # three weights carry all
+    assert pareto_k(torch.full((100,), -math.inf, **F64)) == math.inf
+    some = torch.full((1000,), -math.inf, **F64)
+    some[:200] = torch.randn(200, **F64)
+    assert math.isfinite(pareto_k(some))
+    single = torch.zeros(100, **F64)
+    single[0] = 50.0
+    assert pareto_k(single) == math.inf  # one weight carries all
+    with pytest.raises(ValueError, match="at least 25 weights, got 24"):
+        pareto_k(torch.zeros(24, **F64))

@@ -35,6 +35,8 @@ class ImportanceDraws:
     @property
     def weights(self) -> Tensor:
         """Weights that sum to one over the draws. Shape of ``log_weights``."""
+        if bool(torch.isneginf(self.log_weights).all(0).any()):
+            raise ValueError("some weight must be positive, but every weight is zero. Use mcmc(), or check the data.")
         return torch.softmax(self.log_weights, 0)
 
     def expectation(self, values: Tensor) -> Tensor:

@@ -207,6 +207,8 @@ def simulator(
                 f"The model must have the observed sites {list(observed)}, got {sorted(stochastic)} and no return "
                 "value for them. Name them in observed=(...), or return a tensor, or a dict by name."
             )
+        if values is None:
+            _refuse_own_sites(result, observed, stochastic)
         values = values if values is not None else returned_sites(result, observed)
         batch_shapes, event_dims = {name: torch.Size() for name in observed}, {}
         latent_model = model
@@ -239,6 +241,17 @@ def returned_sites(result: Any, observed: tuple[str, ...]) -> Sites:
     if isinstance(result, dict):
         return {name: torch.as_tensor(result[name]).detach() for name in observed}
     return {observed[0]: torch.as_tensor(result).detach()}
+
+
+def _refuse_own_sites(result: Any, observed: tuple[str, ...], sites: dict[str, Any]) -> None:
+    """A model that returns its own sample site under another name would have that site as a latent."""
+    for value in [result[name] for name in observed] if isinstance(result, dict) else [result]:
+        for name, site in sites.items():
+            if site["value"] is value:
+                raise ValueError(
+                    f"The model must have the observed sites {list(observed)}, but returns its sample site {name!r}. "
+                    f'Write observed=("{name}",).'
+                )
 
 
 def base_of(fn: Any) -> Any:
