@@ -80,6 +80,8 @@ def temper_bridge(law: PointLaw, target: Any, num: int) -> Particles:
     for level in range(1, MAX_LEVELS + 1):
         log_q, log_p = law.value_and_grad(u)[0], target.value_and_grad(u.reshape(-1, dim))[0].reshape(num, batch)
         ratio = torch.where(torch.isfinite(log_p), log_p - log_q, -torch.inf)
+        if level == 1:
+            _check_particles(ratio)
         increment = next_increment(ratio, 1 - beta)
         log_weights = torch.where(increment > 0, increment * ratio, torch.zeros_like(ratio))
         log_evidence = log_evidence + torch.logsumexp(log_weights, 0) - math.log(num)
@@ -98,6 +100,16 @@ def temper_bridge(law: PointLaw, target: Any, num: int) -> Particles:
         f"tempering must reach the posterior, but stands at exponent {float(beta.min()):.3g} of 1 after {MAX_LEVELS} "
         "levels. Fit the bridge on more simulations, or sample the conditioned model by KernelLangevin."
     )
+
+
+def _check_particles(ratio: Tensor) -> None:
+    """Some particle of each observation must have a weight. ``(N, B)``."""
+    bad = int(torch.isneginf(ratio).all(0).sum())
+    if bad:
+        raise RuntimeError(
+            f"no particle of {len(ratio)} has a finite log joint at {bad} of {ratio.shape[1]} observations. Check that "
+            "the model can have made the data, raise num_proposals, or fit on more simulations."
+        )
 
 
 def sweep(
