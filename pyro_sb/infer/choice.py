@@ -19,6 +19,7 @@ __all__ = ["build", "candidates", "fit_bridge", "held_out_score"]
 logger = logging.getLogger(__name__)
 Spec = Bridge | type[Bridge] | Callable[..., Bridge] | str | None
 FULL_DIM = 50  # covariances of a mixture are full up to here
+FEW = 2000  # simulations up to which fits are short and regularised
 JUDGES, JUDGE_PATHS = 1024, 16
 
 
@@ -50,7 +51,7 @@ def build(spec: Any, dim: int, context_dim: int, num_simulations: int, embedding
             context_dim=context_dim,
             covariance="full" if dim <= FULL_DIM else "diagonal",
             hidden=(128, 128),
-            dropout=0.2 if num_simulations <= 2000 else 0.1,
+            dropout=0.2 if num_simulations <= FEW else 0.1,
             **more,
         )
     if spec == "vsdm":
@@ -70,7 +71,12 @@ def fit_bridge(bridge: Bridge, rows: TrainingSet, **options: Any) -> FitHistory:
     """Fit a bridge on the whitened residuals of a training set."""
     with torch.no_grad():
         residual, _ = rows.residuals.encode(rows.latents, rows.features)
-    defaults = {"num_steps": 3000} if isinstance(bridge, LightSB) else {}
+    few = int(rows.num_simulations) <= FEW
+    defaults: dict[str, Any] = {}
+    if isinstance(bridge, LightSB):
+        defaults = {"num_steps": 600, "learning_rate": 3e-3} if few else {"num_steps": 2500}
+    elif isinstance(bridge, VSDM):
+        defaults = {"num_steps": 1000 if few else 3000}
     learner: Any = bridge  # every conditional bridge takes held_out
     return learner.fit(residual, context=rows.context, held_out=rows.held_out, **(defaults | options))
 

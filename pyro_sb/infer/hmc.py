@@ -62,7 +62,7 @@ def hmc_step(
 
 
 def rejuvenate(
-    joint: PairedJoint, pairs: Simulations, scale: Tensor, num: int, *, sweeps: int = 12, num_steps: int = 5
+    joint: PairedJoint, pairs: Simulations, scale: Tensor, num: int, *, sweeps: int = 8, num_steps: int = 5
 ) -> Tensor:
     r"""Fresh latents for the same observations: the simulated pairs, moved within :math:`p(\theta | y)`.
 

@@ -96,7 +96,8 @@ class BridgeRefresh(MCMCKernel):
         """Unconstrained starts of the chains."""
         if self._initial is None:
             num = 1 if self.num_chains is None else self.num_chains
-            self._initial = self._sites(self.starts[torch.arange(num) % len(self.starts)])
+            state = self.starts[torch.arange(num) % len(self.starts)]
+            self._initial = self._sites(state if self.num_chains is not None else state[0])
         return self._initial
 
     @initial_params.setter
@@ -106,7 +107,7 @@ class BridgeRefresh(MCMCKernel):
     def sample(self, params: Sites) -> Sites:
         """One transition, for ``pyro.infer.MCMC``."""
         draws = self.sample_block(params, 1).draws
-        return {name: value[0] for name, value in draws.items()}
+        return {name: value[0] if self.num_chains is not None else value[0, 0] for name, value in draws.items()}
 
     def sample_block(self, params: Sites, num_steps: int) -> Block:
         """``num_steps`` refreshes of every chain, each with its local moves."""
@@ -177,10 +178,10 @@ class BridgeRefresh(MCMCKernel):
         return rows, mean
 
     def _state(self, params: Sites) -> Tensor:
-        if hasattr(self.log_joint, "pack_rows"):
-            return self.log_joint.pack_rows(params)
-        z = self.log_joint.pack(params)
-        return (z if z.dim() == 2 else z[None])[:, None, :]
+        """Unconstrained sites, of one chain without a dimension for it, to states ``(C, B, d)``."""
+        batched = hasattr(self.log_joint, "pack_rows")
+        state = self.log_joint.pack_rows(params) if batched else self.log_joint.pack(params)[..., None, :]
+        return state if state.dim() == 3 else state[None]
 
     def _sites(self, state: Tensor) -> Sites:
         """States ``(*lead, B, d)`` to unconstrained sites."""

@@ -17,7 +17,7 @@ __all__ = ["TrainingSet", "bounded_axes", "exchangeable_sites", "training_set"]
 
 logger = logging.getLogger(__name__)
 ROWS = 100_000  # rows that rejuvenation aims at
-MOST_COPIES = 39
+MOST_COPIES = 19
 
 
 class TrainingSet(NamedTuple):
@@ -29,6 +29,7 @@ class TrainingSet(NamedTuple):
         context: What the bridge sees. Shape ``(M, C)``.
         features: Regressors. Shape ``(M, F)``.
         held_out: Rows to judge by: all rows of a tenth of the simulations. Shape ``(M,)``, bool.
+        num_simulations: How many simulations the rows come from.
     """
 
     residuals: Residuals
@@ -36,6 +37,7 @@ class TrainingSet(NamedTuple):
     context: Tensor
     features: Tensor
     held_out: Tensor
+    num_simulations: int
 
 
 def training_set(
@@ -55,7 +57,7 @@ def training_set(
         pairs: N simulations.
         features: What is told of an observation, fitted.
         joint: The model's log joint, or None: then there is one copy.
-        num_copies: Copies beside the simulations themselves; None: up to 100,000 rows in all, 39 copies at most.
+        num_copies: Copies beside the simulations themselves; None: up to 100,000 rows in all, 19 copies at most.
         missing: Largest share of an observation's entries that are hidden in a row; 0: none is.
         held_out: Share of the simulations to judge by.
     """
@@ -78,7 +80,7 @@ def training_set(
     judged[torch.randperm(num, device=device)[: max(1, round(held_out * num))]] = True
     judged = judged.repeat(repeats)
     residuals = Residuals.fit(latents[~judged], design[~judged], bounded_axes(simulator))
-    return TrainingSet(residuals, latents, context, design, judged)
+    return TrainingSet(residuals, latents, context, design, judged, num)
 
 
 def proposal_factor(pairs: Simulations, features: Features) -> Tensor:
