@@ -141,7 +141,10 @@ class AmortizedPosterior:
         source = simulator(self.model, self.observed, model_args, model_kwargs)
         if simulations is None:
             simulations = source.simulate(num_simulations, keep_finite=keep_finite, progress=progress)
-        _check_number(simulations, source.dim)
+        else:
+            _check_sizes(simulations, source)
+            simulations = source.finite(simulations, keep_finite)
+        _check_number(len(simulations.latents), source.dim, held_out)
         self.simulations = simulations
         joint = self._joint(source, simulations, num_copies)
         self.exchangeable = exchangeable_sites(source, simulations, joint) if joint is not None else {}
@@ -217,12 +220,23 @@ def _check_share(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name} must lie in [{least:g}, 1), got {value}.")
 
 
-def _check_number(simulations: Simulations, dim: int) -> None:
-    if simulations.latents.shape[1] != dim:
-        raise ValueError(f"simulations must have {dim} latents, got {simulations.latents.shape[1]}: another model's?")
-    num = len(simulations.latents)
+def _check_sizes(simulations: Simulations, source: Simulator) -> None:
+    """Refuse simulations of another model."""
+    (num, dim), (rows, width) = simulations.latents.shape, simulations.observations.shape
+    if (dim, width, rows) != (source.dim, source.data.dim, num):
+        raise ValueError(
+            f"simulations must have {source.dim} latents and {source.data.dim} numbers an observation, got "
+            f"{tuple(simulations.latents.shape)} and {tuple(simulations.observations.shape)}: another model's?"
+        )
+
+
+def _check_number(num: int, dim: int, held_out: float) -> None:
     least = max(20, 2 * dim)
     if num < least:
         raise ValueError(
             f"num_simulations must be at least {least} finite ones for {dim} latents, got {num}. Write 10_000."
+        )
+    if num - round(held_out * num) < least // 2:
+        raise ValueError(
+            f"held_out must leave at least {least // 2} simulations to learn from, got {held_out} of {num}. Write 0.1."
         )

@@ -1,5 +1,6 @@
 """Which conditional bridge an amortised posterior learns with."""
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,7 @@ def candidates(spec: Spec) -> dict[str, Any]:
     """The bridges to try, by name: those of ``None`` are the light bridge and VSDM."""
     if spec is None:
         return {"light": "light", "vsdm": "vsdm"}
-    if isinstance(spec, str) and spec not in ("light", "vsdm"):
+    if spec not in ("light", "vsdm") if isinstance(spec, str) else not callable(spec):
         raise ValueError(f'bridge must be "light", "vsdm", a bridge, its class or a function, got {spec!r}.')
     return {spec if isinstance(spec, str) else _name(spec): spec}
 
@@ -41,9 +42,9 @@ def build(spec: Any, dim: int, context_dim: int, num_simulations: int, embedding
         dim: Number of latents.
         context_dim: Size of the context.
         num_simulations: How many there are to learn from.
-        embedding: Module from contexts to features.
+        embedding: Module from contexts to features; each bridge learns its own copy.
     """
-    more: dict[str, Any] = {} if embedding is None else {"embedding": embedding}
+    more: dict[str, Any] = {} if embedding is None else {"embedding": copy.deepcopy(embedding)}
     if spec == "light":
         return LightSB(
             dim,
@@ -57,7 +58,15 @@ def build(spec: Any, dim: int, context_dim: int, num_simulations: int, embedding
     if spec == "vsdm":
         return VSDM(dim, context_dim, **more)
     if isinstance(spec, Bridge):
-        return type(spec).from_config(spec.config() | {"dim": dim, "context_dim": context_dim} | more)
+        config = spec.config() | {"dim": dim, "context_dim": context_dim}
+        if more:
+            return type(spec)(**config | more)
+        if config.get("embedding") is not None:
+            raise ValueError(
+                f"bridge must not bring an embedding of its own, got {config['embedding']}: it would see summaries. "
+                "Write AmortizedPosterior(..., embedding=...)."
+            )
+        return type(spec).from_config(config)
     bridge = spec(dim, context_dim=context_dim, **more)
     if not isinstance(bridge, Bridge) or (bridge.dim, bridge.context_dim) != (dim, context_dim):
         raise ValueError(

@@ -84,7 +84,7 @@ class Simulator:
         with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
             parts = [self._pairs(sites) for sites in self._runs(num, progress)]
         pairs = Simulations(*(torch.cat(column) for column in zip(*parts, strict=True)))
-        return self._finite(pairs, keep_finite)
+        return self.finite(pairs, keep_finite)
 
     def predict(self, z: Tensor) -> Tensor:
         """One observation for each row of unconstrained latents. ``(N, dim)`` to ``(N, data_dim)``."""
@@ -142,7 +142,8 @@ class Simulator:
                 )
         return sites
 
-    def _finite(self, pairs: Simulations, keep: bool) -> Simulations:
+    def finite(self, pairs: Simulations, keep: bool) -> Simulations:
+        """Pairs that are finite, where ``keep`` says to leave the others out; else an error where any is not."""
         good = torch.isfinite(pairs.latents).all(-1) & torch.isfinite(pairs.observations).all(-1)
         if bool(good.all()):
             return pairs
