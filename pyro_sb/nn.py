@@ -1,7 +1,7 @@
 """Networks that more than one bridge learns with."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -166,6 +166,12 @@ class SetEmbedding(nn.Module):
         self.item_dim, self.out_dim, self.hidden = int(item_dim), int(out_dim), tuple(map(int, hidden))
         self.item = MLP(item_dim, self.hidden[-1], hidden_features=self.hidden, activation=nn.SiLU)
         self.pooled = MLP(self.hidden[-1], out_dim, hidden_features=self.hidden, activation=nn.SiLU)
+
+    def reset(self) -> None:
+        """Start anew: random layers."""
+        for module in self.modules():
+            if callable(getattr(module, "reset_parameters", None)):  # zuko's linear layer is no nn.Linear
+                cast(Any, module).reset_parameters()
 
     def items(self, context: Tensor) -> Tensor:
         """The items ``(*, k, item_dim)`` of a flat context ``(*, k * item_dim)``."""

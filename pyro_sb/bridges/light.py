@@ -45,7 +45,7 @@ class LightSB(MixtureBridge):
         dropout: Share of features that the network drops while it learns, in [0, 1): for few draws.
         embedding: Module from contexts ``(n, context_dim)`` to features, learnt with the rest, such as
             `pyro_sb.nn.SetEmbedding` for exchangeable observations. It sees contexts as they are; without it they are
-            standardised.
+            standardised. A module of your own is not reset by a further fit: it may be pretrained.
 
     References:
         Light Schrödinger Bridge (Korotin, Gushchin and Burnaev, 2024), https://arxiv.org/abs/2310.01174, eq. 10. The

@@ -8,6 +8,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from pyro_sb.bridges.conditioning import condition_mixture
+from pyro_sb.bridges.fixed_mixture import FixedMixture
 from pyro_sb.bridges.mixture_state import MixtureState, check_points
 from pyro_sb.bridges.plan import Plan, chunked
 from pyro_sb.distributions import BridgeDistribution, Draws
@@ -224,6 +225,14 @@ class MixtureBridge(MixtureState):
             y = y + share * (y1 - y) + spread * torch.randn_like(y)
             states.append(self._units(then).back(self._bass(potential, then).forward(y).reshape(z.shape)))
         return times, torch.stack(states).reshape(num_steps + 1, *shape, self.dim)
+
+    @torch.no_grad()
+    def fixed(self, context: Any) -> FixedMixture | None:
+        """The law at B contexts ``(B, context_dim)``, its network asked once; None where it has no such form."""
+        rows = self._context_rows(self.check_context(context))
+        if not self._factored or rows is None:
+            return None
+        return FixedMixture(self.parameters_of.law(rows, self._epsilon), self._units())
 
     @torch.no_grad()
     def sample_rows(self, num: int, context: Tensor | None) -> Tensor:

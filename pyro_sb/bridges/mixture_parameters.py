@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pyro_sb.nn import ContextNet, embedding_size
+from pyro_sb.nn import ContextNet, SetEmbedding, embedding_size
 from pyro_sb.ops.factor_mixture import FactorMixture
 from pyro_sb.ops.mixture import MixturePotential
 
@@ -78,7 +78,7 @@ class MixtureParameters(nn.Module):
         """Log weights, locs and raw scales, given the context."""
         own = (self.log_weights, self.locs, self.raw)
         if self.net is not None and context is not None:
-            features = context if self.embedding is None else self.embedding(context)
+            features = context if self.embedding is None else self.embedding.train(self.net.noisy)(context)
             log_weights, locs, raw = (
                 x.unflatten(-1, (len(own[0]), -1)) for x in self.net(features).split(self.sizes, -1)
             )
@@ -106,10 +106,8 @@ class MixtureParameters(nn.Module):
         """Forget what the network has learnt."""
         if self.net is not None:
             self.net.reset()
-        for module in self.embedding.modules() if self.embedding is not None else ():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
+        if isinstance(self.embedding, SetEmbedding):  # a user's own module stays as he made it: it may be pretrained
+            self.embedding.reset()
 
     @torch.no_grad()
     def set(self, potential: MixturePotential, floor: float) -> None:

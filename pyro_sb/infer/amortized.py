@@ -1,5 +1,6 @@
 """Amortised posteriors of a Pyro model: simulate, fit p(theta | y) once, condition on any y, correct by the model."""
 
+import inspect
 import logging
 import time
 from collections.abc import Callable
@@ -138,6 +139,7 @@ class AmortizedPosterior:
             raise ValueError(f"num_copies must be at least 0, got {num_copies}. Omit it for the default.")
         if num_simulations < 1:
             raise ValueError(f"num_simulations must be at least 1, got {num_simulations}. Write 10_000.")
+        _check_names(self.model, type(self).fit)
         source = simulator(self.model, self.observed, model_args, model_kwargs)
         if simulations is None:
             simulations = source.simulate(num_simulations, keep_finite=keep_finite, progress=progress)
@@ -213,6 +215,21 @@ class AmortizedPosterior:
         logger.info("held-out log density by bridge: %s", self.scores)
         self.bridge = best[1]
         return best[2]
+
+
+def _check_names(model: Callable[..., Any], fit: Callable[..., Any]) -> None:
+    """A keyword of the model that ``fit`` has too would never reach the model."""
+    try:
+        wanted = inspect.signature(model).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        return
+    own = {n for n, p in inspect.signature(fit).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    both = sorted(own & wanted.keys())
+    if both:
+        raise ValueError(
+            f"the model's arguments must not have the names of fit's own, got {both}. Pass the model with them bound: "
+            f"functools.partial(model, {both[0]}=...)."
+        )
 
 
 def _check_share(name: str, value: float, least: float) -> None:

@@ -1,12 +1,15 @@
 """The law of a model's unconstrained latents given features of the observation, as an amortised posterior knows it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_sb.bridges.base import Bridge
+from pyro_sb.bridges.fixed_mixture import FixedMixture
+from pyro_sb.bridges.mixture_bridge import MixtureBridge
 from pyro_sb.distributions import Draws
 from pyro_sb.infer.bounded import from_probit, log_slope, to_probit
 
@@ -77,22 +80,35 @@ class LatentLaw:
         """Whether the density of a point is known; else that of its path."""
         return self.bridge.density == "marginal"
 
+    @cached_property
+    def fixed(self) -> FixedMixture | None:
+        """The bridge at these contexts, its network asked once; None where it must be asked for every draw."""
+        return self.bridge.fixed(self.context) if isinstance(self.bridge, MixtureBridge) else None
+
     def sample(self, num: int) -> Tensor:
         """Draws by the bridge's own sampler. Shape ``(num, B, d)``."""
         with torch.no_grad():
-            return self.residuals.decode(self.bridge(self.context).sample((num,)), self.features)
+            law = self.fixed
+            residual = self.bridge(self.context).sample((num,)) if law is None else law.sample(num)
+            return self.residuals.decode(residual, self.features)
 
     def draws(self, num: int) -> Draws:
         """Draws with the log density that corrects them: of the point, or of its path. Shapes ``(num, B, ...)``."""
         with torch.no_grad():
-            residual, log_q = self.bridge(self.context).draws((num,))
+            if self.fixed is None:
+                residual, log_q = self.bridge(self.context).draws((num,))
+            else:
+                residual = self.fixed.sample(num)
+                log_q = self.fixed.log_prob(residual)
             u = self.residuals.decode(residual, self.features)
             return Draws(u, log_q + self.residuals.encode(u, self.features)[1])
 
     def log_prob(self, u: Tensor) -> Tensor:
         """Log density of points, where the bridge has one. ``(*, B, d)`` to ``(*, B)``."""
         residual, slope = self.residuals.encode(u, self.features)
-        return self.bridge(self.context).log_prob(residual) + slope
+        law = self.fixed
+        value = self.bridge(self.context).log_prob(residual) if law is None else law.log_prob(residual)
+        return value + slope
 
     def path_log_prob(self, u: Tensor, num_paths: int = 1) -> Tensor:
         r"""The density of a point, or of a path drawn backwards from it; for more paths the log mean of their weights.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_factor
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -181,7 +182,8 @@ def simulator(
 
     Raises:
         ValueError: An observed site is missing, or held at data; no continuous latent.
-        NotImplementedError: What `log_joint` refuses.
+        NotImplementedError: What `log_joint` refuses; and what a run does not heed: factors, scales, masks, data at
+            sites that ``observed`` does not name.
 
     Example:
         >>> import pyro.distributions as dist
@@ -199,6 +201,7 @@ def simulator(
     trace = run(model, args, kwargs, Start(like=first_float(args, kwargs)))
     sites = {name: site for name, site in trace.nodes.items() if is_sample(site)}
     stochastic = {name: site for name, site in sites.items() if not is_deterministic(site)}
+    refuse_other_data(stochastic, observed)
     returned = not set(observed) <= stochastic.keys()
     if returned:
         result = trace.nodes["_RETURN"]["value"]
@@ -210,6 +213,14 @@ def simulator(
             )
         if values is None:
             _refuse_own_sites(result, observed, stochastic)
+            if not isinstance(result, dict):
+                logger.warning(
+                    "the model has no sample site %r: its return value is taken for it, with latents %s. Write "
+                    "observed=(...) for another site, or return {%r: ...} to say so.",
+                    observed[0],
+                    sorted(stochastic),
+                    observed[0],
+                )
         values = values if values is not None else returned_sites(result, observed)
         batch_shapes, event_dims = {name: torch.Size() for name in observed}, {}
         latent_model = model
@@ -242,6 +253,28 @@ def returned_sites(result: Any, observed: tuple[str, ...]) -> Sites:
     if isinstance(result, dict):
         return {name: torch.as_tensor(result[name]).detach() for name in observed}
     return {observed[0]: torch.as_tensor(result).detach()}
+
+
+def refuse_other_data(sites: dict[str, Any], observed: tuple[str, ...]) -> None:
+    """What is in a model's density and not in its simulations would make pairs of another law than its joint."""
+    for name, site in sites.items():
+        if site_is_factor(site):
+            raise NotImplementedError(
+                f"the model must be simulated by running it, got pyro.factor {name!r}, which a run does not heed. "
+                "Write it as a sample site."
+            )
+        if site["is_observed"] and name not in observed:
+            raise NotImplementedError(
+                f"data at {name!r} must be named among the observed sites to be simulated, got {list(observed)}. Write "
+                f"observed={(*observed, name)!r}, leave it open in fit, and give both to condition."
+            )
+        scale, mask = site.get("scale", 1.0), site.get("mask")
+        plain = not isinstance(scale, Tensor) and scale == 1.0
+        if not plain or (isinstance(mask, Tensor) and not bool(mask.all())) or mask is False:
+            raise NotImplementedError(
+                f"site {name!r} must be neither scaled nor masked, got poutine.scale or poutine.mask: a run does not "
+                "heed them. Mark missing data by NaN: fit(..., missing=0.5), condition(y with NaN)."
+            )
 
 
 def _refuse_own_sites(result: Any, observed: tuple[str, ...], sites: dict[str, Any]) -> None:

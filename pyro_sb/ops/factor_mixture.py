@@ -33,17 +33,20 @@ class FactorMixture(NamedTuple):
     lower: Tensor
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log density of a point a row. ``(n, d)`` to ``(n,)``."""
-        offset = x[:, None] - self.locs
+        """Log density of a point a row. ``(*, n, d)`` to ``(*, n)``."""
+        offset = x[..., None, :] - self.locs
         white = self.log_diagonals.exp() * (offset + (self.lower @ offset[..., None])[..., 0])
         terms = torch.log_softmax(self.log_weights, -1) + self.log_diagonals.sum(-1) - 0.5 * white.square().sum(-1)
         return torch.logsumexp(terms, -1) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
 
-    def sample(self) -> Tensor:
-        """One draw a row. Shape ``(n, d)``."""
-        index = torch.multinomial(torch.softmax(self.log_weights, -1), 1)[:, 0]
-        rows = torch.arange(len(index), device=index.device)
-        scaled = torch.randn_like(self.locs[:, 0]) * (-self.log_diagonals[rows, index]).exp()
+    def sample(self, num: int | None = None) -> Tensor:
+        """One draw a row, ``(n, d)``; or ``num`` draws a row, ``(num, n, d)``."""
+        count = 1 if num is None else num
+        index = torch.multinomial(torch.softmax(self.log_weights, -1), count, replacement=True).T
+        index = index[0] if num is None else index
+        rows = torch.arange(len(self.locs), device=index.device)
+        scales = (-self.log_diagonals[rows, index]).exp()
+        scaled = torch.randn_like(scales) * scales
         solve = torch.linalg.solve_triangular  # it reads the lower half alone, and ones on the diagonal
         return (
             self.locs[rows, index]
