@@ -6,7 +6,7 @@ from pyro_sb.bridges.light import LightSB, LightSBM
 from pyro_sb.bridges.light_bass import LightSBBM
 from pyro_sb.bridges.tails import TailMatched
 from pyro_sb.bridges.vsdm import SGM, VSDM
-from pyro_sb.diagnostics import to_arviz
+from pyro_sb.diagnostics import Calibration, coverage, sbc, sbc_ranks, to_arviz
 from pyro_sb.distributions import BridgeDistribution, Draws
 from pyro_sb.infer.amortized import AmortizedPosterior
 from pyro_sb.infer.kernels import KernelLangevin
@@ -21,6 +21,7 @@ __all__ = [
     "VSDM",
     "Bridge",
     "BridgeDistribution",
+    "Calibration",
     "Draws",
     "KernelLangevin",
     "KernelLangevinBridge",
@@ -28,5 +29,8 @@ __all__ = [
     "LightSBBM",
     "LightSBM",
     "TailMatched",
+    "coverage",
+    "sbc",
+    "sbc_ranks",
     "to_arviz",
 ]

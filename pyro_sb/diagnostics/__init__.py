@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_sb.diagnostics.calibration import Calibration, coverage, sbc, sbc_ranks
 from pyro_sb.diagnostics.container import to_container
 from pyro_sb.diagnostics.groups import to_groups
 
-__all__ = ["to_arviz"]
+__all__ = ["Calibration", "coverage", "sbc", "sbc_ranks", "to_arviz"]
 
 
 def to_arviz(
