@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from pyro_sb.bridges.ends import Batch
 from pyro_sb.bridges.vsdm_adapt import NUM_GRID, NUM_PARTICLES, best_matrix, project, step_size
 from pyro_sb.bridges.vsdm_checkpoint import FitOptions, fingerprint, unfinished, write
-from pyro_sb.bridges.vsdm_data import Affine, Reading, Rows, read_pairs, summarise
+from pyro_sb.bridges.vsdm_data import Reading, Rows, read_pairs, summarise
 from pyro_sb.bridges.vsdm_network import factor_loss
 from pyro_sb.bridges.vsdm_state import NUM_KNOTS, DiffusionState
+from pyro_sb.ops.regression import Affine
 from pyro_sb.ops.solvers import Flow
 from pyro_sb.training import FitHistory, random_state, set_random_state, train
 

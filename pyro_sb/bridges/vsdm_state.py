@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sb.bridges.base import Bridge
-from pyro_sb.bridges.vsdm_data import Affine, Reading, summarise
+from pyro_sb.bridges.vsdm_data import Reading, summarise
 from pyro_sb.bridges.vsdm_network import DiffusionNet, factor_covariance
 from pyro_sb.nn import embedding_config, embedding_from_config
 from pyro_sb.ops.linear_sde import LinearSDE, Schedule, fixed_point_rates, start_covariance, tolerance_rates
+from pyro_sb.ops.regression import Affine
 from pyro_sb.ops.solvers import Conditional, Flow
 
 CLEANEST = 0.01  # noise of the last evaluated time, in standard deviations of the narrowest direction

@@ -3,7 +3,9 @@
 import inspect
 import logging
 import time
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from pyro_sb.bridges.base import Bridge
 from pyro_sb.infer.choice import build, candidates, fit_bridge, held_out_score
 from pyro_sb.infer.features import Features
 from pyro_sb.infer.observation import Observation, read_observation
-from pyro_sb.infer.paired import PairedJoint, paired_joint
+from pyro_sb.infer.paired import PairedJoint, paired_joint, plate_serves
 from pyro_sb.infer.posterior import Posterior
-from pyro_sb.infer.simulate import Simulations, Simulator, simulator
+from pyro_sb.infer.simulate import Simulations, Simulator
+from pyro_sb.infer.simulator import simulator
+from pyro_sb.infer.store import Store
 from pyro_sb.infer.training_set import TrainingSet, exchangeable_sites, training_set
 from pyro_sb.training import FitHistory
 
@@ -120,7 +124,9 @@ class AmortizedPosterior:
                 Rows are then trained with random entries hidden.
             held_out: Share of the simulations that the fit is judged by, in (0, 1).
             progress: Show bars.
-            checkpoint: Path of the bridge's checkpoints; with two bridges to try, their names are added to it.
+            checkpoint: Path of the bridge's checkpoints; with two bridges to try, their names are added to it. The
+                simulations lie beside it until the fit ends: called again with the same arguments, a fit that was cut
+                off goes on with them, and VSDM with its training.
             num_steps: Updates of the bridge's fit. None: its default.
             bridge_options: Further options of the bridge's ``fit``.
             **model_kwargs: The model's keyword arguments.
@@ -139,32 +145,61 @@ class AmortizedPosterior:
             raise ValueError(f"num_copies must be at least 0, got {num_copies}. Omit it for the default.")
         if num_simulations < 1:
             raise ValueError(f"num_simulations must be at least 1, got {num_simulations}. Write 10_000.")
-        _check_names(self.model, type(self).fit)
+        _check_names(self.model, type(self).fit, len(model_args))
         source = simulator(self.model, self.observed, model_args, model_kwargs)
-        if simulations is None:
-            simulations = source.simulate(num_simulations, keep_finite=keep_finite, progress=progress)
+        store = Store(checkpoint, {"num_simulations": num_simulations, "missing": missing, "held_out": held_out})
+        kept = store.read() if simulations is None else None
+        if kept is not None:
+            simulations = kept.simulations
+        elif simulations is None:
+            simulations = self._simulated(source, num_simulations, keep_finite, progress)
         else:
             _check_sizes(simulations, source)
             simulations = source.finite(simulations, keep_finite)
         _check_number(len(simulations.latents), source.dim, held_out)
         self.simulations = simulations
         joint = self._joint(source, simulations, num_copies)
-        self.exchangeable = exchangeable_sites(source, simulations, joint) if joint is not None else {}
+        if kept is not None:
+            self.exchangeable = kept.exchangeable
+        else:
+            self.exchangeable = exchangeable_sites(source, simulations, joint) if joint is not None else {}
         raw = self.embedding is not None
         features = Features(source.data, self.exchangeable, masked=missing > 0, raw=raw).fit(
             simulations.observations.to(simulations.latents)
         )
-        rows = training_set(
-            source, simulations, features, joint, num_copies=num_copies, missing=missing, held_out=held_out
-        )
+        if kept is not None:
+            rows = kept.rows
+        else:
+            rows = training_set(
+                source, simulations, features, joint, num_copies=num_copies, missing=missing, held_out=held_out
+            )
+            store.write(simulations, rows, self.exchangeable)
         options = (
             (bridge_options or {}) | {"progress": progress} | ({} if num_steps is None else {"num_steps": num_steps})
         )
         history = self._fit_candidates(rows, len(simulations.latents), checkpoint, options)
         self._source, self._features, self._rows = source, features, rows.residuals
         self._reference = Simulations(*(x[:256] for x in simulations))
+        if not history.interrupted:
+            store.clear()
         history.seconds = time.perf_counter() - begun
         return history
+
+    def _simulated(self, source: Simulator, num: int, keep_finite: bool, progress: bool) -> Simulations:
+        """Fresh simulations; those made before Ctrl-C are kept."""
+        source.plated = plate_serves(source)
+        try:
+            return source.simulate(num, keep_finite=keep_finite, progress=progress)
+        except KeyboardInterrupt:
+            if source.interrupted is not None:
+                self.simulations = source.interrupted
+                warnings.warn(
+                    f"interrupted: {len(self.simulations.latents)} of {num} simulations were made and are kept. Write "
+                    "fit(simulations=amortized.simulations) to learn from them.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            raise
 
     def condition(self, y: Any) -> Posterior:
         r"""The posterior given an observation, or given each of a batch.
@@ -182,9 +217,16 @@ class AmortizedPosterior:
         observation: Observation = read_observation(y, self._source, self._features)
         return Posterior(self.bridge, self._rows, self._source, self._features, observation, self._reference)
 
+    @property
+    def simulator(self) -> Simulator:
+        """The model as a giver of pairs, with the arguments of the last fit."""
+        if self.bridge is None:
+            raise RuntimeError("simulator needs a fitted posterior: call fit(*model_args, num_simulations=...) first.")
+        return self._source
+
     def _joint(self, source: Simulator, pairs: Simulations, num_copies: int | None) -> PairedJoint | None:
         """The log joint of pairs where the model has one that runs in batches."""
-        if source.returned or source.prototype.enumerated:
+        if not source.has_density:
             if num_copies:
                 paired_joint(source, pairs)  # says why there are none
             return None
@@ -207,7 +249,7 @@ class AmortizedPosterior:
             history = fit_bridge(bridge, rows, checkpoint=path, **options)
             score = held_out_score(bridge, rows) if len(self._candidates) > 1 or bridge.density else float("nan")
             self.scores[name] = score
-            if best is None or score > best[0]:
+            if best is None or score > best[0] or best[0] != best[0]:
                 best = score, bridge, history
             if history.interrupted:
                 break
@@ -217,14 +259,15 @@ class AmortizedPosterior:
         return best[2]
 
 
-def _check_names(model: Callable[..., Any], fit: Callable[..., Any]) -> None:
-    """A keyword of the model that ``fit`` has too would never reach the model."""
+def _check_names(model: Callable[..., Any], fit: Callable[..., Any], num_args: int) -> None:
+    """A keyword of the model that ``fit`` has too would never reach the model; those bound or given by place do."""
+    bound = model.keywords if isinstance(model, partial) else {}
     try:
-        wanted = inspect.signature(model).parameters
+        wanted = [name for name in inspect.signature(model).parameters if name not in bound][num_args:]
     except (TypeError, ValueError):  # a callable without a signature
         return
     own = {n for n, p in inspect.signature(fit).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    both = sorted(own & wanted.keys())
+    both = sorted(own & set(wanted))
     if both:
         raise ValueError(
             f"the model's arguments must not have the names of fit's own, got {both}. Pass the model with them bound: "

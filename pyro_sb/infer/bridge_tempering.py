@@ -95,7 +95,7 @@ def temper_bridge(law: PointLaw, target: Any, num: int) -> Particles:
             "level %d: smallest beta %.3g, acceptance %.2f", level, float(beta.min()), float(acceptance.mean())
         )
         if last:
-            return Particles(u, log_evidence, level, acceptance)
+            return Particles(u[torch.randperm(num, device=u.device)], log_evidence, level, acceptance)
     raise RuntimeError(
         f"tempering must reach the posterior, but stands at exponent {float(beta.min()):.3g} of 1 after {MAX_LEVELS} "
         "levels. Fit the bridge on more simulations, or sample the conditioned model by KernelLangevin."

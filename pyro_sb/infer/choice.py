@@ -1,6 +1,7 @@
 """Which conditional bridge an amortised posterior learns with."""
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -60,13 +61,18 @@ def build(spec: Any, dim: int, context_dim: int, num_simulations: int, embedding
     if isinstance(spec, Bridge):
         config = spec.config() | {"dim": dim, "context_dim": context_dim}
         if more:
-            return type(spec)(**config | more)
+            return with_sampler(type(spec)(**config | more), spec)
         if config.get("embedding") is not None:
             raise ValueError(
                 f"bridge must not bring an embedding of its own, got {config['embedding']}: it would see summaries. "
                 "Write AmortizedPosterior(..., embedding=...)."
             )
-        return type(spec).from_config(config)
+        return with_sampler(type(spec).from_config(config), spec)
+    if more and not isinstance(spec, type):
+        raise ValueError(
+            "embedding goes into a bridge of yours by your own hand, got a function as bridge. Write it into the "
+            "function, and leave embedding out; or give the bridge's class."
+        )
     bridge = spec(dim, context_dim=context_dim, **more)
     if not isinstance(bridge, Bridge) or (bridge.dim, bridge.context_dim) != (dim, context_dim):
         raise ValueError(
@@ -86,17 +92,29 @@ def fit_bridge(bridge: Bridge, rows: TrainingSet, **options: Any) -> FitHistory:
         defaults = {"num_steps": 600, "learning_rate": 3e-3} if few else {"num_steps": 2500}
     elif isinstance(bridge, VSDM):
         defaults = {"num_steps": 1000 if few else 3000}
-    learner: Any = bridge  # every conditional bridge takes held_out
-    return learner.fit(residual, context=rows.context, held_out=rows.held_out, **(defaults | options))
+    learner: Any = bridge
+    if "held_out" in inspect.signature(learner.fit).parameters:
+        return learner.fit(residual, context=rows.context, held_out=rows.held_out, **(defaults | options))
+    learnt = ~rows.held_out  # a bridge that judges nothing sees the other rows alone
+    return learner.fit(residual[learnt], context=rows.context[learnt], **(defaults | options))
 
 
 def held_out_score(bridge: Bridge, rows: TrainingSet) -> float:
-    """Mean log density of held-out latents in nats; of a path sampler its importance-weighted lower bound."""
+    """Mean log density of held-out latents in nats; of a path sampler its importance-weighted lower bound, or NaN."""
+    if bridge.density != "marginal" and not hasattr(bridge, "path_log_prob"):
+        return float("nan")
     judged = rows.held_out.nonzero().flatten()
     judged = judged[torch.randperm(len(judged), device=judged.device)[:JUDGES]]
     law = LatentLaw(bridge, rows.residuals, rows.context[judged], rows.features[judged])
     with torch.no_grad():
         return float(law.path_log_prob(rows.latents[judged], JUDGE_PATHS).mean())
+
+
+def with_sampler(bridge: Any, like: Any) -> Bridge:
+    """The bridge, drawing as another one does: how many steps and which solver are no part of a configuration."""
+    if hasattr(like, "sampler"):
+        bridge.sampler = like.sampler
+    return bridge
 
 
 def _name(spec: Any) -> str:

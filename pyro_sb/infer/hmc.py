@@ -15,6 +15,7 @@ __all__ = ["Rows", "hmc_step", "rejuvenate", "start_rows"]
 
 Target = Callable[[Tensor], tuple[Tensor, Tensor]]
 TARGET_ACCEPTANCE = 0.75
+PILOT, SPREAD = 16, 20.0  # of rejuvenation: transitions that tune the step; its spread, for posteriors of many widths
 
 
 class Rows(NamedTuple):
@@ -86,11 +87,13 @@ def rejuvenate(
         return joint.value_and_grad(z, pairs.observations)
 
     copies, step_size = [pairs.latents], 0.5
-    rows = start_rows(target, pairs.latents)
+    first = rows = start_rows(target, pairs.latents)
+    for _ in range(PILOT):  # the step is tuned on rows that are thrown away, and frozen
+        rows, probability = hmc_step(target, rows, scale, step_size, num_steps=num_steps, spread=SPREAD)
+        step_size *= math.exp(0.8 * (float(probability.mean()) - TARGET_ACCEPTANCE))
+    rows = first
     for _ in range(num):
         for _ in range(sweeps):
-            rows, probability = hmc_step(target, rows, scale, step_size, num_steps=num_steps, spread=20.0)
-            # the step follows the mean over thousands of rows: no row feels its own past through it
-            step_size *= math.exp(0.3 * (float(probability.mean()) - TARGET_ACCEPTANCE))
+            rows, _ = hmc_step(target, rows, scale, step_size, num_steps=num_steps, spread=SPREAD)
         copies.append(rows.x)
     return torch.stack(copies)

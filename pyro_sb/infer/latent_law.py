@@ -12,6 +12,7 @@ from pyro_sb.bridges.fixed_mixture import FixedMixture
 from pyro_sb.bridges.mixture_bridge import MixtureBridge
 from pyro_sb.distributions import Draws
 from pyro_sb.infer.bounded import from_probit, log_slope, to_probit
+from pyro_sb.ops.regression import regress
 
 __all__ = ["LatentLaw", "Residuals"]
 
@@ -33,12 +34,32 @@ class Residuals:
     factor: Tensor
 
     @classmethod
-    def fit(cls, latents: Tensor, features: Tensor, bounded: Tensor) -> "Residuals":
-        """Least squares on latents ``(N, d)`` and features ``(N, F)``."""
-        normal, design = torch.where(bounded, to_probit(latents), latents), with_ones(features)
-        weights = ridge(design, normal)
-        covariance = (normal - design @ weights).T.cov().reshape(latents.shape[-1], latents.shape[-1])
+    def fit(cls, latents: Tensor, features: Tensor, bounded: Tensor, judged: Tensor) -> "Residuals":
+        r"""Ridge regression by generalised cross-validation, and the covariance of what it leaves.
+
+        Copies with the same features count once, by their mean. Where held-out residuals vary more than those learnt
+        from, the covariance is raised to them: many features and few simulations flatter themselves.
+
+        Args:
+            latents: R copies of N simulations. Shape ``(R, N, d)``.
+            features: Of the observations, ``(N, F)``, or of each copy, ``(R, N, F)``.
+            bounded: Which coordinates are logits. Shape ``(d,)``.
+            judged: Which simulations are held out. Shape ``(N,)``.
+        """
+        normal = torch.where(bounded, to_probit(latents), latents)
+        learnt, dim = ~judged, latents.shape[-1]
+        target, rows = normal.mean(0)[learnt], features
+        if features.dim() == 2:
+            rows = features[learnt]
+        else:
+            target, rows = normal[:, learnt].reshape(-1, dim), features[:, learnt].flatten(0, 1)
+        affine = regress(target, rows, rows.new_full((len(rows),), 1 / len(rows)))
+        residual = normal - affine(features)
+        own, others = residual[:, learnt].reshape(-1, dim), residual[:, judged].reshape(-1, dim)
+        raised = (others.square().mean(0) / own.square().mean(0).clamp_min(1e-12)).clamp_min(1.0).sqrt()
+        covariance = own.T.cov().reshape(dim, dim) * raised * raised[:, None]
         jitter = 1e-6 * covariance.diagonal().clamp_min(1e-12)
+        weights = torch.cat([affine.location[None], affine.slope.T])
         return cls(bounded, weights, torch.linalg.cholesky(covariance + torch.diag(jitter)))
 
     def encode(self, u: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,12 +156,3 @@ class LatentLaw:
 def with_ones(features: Tensor) -> Tensor:
     """A column of ones before the features."""
     return torch.cat([torch.ones_like(features[..., :1]), features], -1)
-
-
-def ridge(design: Tensor, target: Tensor) -> Tensor:
-    """Least squares with a ridge far below the noise: columns may repeat each other."""
-    wide, goal = design.double(), target.double()
-    gram = wide.T @ wide / len(wide)
-    penalty = 1e-5 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    penalty[0, 0] = 0.0
-    return torch.linalg.solve(gram + penalty, wide.T @ goal / len(wide)).to(target)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_sb.infer.agreement import find_oracle
@@ -12,7 +13,8 @@ from pyro_sb.infer.checked import CheckedDensity
 from pyro_sb.infer.joint import as_density
 from pyro_sb.infer.prototype import Prototype
 from pyro_sb.infer.routes import DensityMessenger, Loop, Vmap, constrain
-from pyro_sb.infer.simulate import Simulations, Simulator, base_of
+from pyro_sb.infer.simulate import Simulations, Simulator
+from pyro_sb.infer.simulator import base_of
 
 __all__ = ["ObservedJoint", "PairedJoint", "paired_joint"]
 
@@ -97,12 +99,29 @@ def paired_joint(simulator: Simulator, pairs: Simulations, masked: bool = False)
             f"corrections need the density of {list(simulator.observed)}, got a black-box simulator that returns its "
             "observations. Use sample(); or write the last step as a pyro.sample site."
         )
+    if simulator.hidden:
+        raise NotImplementedError(
+            f"corrections need a log joint, got discrete latents {list(simulator.hidden)} that cannot be summed out. "
+            "Use sample(), or give them a finite support."
+        )
     if simulator.prototype.enumerated:
         raise NotImplementedError(
             f"the log joint of many observations has no sums over discrete sites, got "
             f"{list(simulator.prototype.enumerated)}. Condition on one observation at a time."
         )
     return PairedJoint(simulator, pairs, masked)
+
+
+def plate_serves(simulator: Simulator) -> bool:
+    """Whether one outer plate runs the model rightly: its log joint then agrees with single runs, at several sizes."""
+    if not simulator.has_density:
+        return False
+    with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+        few = simulator.singles(6)
+    single = PairDensity(simulator, False)
+    with pyro.validation_enabled(False):
+        oracle = find_oracle(single, iter(torch.cat([few.latents, few.observations.to(few.latents)], -1).unbind()))
+        return oracle is not None and oracle.objection(PairPlate(simulator, False)) is None
 
 
 class PairDensity:

@@ -29,6 +29,7 @@ __all__ = ["Posterior"]
 logger = logging.getLogger(__name__)
 Sites = dict[str, Tensor]
 WORST_K, LEAST_SHARE = 0.7, 0.02
+MOST_NUMBERS = 2**26  # in the metrics of tempered particles
 
 
 class Posterior:
@@ -108,8 +109,9 @@ class Posterior:
         worst = float(torch.as_tensor(result.k_hat).max())
         if worst > WORST_K:
             warnings.warn(
-                f"Pareto k of the importance weights is {worst:.2f} > {WORST_K}: they rest on a few draws. Use mcmc(), "
-                "which tempers from the bridge to the posterior, or fit on more simulations.",
+                f"Pareto k of the importance weights is {worst:.2f} > {WORST_K} (effective share "
+                f"{float(torch.as_tensor(result.ess_share).min()):.3f}): they cannot be trusted. Use mcmc(), which "
+                "tempers from the bridge to the posterior, or fit on more simulations.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -170,7 +172,8 @@ class Posterior:
         law: Any = self.law
         if not self.law.marginal:
             law = NormalLaw(u.mean(0), 1.5 * weighted_factor(u, torch.full_like(u[..., 0], 1 / len(u))))
-        particles = temper_bridge(law, target, num)
+        most = MOST_NUMBERS // (u.shape[1] * u.shape[2] * u.shape[2])  # a metric a row
+        particles = temper_bridge(law, target, max(128, min(num, most)))
         facts |= {"start": "tempered", "levels": particles.num_levels}
         warnings.warn(
             f"the bridge's weights are poor (Pareto k {facts['k_hat']:.2f}, effective share "

@@ -1,6 +1,7 @@
 """From a Pyro model to joint draws of its latents and its observations."""
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -8,19 +9,18 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_factor
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_sb.infer.packing import Packing
-from pyro_sb.infer.prototype import Prototype, Start, first_float, prototype, run
+from pyro_sb.infer.prototype import Prototype
 from pyro_sb.infer.replay import PlainSampling, Record
-from pyro_sb.infer.sites import is_deterministic, is_sample
 
-__all__ = ["Simulations", "Simulator", "simulator"]
+__all__ = ["Simulations", "Simulator", "returned_sites"]
 
 logger = logging.getLogger(__name__)
 Sites = dict[str, Tensor]
+BLOCK = 256  # runs one by one that Ctrl-C may lose
 MAX_NUMBERS = 2**22  # numbers in the sites of one batch of runs
 
 
@@ -44,7 +44,11 @@ class Simulator:
         data: Layout of the observations in one vector.
         batch_shapes: Batch shape of each observed site.
         event_dims: Number of event dimensions of each observed site that ``to_event`` did not make.
+        constrained_shapes: Shape of each continuous latent in its own space.
         returned: Whether the observations are the function's return value, so that they have no density.
+        hidden: Discrete latents that cannot be summed out: they are simulated, and leave the log joint unknown.
+        plated: Whether one outer plate simulates many runs at once.
+        interrupted: What was simulated when Ctrl-C came.
     """
 
     model: Callable[..., Any]
@@ -55,7 +59,11 @@ class Simulator:
     data: Packing
     batch_shapes: dict[str, torch.Size]
     event_dims: dict[str, int]
+    constrained_shapes: dict[str, torch.Size]
     returned: bool
+    hidden: tuple[str, ...] = ()
+    plated: bool = False
+    interrupted: Simulations | None = None
 
     @property
     def dim(self) -> int:
@@ -82,52 +90,91 @@ class Simulator:
         """
         if num < 1:
             raise ValueError(f"num_simulations must be at least 1, got {num}. Write 10_000.")
-        with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
-            parts = [self._pairs(sites) for sites in self._runs(num, progress)]
-        pairs = Simulations(*(torch.cat(column) for column in zip(*parts, strict=True)))
-        return self.finite(pairs, keep_finite)
+        parts: list[Simulations] = []
+        try:
+            with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+                for sites in self._runs(num, progress):
+                    parts.append(self._pairs(sites))
+        except KeyboardInterrupt:
+            if parts:
+                self.interrupted = self.finite(joined(parts), True)
+            raise
+        return self.finite(joined(parts), keep_finite)
 
-    def predict(self, z: Tensor) -> Tensor:
-        """One observation for each row of unconstrained latents. ``(N, dim)`` to ``(N, data_dim)``."""
-        latents = {name: t.inv(x) for (name, x), t in zip(self._free(z).items(), self.prototype.transforms.values())}
-        with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
-            parts = [self._pairs(sites).observations for sites in self._runs(len(z), False, latents)]
-        return torch.cat(parts)
+    def singles(self, num: int) -> Simulations:
+        """Pairs of so many runs one by one."""
+        return joined([self._pairs({name: x[None] for name, x in self._one().items()}) for _ in range(num)])
 
-    def _free(self, z: Tensor) -> Sites:
-        return self.prototype.packing.unpack(z)
+    @property
+    def depth(self) -> int:
+        """Batch dimensions of the model, left of which a dimension for runs is free."""
+        return max(self.prototype.depth, *map(len, self.batch_shapes.values()))
+
+    @property
+    def has_density(self) -> bool:
+        """Whether the log joint of latents and observations can be evaluated."""
+        return not (self.returned or self.hidden or self.prototype.enumerated)
 
     def _pairs(self, sites: Sites) -> Simulations:
         transforms = self.prototype.transforms
         latents = self.prototype.packing.pack({name: t(sites[name]) for name, t in transforms.items()})
         return Simulations(latents, self.data.pack({name: sites[name] for name in self.data.shapes}))
 
-    def _runs(self, num: int, progress: bool, latents: Sites | None = None) -> Iterator[Sites]:
-        """Sites of ``num`` runs in batches: under vmap where that works, else one by one."""
-        rows = max(1, MAX_NUMBERS // max(1, self.prototype.numel))
-        given = {} if latents is None else latents
-        start = 0
-        while start < num and not self.returned:  # noise of a plain function may come from outside torch
-            size = min(rows, num - start)
-            batch = {name: value[start : start + size] for name, value in given.items()}
-            try:
-                with PlainSampling():
-                    yield torch.func.vmap(self._one, randomness="different")(torch.zeros(size), batch)
-            except Exception as error:  # something in the user's model that vmap does not know
-                logger.info("the model is simulated run by run: %s: %s", type(error).__name__, error)
-                break
-            start += size
-        singles = [
-            self._one(None, {name: value[i] for name, value in given.items()})
-            for i in tqdm(range(start, num), desc="Simulate one by one", disable=not progress or start >= num)
-        ]
-        if singles:
-            yield {name: torch.stack([single[name] for single in singles]) for name in singles[0]}
+    def _runs(self, num: int, progress: bool) -> Iterator[Sites]:
+        """Sites of ``num`` runs in batches: in one plate or under vmap where that works, else one by one."""
+        done = 0
+        for route in self._batched:
+            while done < num:
+                size = min(self._most_rows(), num - done)
+                try:
+                    yield route(size)
+                except Exception as error:  # something in the user's model that the route does not know
+                    logger.info("the model is not simulated by %s: %s: %s", route.__name__, type(error).__name__, error)
+                    break
+                done += size
+        bar = tqdm(total=num, initial=done, desc="Simulate one by one", disable=not progress or done >= num)
+        with bar:
+            while done < num:
+                singles = []
+                for _ in range(min(BLOCK, num - done)):
+                    singles.append(self._one())
+                    bar.update()
+                yield {name: torch.stack([single[name] for single in singles]) for name in singles[0]}
+                done += len(singles)
 
-    def _one(self, _: Any, latents: Sites) -> Sites:
+    @property
+    def _batched(self) -> list[Callable[[int], Sites]]:
+        """Ways of running many at once. A plain function's noise may come from outside torch: none."""
+        if self.returned:
+            return []
+        return [self._plate, self._vmap] if self.plated else [self._vmap]
+
+    def _most_rows(self) -> int:
+        """Rows of a batch: bounded in memory, and equal to no size of the model, which could broadcast in silence."""
+        rows = max(1, MAX_NUMBERS // max(1, self.prototype.numel))
+        shapes = [*self.prototype.packing.shapes.values(), *self.data.shapes.values()]
+        sizes = {size for shape in shapes for size in shape} | {self.prototype.packing.dim, self.data.dim}
+        return next(n for n in range(rows, rows + len(sizes) + 2) if n not in sizes)
+
+    def _plate(self, size: int) -> Sites:
+        """Runs in one plate, outermost."""
+        wanted = [*self.prototype.transforms, *self.data.shapes]
+        with Record({}, wanted) as messenger, pyro.plate("_pyro_sb_runs", size, dim=-self.depth - 1):
+            self.model(*self.args, **self.kwargs)
+        shapes = self.constrained_shapes | dict(self.data.shapes)
+        return {name: value.detach().reshape(size, *shapes[name]) for name, value in messenger.found.items()}
+
+    def _vmap(self, size: int) -> Sites:
+        with PlainSampling(), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "There is a performance drop", UserWarning
+            )  # torch, of what it cannot batch
+            return torch.func.vmap(lambda _: self._one(), randomness="different")(torch.zeros(size))
+
+    def _one(self) -> Sites:
         """Latent and observed sites of one run."""
         wanted = [*self.prototype.transforms, *self.data.shapes]
-        with Record(latents, wanted) as messenger:
+        with Record({}, wanted) as messenger:
             result = self.model(*self.args, **self.kwargs)
         found = {name: value.detach() for name, value in messenger.found.items()}
         if self.returned and not set(self.observed) <= found.keys():  # else they are deterministic sites
@@ -165,87 +212,9 @@ class Simulator:
         return Simulations(pairs.latents[good], pairs.observations[good])
 
 
-def simulator(
-    model: Callable[..., Any],
-    observed: tuple[str, ...] = ("y",),
-    args: tuple[Any, ...] = (),
-    kwargs: dict[str, Any] | None = None,
-) -> Simulator:
-    r"""Read off one run of a model what its latents and observations are.
-
-    Args:
-        model: Pyro model whose observed sites are left open (``obs=None``), or a function with ``pyro.sample`` prior
-            sites that returns its observations: a tensor, or a dict by name.
-        observed: Names of the observed sites.
-        args: The model's positional arguments.
-        kwargs: Its keyword arguments.
-
-    Raises:
-        ValueError: An observed site is missing, or held at data; no continuous latent.
-        NotImplementedError: What `log_joint` refuses; and what a run does not heed: factors, scales, masks, data at
-            sites that ``observed`` does not name.
-
-    Example:
-        >>> import pyro.distributions as dist
-        >>> def model():
-        ...     rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
-        ...     return pyro.sample("y", dist.Poisson(rate).expand([3]).to_event(1))
-        >>> pairs = simulator(model).simulate(100)
-        >>> pairs.latents.shape, pairs.observations.shape
-        (torch.Size([100, 1]), torch.Size([100, 3]))
-    """
-    kwargs = kwargs or {}
-    observed = (observed,) if isinstance(observed, str) else tuple(observed)
-    if not observed:
-        raise ValueError('observed must name at least one site, got none. Write observed=("y",).')
-    trace = run(model, args, kwargs, Start(like=first_float(args, kwargs)))
-    sites = {name: site for name, site in trace.nodes.items() if is_sample(site)}
-    stochastic = {name: site for name, site in sites.items() if not is_deterministic(site)}
-    refuse_other_data(stochastic, observed)
-    returned = not set(observed) <= stochastic.keys()
-    if returned:
-        result = trace.nodes["_RETURN"]["value"]
-        values = {n: sites[n]["value"] for n in observed} if set(observed) <= sites.keys() else None
-        if values is None and not _gives(result, observed):
-            raise ValueError(
-                f"The model must have the observed sites {list(observed)}, got {sorted(stochastic)} and no return "
-                "value for them. Name them in observed=(...), or return a tensor, or a dict by name."
-            )
-        if values is None:
-            _refuse_own_sites(result, observed, stochastic)
-            if not isinstance(result, dict):
-                logger.warning(
-                    "the model has no sample site %r: its return value is taken for it, with latents %s. Write "
-                    "observed=(...) for another site, or return {%r: ...} to say so.",
-                    observed[0],
-                    sorted(stochastic),
-                    observed[0],
-                )
-        values = values if values is not None else returned_sites(result, observed)
-        batch_shapes, event_dims = {name: torch.Size() for name in observed}, {}
-        latent_model = model
-    else:
-        held = [name for name in observed if stochastic[name]["is_observed"]]
-        if held:
-            raise ValueError(
-                f"Observed sites must be open to be simulated, got data at {held}. Leave the data out of fit's "
-                "arguments (obs=None) and give it to condition(y)."
-            )
-        values = {name: stochastic[name]["value"].detach() for name in observed}
-        batch_shapes = {name: stochastic[name]["fn"].batch_shape for name in observed}
-        event_dims = {name: len(base_of(stochastic[name]["fn"]).event_shape) for name in observed}
-        latent_model = poutine.condition(model, data=values)
-    return Simulator(
-        model=model,
-        observed=observed,
-        args=args,
-        kwargs=kwargs,
-        prototype=prototype(latent_model, args, kwargs),
-        data=Packing.like({name: value.detach() for name, value in values.items()}),
-        batch_shapes=batch_shapes,
-        event_dims=event_dims,
-        returned=returned,
-    )
+def joined(parts: list[Simulations]) -> Simulations:
+    """Pairs of several batches."""
+    return Simulations(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def returned_sites(result: Any, observed: tuple[str, ...]) -> Sites:
@@ -253,56 +222,3 @@ def returned_sites(result: Any, observed: tuple[str, ...]) -> Sites:
     if isinstance(result, dict):
         return {name: torch.as_tensor(result[name]).detach() for name in observed}
     return {observed[0]: torch.as_tensor(result).detach()}
-
-
-def refuse_other_data(sites: dict[str, Any], observed: tuple[str, ...]) -> None:
-    """What is in a model's density and not in its simulations would make pairs of another law than its joint."""
-    for name, site in sites.items():
-        if site_is_factor(site):
-            raise NotImplementedError(
-                f"the model must be simulated by running it, got pyro.factor {name!r}, which a run does not heed. "
-                "Write it as a sample site."
-            )
-        if site["is_observed"] and name not in observed:
-            raise NotImplementedError(
-                f"data at {name!r} must be named among the observed sites to be simulated, got {list(observed)}. Write "
-                f"observed={(*observed, name)!r}, leave it open in fit, and give both to condition."
-            )
-        scale, mask = site.get("scale", 1.0), site.get("mask")
-        plain = not isinstance(scale, Tensor) and scale == 1.0
-        if not plain or (isinstance(mask, Tensor) and not bool(mask.all())) or mask is False:
-            raise NotImplementedError(
-                f"site {name!r} must be neither scaled nor masked, got poutine.scale or poutine.mask: a run does not "
-                "heed them. Mark missing data by NaN: fit(..., missing=0.5), condition(y with NaN)."
-            )
-
-
-def _refuse_own_sites(result: Any, observed: tuple[str, ...], sites: dict[str, Any]) -> None:
-    """A model that returns its own sample site under another name would have that site as a latent."""
-    for value in [result[name] for name in observed] if isinstance(result, dict) else [result]:
-        for name, site in sites.items():
-            if site["value"] is value:
-                raise ValueError(
-                    f"The model must have the observed sites {list(observed)}, but returns its sample site {name!r}. "
-                    f'Write observed=("{name}",).'
-                )
-
-
-def base_of(fn: Any) -> Any:
-    """A distribution without the event dimensions that ``to_event`` made."""
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return fn
-
-
-def _gives(result: Any, observed: tuple[str, ...]) -> bool:
-    """Whether a return value holds all observations."""
-    if isinstance(result, dict):
-        return set(observed) <= result.keys()
-    if len(observed) > 1 or result is None:
-        return False
-    try:
-        torch.as_tensor(result)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return True

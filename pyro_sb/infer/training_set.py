@@ -9,15 +9,17 @@ from torch import Tensor
 from pyro_sb.infer.bounded import is_logit
 from pyro_sb.infer.features import Features
 from pyro_sb.infer.hmc import rejuvenate
-from pyro_sb.infer.latent_law import Residuals, ridge, with_ones
+from pyro_sb.infer.latent_law import Residuals
 from pyro_sb.infer.paired import PairedJoint
 from pyro_sb.infer.simulate import Simulations, Simulator
+from pyro_sb.ops.regression import regress
 
 __all__ = ["TrainingSet", "bounded_axes", "exchangeable_sites", "training_set"]
 
 logger = logging.getLogger(__name__)
 ROWS = 100_000  # rows that rejuvenation aims at
 MOST_COPIES = 19
+PERMUTATIONS = 4
 
 
 class TrainingSet(NamedTuple):
@@ -68,25 +70,27 @@ def training_set(
     if num_copies and joint is not None:
         latents = rejuvenate(joint, pairs, proposal_factor(pairs, features), num_copies)
     repeats = len(latents) if not missing else max(len(latents), 4)
-    latents = latents[torch.arange(repeats, device=device) % len(latents)].reshape(-1, latents.shape[-1])
-    observed = pairs.observations.to(latents).repeat(repeats, 1)
-    if missing:
-        observed = hide(observed, simulator, missing)
-        design, context = features.design(observed), features.context(observed)
-    else:  # the copies share their observations
-        once = pairs.observations.to(latents)
-        design, context = features.design(once).repeat(repeats, 1), features.context(once).repeat(repeats, 1)
+    latents = latents[torch.arange(repeats, device=device) % len(latents)]
+    observed = pairs.observations.to(latents)
     judged = torch.zeros(num, dtype=torch.bool, device=device)
     judged[torch.randperm(num, device=device)[: max(1, round(held_out * num))]] = True
-    judged = judged.repeat(repeats)
-    residuals = Residuals.fit(latents[~judged], design[~judged], bounded_axes(simulator))
-    return TrainingSet(residuals, latents, context, design, judged, num)
+    if missing:
+        hidden = hide(observed.repeat(repeats, 1), simulator, missing)
+        design, context = features.design(hidden), features.context(hidden)
+        residuals = Residuals.fit(latents, design.unflatten(0, (repeats, num)), bounded_axes(simulator), judged)
+    else:  # the copies share their observations
+        design = features.design(observed)
+        residuals = Residuals.fit(latents, design, bounded_axes(simulator), judged)
+        design = design.repeat(repeats, 1)
+        context = features.context(observed).repeat(repeats, 1) if features.raw else design
+    return TrainingSet(residuals, latents.flatten(0, 1), context, design, judged.repeat(repeats), num)
 
 
 def proposal_factor(pairs: Simulations, features: Features) -> Tensor:
     """Cholesky factor of the latents' covariance given an affine function of the observation."""
-    design = with_ones(features.design(pairs.observations.to(pairs.latents)))
-    residual = pairs.latents - design @ ridge(design, pairs.latents)
+    design = features.design(pairs.observations.to(pairs.latents))
+    affine = regress(pairs.latents, design, design.new_full((len(design),), 1 / len(design)))
+    residual = pairs.latents - affine(design)
     covariance = residual.T.cov().reshape(residual.shape[1], residual.shape[1])
     return torch.linalg.cholesky(covariance + 1e-6 * torch.diag(covariance.diagonal().clamp_min(1e-12)))
 
@@ -128,14 +132,22 @@ def exchangeable_sites(simulator: Simulator, pairs: Simulations, joint: PairedJo
             if count < 2:
                 continue
             items = y[:, part].unflatten(1, (count, -1))
-            swapped = torch.cat([items[:, 1:2], items[:, :1], items[:, 2:]], 1)
             moves = [
-                torch.cat([y[:, : part.start], x.flatten(1), y[:, part.stop :]], 1) for x in (items.roll(1, 1), swapped)
+                torch.cat([y[:, : part.start], items[:, order].flatten(1), y[:, part.stop :]], 1)
+                for order in permutations(count, y)
             ]
-            if all(same_density(joint, z, y, moved) for moved in moves):  # the two generate all permutations
+            if all(same_density(joint, z, y, moved) for moved in moves):
                 found[name] = count
                 break
     return found
+
+
+def permutations(count: int, like: Tensor) -> list[Tensor]:
+    """A roll and a swap, which generate all permutations, and random ones, which a slow trend feels more."""
+    still = torch.arange(count, device=like.device)
+    swap = torch.cat([still[1:2], still[:1], still[2:]])
+    random = [torch.randperm(count, device=like.device) for _ in range(PERMUTATIONS)]
+    return [still.roll(1), swap, *(order for order in random if not torch.equal(order, still))]
 
 
 def same_density(joint: PairedJoint, z: Tensor, y: Tensor, moved: Tensor) -> bool:
@@ -145,5 +157,5 @@ def same_density(joint: PairedJoint, z: Tensor, y: Tensor, moved: Tensor) -> boo
         return False
     before, after = joint.log_prob(z[rows], y[rows]), joint.log_prob(z[rows], moved[rows])
     good = torch.isfinite(before)
-    tolerance = 1e-4 if z.dtype == torch.float32 else 1e-9
-    return bool(good.any()) and torch.allclose(after[good], before[good], rtol=tolerance, atol=tolerance)
+    rounding = 512 * torch.finfo(z.dtype).eps  # a permutation changes the order of a sum, a trend much more than that
+    return bool(good.any()) and torch.allclose(after[good], before[good], rtol=rounding, atol=rounding)

@@ -7,7 +7,7 @@ import torch
 
 from pyro_sb.bridges.light import LightSB
 from pyro_sb.bridges.vsdm import VSDM
-from pyro_sb.infer.latent_law import LatentLaw, Residuals, ridge, with_ones
+from pyro_sb.infer.latent_law import LatentLaw, Residuals, with_ones
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,9 @@ def in_float64():
 def pairs(dim, bounded, num=400):
     features = torch.randn(num, 2)
     latents = features @ torch.randn(2, dim) + torch.randn(num, dim) @ torch.randn(dim, dim)
-    return Residuals.fit(latents, features, torch.tensor(bounded)), latents, features
+    judged = torch.zeros(num, dtype=torch.bool)
+    judged[::10] = True
+    return Residuals.fit(latents[None], features, torch.tensor(bounded), judged), latents, features
 
 
 def law_of(dim, bounded, bridge=None, rows=3, **options):
@@ -60,16 +62,19 @@ def test_decoding_inverts_encoding():
 
 
 def test_residuals_are_white_and_know_nothing_of_the_features():
-    residuals, latents, features = pairs(3, [False, True, False])
+    residuals, latents, features = pairs(3, [False, True, False], num=20_000)
     white = residuals.encode(latents, features)[0]
-    torch.testing.assert_close(white.T.cov(), torch.eye(3), rtol=1e-4, atol=1e-4)
-    assert (white.T @ with_ones(features) / len(white)).abs().max() < 1e-3
+    torch.testing.assert_close(white.T.cov(), torch.eye(3), rtol=0.08, atol=0.04)  # raised where the judged vary more
+    assert (white.T @ with_ones(features) / len(white)).abs().max() < 0.03
 
 
-def test_the_ridge_bears_columns_that_repeat_each_other():
-    features = torch.randn(200, 1)
-    design, target = with_ones(torch.cat([features, features], 1)), 2 + 3 * features
-    torch.testing.assert_close(design @ ridge(design, target), target, rtol=1e-3, atol=1e-3)
+def test_copies_of_a_simulation_do_not_count_as_simulations():
+    # 200 regressors and 400 simulations: in-sample residuals flatter themselves; what is held out must come out white
+    features, judged = torch.randn(400, 200), torch.arange(400) % 4 == 0
+    latents = features[:, :1] + torch.randn(400, 2)
+    residuals = Residuals.fit(latents.expand(5, 400, 2), features, torch.tensor([False, False]), judged)
+    spread = residuals.encode(latents[judged], features[judged])[0].square().mean()
+    assert 0.8 < spread < 1.25
 
 
 def test_draws_carry_the_density_of_their_points():

@@ -17,7 +17,7 @@ from pyro_sb.infer.mcmc import MCMC
 from pyro_sb.infer.paired import paired_joint
 from pyro_sb.infer.potential import log_joint
 from pyro_sb.infer.refresh import BridgeRefresh
-from pyro_sb.infer.simulate import simulator
+from pyro_sb.infer.simulator import simulator
 from tests.infer import open_models as m
 
 
