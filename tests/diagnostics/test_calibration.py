@@ -62,9 +62,10 @@ def test_ties_of_a_discrete_posterior_are_broken_uniformly():
 # ---- what calibration catches ----
 
 
-def test_an_exact_posterior_is_uniform():
+@pytest.mark.parametrize("num_draws", [1, 4, L])
+def test_an_exact_posterior_is_uniform_at_any_number_of_draws(num_draws):
     theta, y = conjugate(dim=8)
-    p_values = Calibration.of(theta, posterior_draws(y)).p_values
+    p_values = Calibration.of(theta, posterior_draws(y, num=num_draws)).p_values
     assert (p_values > 0.01).all()
 
 
