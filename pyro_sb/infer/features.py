@@ -13,6 +13,7 @@ from pyro_sb.infer.packing import Packing
 
 __all__ = ["Features"]
 
+FEW_VALUES, MOST_QUANTILES = 12, 16  # of exchangeable numbers: values that are counted; order statistics
 LARGEST_SCORE = 3.5  # normal scores beyond it are read off a handful of simulations
 
 
@@ -22,8 +23,10 @@ class Features:
 
     Each column of the observation is standardised, and beside it stands its normal score :math:`\Phi^{-1}(F(y))` with F
     its distribution function over the simulations: what is affine in neither is mostly affine in both. A site whose
-    items are exchangeable is replaced by permutation-invariant summaries: means, log standard deviations, correlations,
-    and for eight items or more the quartiles and extremes. Missing entries are zeros, and an indicator says so.
+    items are exchangeable is replaced by permutation-invariant summaries: means, log standard deviations, correlations;
+    of numbers also their order statistics (quantiles where there are more than 16), and the shares of each value where
+    there are but a few. A posterior is then that given the summaries: pass an ``embedding`` where they are not
+    sufficient. Missing entries are zeros, and an indicator says so.
 
     Args:
         data: Layout of the observations.
@@ -43,9 +46,13 @@ class Features:
     raw_location: Tensor = field(init=False)
     raw_scale: Tensor = field(init=False)
     quantiles: Any = field(init=False)
+    levels: dict[str, Tensor | None] = field(init=False)
 
     def fit(self, observations: Tensor) -> "Features":
         """Learn means, deviations and distribution functions. Shape ``(N, data_dim)``, NaN where missing."""
+        self.levels = {
+            name: few_values(observations[:, part]) for name, part in self._slices().items() if name in self.sets
+        }
         columns = self.columns(observations)
         self.location, self.scale = nan_moments(columns)
         self.farthest = ((columns - self.location) / self.scale).abs().nan_to_num(0.0).amax(0)
@@ -93,7 +100,9 @@ class Features:
         parts = []
         for name, part in self._slices().items():
             values = y[:, part]
-            parts.append(summary(values.unflatten(1, (self.sets[name], -1))) if name in self.sets else values)
+            if name in self.sets:
+                values = summary(values.unflatten(1, (self.sets[name], -1)), self.levels[name])
+            parts.append(values)
         return torch.cat(parts, -1)
 
     def _slices(self) -> dict[str, slice]:
@@ -102,8 +111,14 @@ class Features:
         return {name: slice(a, b) for name, a, b in zip(self.data.shapes, [0, *ends], ends, strict=False)}
 
 
-def summary(items: Tensor) -> Tensor:
-    """Permutation-invariant summaries of items ``(B, k, q)``; missing items are left out."""
+def few_values(values: Tensor) -> Tensor | None:
+    """The distinct values of a site that has at most :data:`FEW_VALUES`; else None."""
+    levels = values[~torch.isnan(values)].unique()
+    return levels if len(levels) <= FEW_VALUES else None
+
+
+def summary(items: Tensor, levels: Tensor | None = None) -> Tensor:
+    """Permutation-invariant summaries of items ``(B, k, q)``; missing items are left out. ``levels``: their values."""
     present = ~torch.isnan(items).any(-1, keepdim=True)
     filled, count = items.nan_to_num(0.0), present.sum(1).clamp_min(1)
     mean = (filled * present).sum(1) / count
@@ -115,9 +130,12 @@ def summary(items: Tensor) -> Tensor:
         rows, columns = torch.tril_indices(items.shape[-1], items.shape[-1], -1).tolist()
         correlation = covariance[:, rows, columns] / (deviation[:, rows] * deviation[:, columns])
         parts.append(torch.atanh(correlation.clamp(-0.9999, 0.9999)))
-    if items.shape[1] >= 8:
-        shares = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=items.dtype, device=items.device)
+    if items.shape[-1] == 1 or items.shape[1] >= 8:
+        num = min(items.shape[1], MOST_QUANTILES if items.shape[-1] == 1 else 5)
+        shares = torch.linspace(0, 1, num, dtype=items.dtype, device=items.device)
         parts.append(torch.nanquantile(items, shares, 1).transpose(0, 1).flatten(1).nan_to_num(0.0))
+    if levels is not None and items.shape[-1] == 1:
+        parts.append((items == levels).sum(1) / count)
     return torch.cat(parts, -1)
 
 

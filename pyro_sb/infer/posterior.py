@@ -29,6 +29,7 @@ __all__ = ["Posterior"]
 logger = logging.getLogger(__name__)
 Sites = dict[str, Tensor]
 WORST_K, LEAST_SHARE = 0.7, 0.02
+FAIR_SHARE = 0.5  # effective share above which a large k comes from a few tail draws, which a start does not feel
 MOST_NUMBERS = 2**26  # in the metrics of tempered particles
 
 
@@ -106,12 +107,14 @@ class Posterior:
         """
         u, log_weights, _ = self._weighted(num_samples)
         result = weigh(self._constrained(u), log_weights, self.observation.batched)
-        worst = float(torch.as_tensor(result.k_hat).max())
-        if worst > WORST_K:
+        k_hat, share = torch.as_tensor(result.k_hat).reshape(-1), torch.as_tensor(result.ess_share).reshape(-1)
+        flagged = ~(k_hat <= WORST_K)
+        if bool(flagged.any()):
             warnings.warn(
-                f"Pareto k of the importance weights is {worst:.2f} > {WORST_K} (effective share "
-                f"{float(torch.as_tensor(result.ess_share).min()):.3f}): they cannot be trusted. Use mcmc(), which "
-                "tempers from the bridge to the posterior, or fit on more simulations.",
+                f"Pareto k of the importance weights is above {WORST_K} at {int(flagged.sum())} of {len(k_hat)} "
+                f"observations (largest {float(k_hat.max()):.2f}, effective share there at least "
+                f"{float(share[flagged].min()):.3f}): means under those weights may rest on a few draws. Use mcmc(), "
+                "or fit on more simulations.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -127,9 +130,9 @@ class Posterior:
     ) -> MCMC:
         r"""Chains that are exact whatever the bridge: refreshes from it, and Hamiltonian Monte Carlo on the log joint.
 
-        They start from draws resampled by weight. Where the weights' Pareto k is above 0.7 or their effective size
-        under 2 %, they start from tempered sequential Monte Carlo between the bridge's density and the joint, and a
-        warning says so; ``mcmc.kernel.describe()`` says which it was.
+        They start from draws resampled by weight. Where the weights' Pareto k is above 0.7 and their effective size
+        under a half, or under 2 %, they start from tempered sequential Monte Carlo between the bridge's density and the
+        joint, and a warning says so; ``mcmc.kernel.describe()`` says which it was.
 
         Args:
             num_samples: Draws a chain.
@@ -146,7 +149,7 @@ class Posterior:
         u, log_weights, target = self._weighted(num_proposals)
         figures = weigh({}, log_weights, batched=True)
         k_hat, share = torch.as_tensor(figures.k_hat), torch.as_tensor(figures.ess_share)
-        poor = ~(k_hat <= WORST_K) | ~(share >= LEAST_SHARE)
+        poor = (~(k_hat <= WORST_K) & ~(share >= FAIR_SHARE)) | ~(share >= LEAST_SHARE)
         facts: dict[str, Any] = {"k_hat": float(k_hat.max()), "effective share": float(share.min())}
         if bool(poor.any()):
             starts, evidence = self._tempered(u, target, num_proposals, facts, int(poor.sum()))
