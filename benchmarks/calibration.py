@@ -43,10 +43,10 @@ gaussian_linear: 10 latents, known posterior N(y / 2, .05 I), whose own draws ar
 poisson_regression: 50 counts, rate exp(intercept + x . slope), three covariates given as a model argument, priors
 N(1, .5) and N(0, .4)."""
 READING = """
-Reading. p > .01 for every parameter, with both bridges, with and without the corrections. The smallest of the 70, .0102,
-is that of theta[2] with the light bridge alone; the exact posterior's own draws give that parameter .05 on the same data
-sets. Chains, and VSDM's weighted draws, were made for 200 data sets. The Poisson chains are dear because 2 of a batch
-of 131 data sets had poor weights, upon which all 131 were tempered."""
+Reading. p > .01 for every parameter, with both bridges, with and without the corrections. The smallest of the 70,
+.0102, is that of theta[2] with the light bridge alone; the exact posterior's own draws give that parameter .05 on the
+same data sets. Chains, and VSDM's weighted draws, were made for 200 data sets. The Poisson chains are dear because 2 of
+a batch of 131 data sets had poor weights, upon which all 131 were tempered."""
 
 
 def poisson_regression(x: Tensor) -> None:
