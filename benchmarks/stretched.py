@@ -330,7 +330,7 @@ class Report:
         for ours, start in product(OURS, starts):
             if seeds := self.seeds(shape, ours, WHITENED):
                 share, gap, wide = self.against(shape, ours, WHITENED, start, f"w2 {JUDGED}")
-                word = "better" if gap < -wide else "level" if gap <= wide else "worse" if gap > wide else "?"
+                word = "better" if gap < -wide else "unclear" if gap <= wide else "worse" if gap > wide else "?"
                 lines.append(
                     f"{word:7}  {shape.name}, {ours.name}, {start} start, {counted(seeds)}, against whitened SGM: "
                     f"W2 {within(gap, wide)}"
@@ -339,7 +339,11 @@ class Report:
 
     def text(self) -> str:
         lines = [line for shape in self.shapes for line in self.verdicts(shape)]
-        return "\n".join(["Goals and verdicts", *lines, *(self.table(shape) for shape in self.shapes)])
+        met, missed = (sum(line.startswith(word) for line in lines) for word in ("met", "NOT met"))
+        head = (
+            f"Goals and verdicts: the first goal is met by {met} of {met + missed} rows; unclear: within the half width"
+        )
+        return "\n".join([head, *lines, *(self.table(shape) for shape in self.shapes)])
 
 
 def counted(seeds: Sequence[int]) -> str:
