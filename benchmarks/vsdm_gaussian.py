@@ -224,7 +224,7 @@ def picture(taus: Tensor, ours: Law, exact: Law, approaches: list[Approach]) -> 
     rates_by_stage(axes[3], approaches[2:])
     axes[3].set_xscale("symlog", linthresh=1)
     axes[3].set_xlim(0, NUM_EXACT)
-    axes[3].legend(fontsize=7, loc="center left")
+    axes[3].legend(fontsize=7, loc="lower left")
     fig.tight_layout()
     fig.savefig(RESULTS / "vsdm_gaussian.png", dpi=100)
 
