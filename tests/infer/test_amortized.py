@@ -280,7 +280,7 @@ def test_bad_bridges_are_refused(bridge):
 
 
 def test_a_bridge_of_another_size_is_refused():
-    with pytest.raises(ValueError, match=r"must give a bridge of these sizes, \(1, 4\)"):
+    with pytest.raises(ValueError, match=r"must give a bridge of these sizes, \(1, \d+\)"):
         fit(bridge=lambda dim, context_dim: LightSB(dim + 1, context_dim=context_dim))
 
 

@@ -204,7 +204,7 @@ def test_a_wrong_bridge_is_tempered_and_its_chains_are_right(bridge):
     with pytest.warns(
         RuntimeWarning, match=r"weights are poor.*at 1 of 1 observations.*tempered sequential Monte Carlo"
     ):
-        mcmc = wrong.mcmc(40, num_chains=64, num_proposals=512)
+        mcmc = wrong.mcmc(40, num_chains=64, num_proposals=2048)
     draws = mcmc.get_samples()["mu"]
     facts = mcmc.kernel.diagnostics()
     assert facts["start"] == "tempered" and facts["levels"] > 1
