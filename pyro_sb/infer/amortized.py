@@ -70,7 +70,7 @@ class AmortizedPosterior:
         ...         pyro.sample("y", dist.Normal(mu, 0.5))
         >>> amortized = AmortizedPosterior(model, bridge="light")
         >>> history = amortized.fit(num_simulations=500, num_steps=200, progress=False)
-        >>> posterior = amortized.condition(torch.ones(5))
+        >>> posterior = amortized.condition(torch.tensor([1.0, 0.5, 1.4, 0.2, 1.1]))
         >>> posterior.sample(1000)["mu"].shape
         torch.Size([1000])
         >>> posterior.importance(1000).ess_share > 0.5

@@ -241,7 +241,9 @@ class Posterior:
         return result
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> Sites:
-        """Uncorrected draws, made once: four chains of 1000, for `to_arviz` and Pyro's ``Predictive``."""
+        """Uncorrected draws, made once: four chains of 1000, for `to_arviz` and ``Predictive``; more are fresh."""
+        if num_samples is not None and num_samples > 4000:
+            return self.sample(num_samples)
         if self._cached is None:
             self._cached = self.sample(4000)
         draws = {name: value.unflatten(0, (4, 1000)) for name, value in self._cached.items()}

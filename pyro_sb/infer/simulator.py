@@ -43,6 +43,7 @@ def simulator(
             sites that ``observed`` does not name.
 
     Example:
+        >>> import pyro
         >>> import pyro.distributions as dist
         >>> def model():
         ...     rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
