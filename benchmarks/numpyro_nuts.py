@@ -1,6 +1,6 @@
 """NumPyro's NUTS on the posterior tasks: 4 vectorised chains, float64, compilation counted, one core.
 
-Run by benchmarks/peers.py in `.venv-bench` (`make bench-env`), where neither torch nor Pyro is:
+Run by benchmarks/peers.py in `.venv-bench` (`make bench-env`); it imports neither torch nor Pyro:
 
     .venv-bench/bin/python benchmarks/numpyro_nuts.py NAME IN.npz OUT.npz [--seed 0]
 

@@ -137,7 +137,7 @@ def sbc(
         raise ValueError(f'corrected must be False, True, "importance" or "mcmc", got {corrected!r}.')
     if amortized.bridge is None:
         raise RuntimeError("sbc needs a fitted posterior: call amortized.fit(*model_args, num_simulations=...) first.")
-    source: Simulator = amortized._source
+    source: Simulator = amortized.simulator
     pairs = source.simulate(num_data_sets, keep_finite=True)
     truths = source.prototype.packing.unpack(pairs.latents)
     truths = {name: transform.inv(truths[name]) for name, transform in source.prototype.transforms.items()}

@@ -17,8 +17,8 @@ from pyro_sb.infer.features import Features
 from pyro_sb.infer.observation import Observation, read_observation
 from pyro_sb.infer.paired import PairedJoint, paired_joint, plate_serves
 from pyro_sb.infer.posterior import Posterior
+from pyro_sb.infer.read_simulator import simulator
 from pyro_sb.infer.simulate import Simulations, Simulator
-from pyro_sb.infer.simulator import simulator
 from pyro_sb.infer.store import Store
 from pyro_sb.infer.training_set import TrainingSet, exchangeable_sites, training_set
 from pyro_sb.training import FitHistory

@@ -12,9 +12,9 @@ from pyro_sb.infer.agreement import find_oracle
 from pyro_sb.infer.checked import CheckedDensity
 from pyro_sb.infer.joint import as_density
 from pyro_sb.infer.prototype import Prototype
+from pyro_sb.infer.read_simulator import base_of
 from pyro_sb.infer.routes import DensityMessenger, Loop, Vmap, constrain
 from pyro_sb.infer.simulate import Simulations, Simulator
-from pyro_sb.infer.simulator import base_of
 
 __all__ = ["ObservedJoint", "PairedJoint", "paired_joint"]
 

@@ -7,7 +7,7 @@ import torch
 
 from pyro_sb.infer.hmc import hmc_step, rejuvenate, start_rows
 from pyro_sb.infer.paired import paired_joint
-from pyro_sb.infer.simulator import simulator
+from pyro_sb.infer.read_simulator import simulator
 from tests.infer.open_models import bounded_and_positive, iid
 
 

@@ -10,7 +10,7 @@ import torch
 
 from pyro_sb.infer.features import Features
 from pyro_sb.infer.observation import read_observation
-from pyro_sb.infer.simulator import simulator
+from pyro_sb.infer.read_simulator import simulator
 from tests.infer import open_models as m
 
 

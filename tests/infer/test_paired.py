@@ -11,7 +11,7 @@ import torch
 from pyro_sb.infer import paired as paired_module
 from pyro_sb.infer.paired import ObservedJoint, paired_joint, refuse_split_events
 from pyro_sb.infer.potential import log_joint
-from pyro_sb.infer.simulator import simulator
+from pyro_sb.infer.read_simulator import simulator
 from tests.infer import open_models as m
 
 

@@ -16,8 +16,8 @@ from pyro_sb.infer.latent_law import LatentLaw, Residuals
 from pyro_sb.infer.mcmc import MCMC
 from pyro_sb.infer.paired import paired_joint
 from pyro_sb.infer.potential import log_joint
+from pyro_sb.infer.read_simulator import simulator
 from pyro_sb.infer.refresh import BridgeRefresh
-from pyro_sb.infer.simulator import simulator
 from tests.infer import open_models as m
 
 

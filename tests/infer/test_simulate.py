@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyro_sb.infer import simulate as simulate_module
-from pyro_sb.infer.simulator import simulator
+from pyro_sb.infer.read_simulator import simulator
 from tests.infer import open_models as m
 
 

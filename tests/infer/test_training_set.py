@@ -9,7 +9,7 @@ import torch
 
 from pyro_sb.infer.features import Features
 from pyro_sb.infer.paired import paired_joint
-from pyro_sb.infer.simulator import simulator
+from pyro_sb.infer.read_simulator import simulator
 from pyro_sb.infer.training_set import bounded_axes, exchangeable_sites, hide, training_set
 from tests.infer import open_models as m
 
