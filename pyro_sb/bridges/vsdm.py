@@ -1,36 +1,16 @@
 """Variational Schrödinger diffusion: a score model whose noising drift is fitted to the target."""
 
-import math
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from pyro_sb.bridges.mixture_state import check_points
 from pyro_sb.bridges.vsdm_checkpoint import FitOptions
-from pyro_sb.bridges.vsdm_density import flow_change
+from pyro_sb.bridges.vsdm_draws import DiffusionDraws
 from pyro_sb.bridges.vsdm_fit import fit_diffusion
-from pyro_sb.bridges.vsdm_state import SOLVERS, DiffusionState, check_choice
-from pyro_sb.distributions import Draws
-from pyro_sb.ops.solvers import (
-    Flow,
-    ancestral,
-    euler,
-    euler_maruyama,
-    heun,
-    multistep,
-    noising,
-    score,
-)
 from pyro_sb.training import FitHistory
 
-CHUNK = 2**22  # numbers of a batch of covariances at once
 
-
-class VSDM(DiffusionState):
+class VSDM(DiffusionDraws):
     r"""Diffusion whose noising process is the best linear one: a Schrödinger bridge with a variational linear score.
 
     In noising time :math:`\tau = 1 - t`, with a symmetric matrix :math:`D = I - 2A`,
@@ -87,9 +67,6 @@ class VSDM(DiffusionState):
         >>> bridge().draws((4,)).log_q.shape
         torch.Size([4])
     """
-
-    density = "path"
-    approximate_log_prob = True
 
     def fit(
         self,
@@ -148,165 +125,6 @@ class VSDM(DiffusionState):
         history = fit_diffusion(self, options, target, context, weights, held_out)
         history.seconds = max(history.seconds, time.perf_counter() - begun)
         return history
-
-    def transport(self, x0: Tensor, context: Any = None) -> Tensor:
-        """Source points to draws of the target by the sampler's solver: a deterministic map for the flow's solvers."""
-        x0, rows, shape = self._rows(x0, context)
-        with torch.no_grad():
-            mean, features = self._features(rows)
-            one = torch.ones_like(self.first_time)
-            z = self._inward(x0, mean, one)
-            z = self._solve(z, features, self._times(self.sampler.num_steps), self.sampler.solver)[-1]
-            return self._outward(z, mean, 0 * one).reshape(shape)
-
-    def paths(
-        self, num_paths: int, num_steps: int, context: Any = None, *, solver: str = "ancestral"
-    ) -> tuple[Tensor, Tensor]:
-        """Times ``(num_steps + 1,)``, uniform in log-SNR, and states ``(num_steps + 1, num_paths, *batch_shape, dim)``.
-
-        Args:
-            num_paths: How many, for each context.
-            num_steps: Steps of each.
-            context: Shape ``(*batch_shape, context_dim)``.
-            solver: As in `Sampler`: paths of the SDE by default, of the probability flow with its solvers.
-        """
-        self.like()
-        if num_paths < 1 or num_steps < 1:
-            raise ValueError(f"num_paths and num_steps must be at least 1, got {num_paths} and {num_steps}.")
-        check_choice("solver", solver, SOLVERS)
-        context = self.check_context(context)
-        batch = () if context is None else context.shape[:-1]
-        rows = None if context is None else context.expand(num_paths, *context.shape).reshape(-1, self.context_dim)
-        with torch.no_grad():
-            mean, features = self._features(rows)
-            times = self._times(num_steps)
-            z = self._start(num_paths * math.prod(batch), mean)
-            states = self._solve(z, features, times, solver)
-            out = torch.stack([self._outward(z, mean, tau) for z, tau in zip(states, times)])
-        return 1 - times, out.reshape(num_steps + 1, num_paths, *batch, self.dim)
-
-    def drift(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
-        r"""Drift :math:`\beta (\tfrac12 D x + \nabla \log p_t)` of the generating SDE, whose noise has rate beta.
-
-        Within the first noise level of the target the score is that of its noisy edge.
-        """
-        x, rows, shape = self._rows(x, context)
-        tau = (1 - torch.as_tensor(t, dtype=x.dtype, device=x.device)).clamp(max=1.0).maximum(self.first_time)
-        if tau.dim():
-            raise ValueError(f"t must be one time in [0, 1], got shape {tuple(tau.shape)}.")
-        mean, features = self._features(rows)
-        z = self._inward(x, mean, tau)
-        slope = score(self.sde, tau, z, self._denoise(tau, z, features)) @ self.basis.T
-        return (self.schedule.rate(tau) * (0.5 * x @ self.drift_matrix + slope)).reshape(shape)
-
-    def sample_rows(self, num: int, context: Tensor | None) -> Tensor:
-        """Draws by the sampler's solver. Shape ``(num, dim)``."""
-        mean, features = self._features(context)
-        times = self._times(self.sampler.num_steps)
-        z = self._solve(self._start(num, mean), features, times, self.sampler.solver)[-1]
-        return self._outward(z, mean, times[-1])
-
-    def draws_rows(self, num: int, context: Tensor | None) -> Draws:
-        """Draws by ancestral steps, with the log density of their paths."""
-        return self._in_chunks(self._draws, num, context)
-
-    def path_log_prob(self, x: Any, context: Any = None, num_paths: int = 16) -> Tensor:
-        r"""Lower bound in expectation on the log density of `draws`, from noising paths drawn backwards from x.
-
-        .. math:: \log \frac1M \sum_j \exp\Big(\log p_0 + \sum_k \log F - \sum_k \log B\Big)(x^{(j)}_{0:K}), \quad
-                  x^{(j)}_K = x ,
-
-        whose exponential has the density itself as its mean.
-
-        Args:
-            x: Points. Shape ``(*, dim)``.
-            context: Shape ``(*, context_dim)``.
-            num_paths: M.
-
-        Returns:
-            Shape ``(*)``.
-        """
-        if num_paths < 1:
-            raise ValueError(f"num_paths must be at least 1, got {num_paths}. Omit it for 16.")
-        x, rows, shape = self._rows(x, context)
-        with torch.no_grad():
-            mean, features = self._features(rows)
-            z, times = self._inward(x, mean, torch.zeros_like(self.first_time)), self._times(self.sampler.path_steps)
-            total = torch.stack([self._path_bound(z, mean, features, times) for _ in range(num_paths)])
-        return (total.logsumexp(0) - math.log(num_paths)).reshape(shape[:-1])
-
-    def log_prob_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
-        r"""Approximate log density by the probability flow: Heun's method in angles, divergence exact to dimension 20.
-
-        Above it the divergence is a mean over fixed random signs. Nothing that corrects draws uses it.
-        """
-        with torch.no_grad():
-            mean, features = self._features(context)
-            times = self._times(max(20, 2 * self.sampler.num_steps))[:-1].flip(0)
-            z = self._inward(x.to(mean), mean, torch.zeros_like(times[0]))
-            goal = partial(self._goal, features=features)
-            end, change = flow_change(goal, Flow(self.sde, self.spread), times, z, self.probes)
-            return self._start_log_prob(end, mean) + change
-
-    # Parts
-
-    def _solve(self, z: Tensor, features: Tensor | None, times: Tensor, solver: str) -> list[Tensor]:
-        """States at all times from those at the first."""
-        denoise = partial(self._denoise, features=features)
-        if solver == "multistep":
-            return multistep(denoise, self.sde, times, z)
-        if solver == "heun":
-            return heun(denoise, self.sde, times, z, self.spread)
-        if solver == "euler":
-            return euler(denoise, self.sde, times, z)
-        if solver == "euler-maruyama":
-            return euler_maruyama(denoise, self.sde, times, z)
-        return ancestral(partial(self._model, features=features), self.sde, times, z).states
-
-    def _start(self, num: int, mean: Tensor) -> Tensor:
-        """Draws of the source in the eigenbasis, less the noised mean. Shape ``(num, dim)``."""
-        location, factor = self._start_law(mean)
-        noise = torch.randn(num, self.dim, dtype=mean.dtype, device=mean.device)
-        return location + noise @ factor.T
-
-    def _start_log_prob(self, z: Tensor, mean: Tensor) -> Tensor:
-        location, factor = self._start_law(mean)
-        noise = torch.linalg.solve_triangular(factor, (z - location).T, upper=False).T
-        constant = factor.diagonal().log().sum() + 0.5 * self.dim * math.log(2 * math.pi)
-        return -0.5 * noise.square().sum(-1) - constant
-
-    def _draws(self, num: int, context: Tensor | None) -> Draws:
-        mean, features = self._features(context)
-        times, z = self._times(self.sampler.path_steps), self._start(num, mean)
-        path = ancestral(partial(self._model, features=features), self.sde, times, z)
-        value = self._outward(path.states[-1], mean, times[-1])
-        return Draws(value, self._start_log_prob(z, mean) + path.log_ratio)
-
-    def _path_bound(self, z: Tensor, mean: Tensor, features: Tensor | None, times: Tensor) -> Tensor:
-        path = noising(partial(self._model, features=features), self.sde, times, z)
-        return self._start_log_prob(path.states[0], mean) + path.log_ratio
-
-    def _in_chunks(self, make: Any, num: int, context: Tensor | None) -> Draws:
-        """Rows a chunk at a time: a covariance a row is large."""
-        size = max(1, CHUNK // self.dim**2) if self.net.full else max(1, CHUNK // self.dim)
-        parts = []
-        for begin in range(0, num, size):
-            end = min(num, begin + size)
-            parts.append(make(end - begin, None if context is None else context[begin:end]))
-        if not parts:
-            like = self.like()
-            return Draws(like.new_empty(0, self.dim), like.new_empty(0))
-        return Draws(*(torch.cat(each) for each in zip(*parts)))
-
-    def _rows(self, x: Any, context: Any) -> tuple[Tensor, Tensor | None, torch.Size]:
-        """Points and contexts, broadcast, as flat rows; the points' shape before."""
-        x, context = torch.as_tensor(x).to(self.like()), self.check_context(context)
-        check_points("x", x, self.dim)
-        if context is None:
-            return x.reshape(-1, self.dim), None, x.shape
-        shape = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
-        x, context = x.expand(*shape, self.dim), context.expand(*shape, self.context_dim)
-        return x.reshape(-1, self.dim), context.reshape(-1, self.context_dim), x.shape
 
 
 class SGM(VSDM):

@@ -166,18 +166,24 @@ class DiffusionState(Bridge):
         self.net.reset()
         values, vectors = torch.linalg.eigh(read.covariance.double())
         values = values.clamp_min(1e-10 * float(values[-1]))
-        basis, rates = vectors, torch.ones_like(values)
-        rule = self.drift_rule
-        if isinstance(rule, Tensor):
-            rates, basis = torch.linalg.eigh(rule.to(values))
-        elif rule == "tolerance":
-            rates = tolerance_rates(values.sqrt(), self.schedule.total)
-        elif rule != "identity":
-            rates = fixed_point_rates(values, self.schedule.total)
+        basis, rates = self._axes(values, vectors)
         self.log_errors = self.location.new_zeros(NUM_KNOTS)
         self.probes = torch.randint(0, 2, (NUM_PROBES, self.dim), device=self.location.device).to(self.location) * 2 - 1
         self.rates_history = self.location.new_empty(0)
         self._turn(basis, rates, vectors @ values.diag() @ vectors.T)
+
+    def _axes(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenvectors and eigenvalues of D, of those of the target's covariance."""
+        rule = self.drift_rule
+        if isinstance(rule, Tensor):
+            rates, vectors = torch.linalg.eigh(rule.to(values))
+        elif rule == "tolerance":
+            rates = tolerance_rates(values.sqrt(), self.schedule.total)
+        elif rule == "identity":
+            rates = torch.ones_like(values)
+        else:
+            rates = fixed_point_rates(values, self.schedule.total)
+        return vectors, rates
 
     def _turn(self, basis: Tensor, rates: Tensor, covariance: Tensor) -> None:
         """Take a new D; the target's covariance is in the user's axes."""
