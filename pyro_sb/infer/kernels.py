@@ -3,27 +3,23 @@
 import logging
 import math
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyro_sb.infer.coordinates import choose_coordinates
-from pyro_sb.infer.frozen import Frozen, freeze
-from pyro_sb.infer.noncentred import NonCentred
-from pyro_sb.infer.population import Population, temper_weights
-from pyro_sb.infer.potential import LogJoint, log_joint
-from pyro_sb.infer.record import Block
-from pyro_sb.infer.walk import ROLES, Walk
+from pyro_sb.infer.frozen import freeze
+from pyro_sb.infer.population import temper_weights
+from pyro_sb.infer.walk import ROLES
+from pyro_sb.infer.walking_kernel import WalkingKernel
 from pyro_sb.weights import normalise
 
 logger = logging.getLogger(__name__)
 
 
-class KernelLangevin(MCMCKernel):
+class KernelLangevin(WalkingKernel):
     r"""Exact MCMC by the kernel-Langevin bridge of a population, every move Metropolis-corrected.
 
     Warm-up builds a weighted population of the target (multi-start Newton search, importance check, tempered SMC
@@ -85,8 +81,6 @@ class KernelLangevin(MCMCKernel):
         torch.Size([800])
     """
 
-    default_warmup_steps = 32
-
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
@@ -105,10 +99,14 @@ class KernelLangevin(MCMCKernel):
         transforms: dict[str, Any] | None = None,
         jit_compile: bool = False,
     ) -> None:
-        if (model is None) == (potential_fn is None):
-            raise ValueError("Exactly one of model and potential_fn must be given. Write KernelLangevin(model).")
-        self.model = model
-        self.potential_fn = potential_fn
+        super().__init__(
+            model,
+            potential_fn,
+            init_strategy=init_strategy,
+            max_plate_nesting=max_plate_nesting,
+            transforms=transforms,
+            jit_compile=jit_compile,
+        )
         self.options: dict[str, Any] = {
             "local": _checked_local(local),
             "epsilons": _checked_epsilons(epsilons),
@@ -123,109 +121,15 @@ class KernelLangevin(MCMCKernel):
         self.num_particles = _checked_count("num_particles", num_particles, 50)
         self.start = _checked_start(start)
         self.reparam = reparam
-        self.num_chains: int | None = None
-        self._joint_options: dict[str, Any] = {
-            "init_strategy": init_strategy,
-            "max_plate_nesting": max_plate_nesting,
-            "transforms": transforms,
-            "jit_compile": jit_compile,
+
+    def _facts(self) -> dict[str, Any]:
+        """Evidence and quality of the population."""
+        assert self.population is not None
+        return {
+            "log evidence": self.population.log_evidence,
+            "log evidence error": self.population.log_evidence_error,
+            "population share": self.population.ess_share,
         }
-        self.population: Population | None = None
-        self.frozen: Frozen | None = None
-        self.coordinates: NonCentred | None = None
-        self._initial_params: dict[str, Tensor] | None = None
-        self._reset()
-
-    def _reset(self) -> None:
-        self._own_start: dict[str, Tensor] | None = None
-        self._walk: Walk | None = None
-        self._standing: Tensor | None = None
-        self._steps_left = 0
-
-    # Pyro's contract
-
-    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Bind the model's arguments; what was learnt from others is dropped.
-
-        The population is built at the first draw.
-        """
-        self._reset()
-        self.population = self.frozen = self.coordinates = None
-        self._steps_left = warmup_steps
-        self._arguments = (args, kwargs)
-        self.log_joint: LogJoint = self._build(self.model, self._initial_params)
-        self._check_sites()
-
-    @property
-    def transforms(self) -> dict[str, Any]:
-        """Transforms from each site's support to the reals; their inverses constrain the draws."""
-        return self.log_joint.transforms
-
-    @property
-    def initial_params(self) -> dict[str, Tensor]:
-        """Unconstrained start of the chains: the user's, or draws of the population by weight."""
-        if self._initial_params is not None:
-            return self._initial_params
-        if self._own_start is None:
-            self._prepare()
-            assert self.population is not None
-            num = 1 if self.num_chains is None else self.num_chains
-            weights = normalise(temper_weights(self.population.log_weights, 50.0))
-            index = torch.multinomial(weights, num, replacement=True)
-            z = self._shown(self.population.points[index])
-            self._own_start = self.log_joint.unpack(z if self.num_chains is not None else z[0])
-        return self._own_start
-
-    @initial_params.setter
-    def initial_params(self, params: dict[str, Tensor]) -> None:
-        self._initial_params = params
-
-    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One transition from ``params``, for ``pyro.infer.MCMC``."""
-        draws = self.sample_block(params, 1).draws
-        return {name: value[0] if self.num_chains is not None else value[0, 0] for name, value in draws.items()}
-
-    def sample_block(self, params: dict[str, Tensor], num_steps: int) -> Block:
-        """``num_steps`` transitions of every chain from ``params``: draws and statistics, steps first."""
-        self._prepare()
-        walk = self._walk = self._walk_from(self._pack(params))
-        if self._steps_left == 0:
-            walk.forget_warmup()
-        states, stats = walk.run(num_steps)
-        self._steps_left -= num_steps
-        draws = self.log_joint.unpack(self._shown(states))
-        self._standing = self.log_joint.pack({name: value[-1] for name, value in draws.items()})
-        return Block(draws, stats)
-
-    def logging(self) -> OrderedDict[str, str]:
-        """Acceptance rate and divergences, for the progress bar."""
-        walk = self._walk
-        if walk is None:
-            return OrderedDict()
-        return OrderedDict([("acc. prob", f"{walk.acceptance_rate:.3f}"), ("divergences", str(walk.num_divergences))])
-
-    def diagnostics(self) -> dict[str, Any]:
-        """Acceptance rates in all and per move, the moves' probabilities, evaluations, divergences."""
-        walk, frozen, population = self._walk, self.frozen, self.population
-        if walk is None or frozen is None or population is None:
-            return {"divergences": []}
-        evaluations = self.log_joint.evaluations
-        report: dict[str, Any] = {
-            "acceptance rate": walk.acceptance_by_chain.tolist()
-            if self.num_chains is not None
-            else walk.acceptance_rate,
-            "density evaluations": evaluations.density,
-            "gradient evaluations": evaluations.gradient,
-            "log evidence": population.log_evidence,
-            "log evidence error": population.log_evidence_error,
-            "population share": population.ess_share,
-        }
-        for role, rate in walk.acceptance_by_role().items():
-            report[f"acceptance {role}"] = rate.tolist() if self.num_chains is not None else float(rate)
-            report[f"probability {role}"] = frozen.probabilities[role]
-        if self.num_chains is None:
-            report["divergences"] = walk.divergent_steps
-        return report
 
     def describe(self) -> str:
         """What warm-up found and froze, in lines: the population's stages, its evidence, the coordinates, the moves."""
@@ -236,53 +140,13 @@ class KernelLangevin(MCMCKernel):
         lines = [*self.population.stages, f"log evidence: {evidence}", f"coordinates: {coordinates}"]
         return "\n".join([*lines, f"moves: {self.frozen.describe()}"])
 
-    def cleanup(self) -> None:
-        """Drop the chains' state. The population and the frozen moves stay for inspection."""
-        self._initial_params = None
-        self._reset()
-
-    @property
-    def save_params(self) -> list[str]:
-        """Sites to keep, sorted: Pyro unpacks draws in sorted order."""
-        return self._save_params
-
-    @save_params.setter
-    def save_params(self, names: Sequence[str]) -> None:
-        self._save_params = sorted(names)
-
-    # Warm-up
-
-    def _check_sites(self) -> None:
-        """Refuse what the caller set before the model was known."""
-        known = sorted(self.log_joint.site_shapes)
-        unknown = sorted(set(getattr(self, "_save_params", [])) - set(known))
-        if unknown:
-            raise ValueError(f"save_params must name sites of the model, got {unknown}. Known sites: {known}.")
-        if self._initial_params is not None and not bool(torch.isfinite(self._pack(self._initial_params)).all()):
-            raise ValueError(
-                "initial_params must be finite, got NaN or infinite entries. Omit them, or drop those chains."
-            )
-
-    def _build(self, model: Callable[..., Any] | None, initial_params: dict[str, Tensor] | None = None) -> LogJoint:
-        args, kwargs = self._arguments
-        return log_joint(
-            model,
-            self.potential_fn,
-            args=args,
-            kwargs=kwargs,
-            initial_params=initial_params,
-            batched_initial=self.num_chains is not None,
-            **self._joint_options,
-        )
-
     def _prepare(self) -> None:
         """Build the population, and fit, tune and freeze the moves on it, once."""
         if self.frozen is not None:
             return
-        given = None if self._initial_params is None else self._pack(self._initial_params).to(torch.float64)
         reparam = self.reparam if self._joint_options["transforms"] is None else None
         self.coordinates, self.population = choose_coordinates(
-            self.log_joint, self._build, self.num_particles, self.start, reparam, given
+            self.log_joint, self._build, self.num_particles, self.start, reparam, self._hints()
         )
         self.frozen = freeze(self._target, self.population, **self.options)
         logger.info("moves: %s", self.frozen.describe())
@@ -295,48 +159,11 @@ class KernelLangevin(MCMCKernel):
                 stacklevel=4,
             )
 
-    @property
-    def _target(self) -> LogJoint:
-        """Log joint in the coordinates that the chains walk in."""
-        return self.log_joint if self.coordinates is None else self.coordinates.log_joint
-
-    def _shown(self, state: Tensor) -> Tensor:
-        """The model's unconstrained vector at states of the walk."""
-        z = state if self.coordinates is None else self.coordinates.forward(state)
-        return z.to(self.log_joint.dtype)
-
-    def _walk_from(self, z: Tensor) -> Walk:
-        """The running walk if it stands at z, else a new one from there."""
-        if self._walk is not None and self._standing is not None and torch.equal(self._standing, z):
-            return self._walk
-        assert self.frozen is not None
-        state = z.to(torch.float64)
-        state = state if self.coordinates is None else self.coordinates.inverse(state)
-        log_density = self._target.log_prob(state)
-        finite = torch.isfinite(log_density)
-        if not bool(finite.all()):
-            rows = (~finite).nonzero().flatten().tolist()
-            raise ValueError(
-                f"The log joint must be finite at every chain's start, but is not at chains {rows}. "
-                "Omit initial_params, or give points inside the support."
-            )
-        return Walk(self._target, self.frozen, state, log_density)
-
-    def _pack(self, params: dict[str, Tensor]) -> Tensor:
-        flat = self.log_joint.pack(params).detach()
-        if flat.ndim != (1 if self.num_chains is None else 2):
-            chains = "no chain dimension: one chain" if self.num_chains is None else "one leading chain dimension"
-            raise ValueError(
-                f"initial_params must have {chains}, got {tuple(flat.shape[:-1])} before the site's shape."
-            )
-        return flat if self.num_chains is not None else flat[None]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the chains' state and coordinates, so that a kernel travels to another process."""
-        lost = {"_walk": None, "coordinates": None}
-        if self.coordinates is not None:  # they are in these coordinates, and mean nothing without them
-            lost |= {"population": None, "frozen": None}
-        return self.__dict__ | lost
+    def _starts(self, num: int) -> Tensor:
+        """Draws of the population by weight."""
+        assert self.population is not None
+        weights = normalise(temper_weights(self.population.log_weights, 50.0))
+        return self.population.points[torch.multinomial(weights, num, replacement=True)]
 
 
 def _checked_local(local: str | None) -> str | None:
