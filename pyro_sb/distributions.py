@@ -42,6 +42,20 @@ class Law(Protocol):
         ...
 
 
+class PathLaw(Protocol):
+    """What MCMC asks of a law: draws with their ``log_q``, and the ``log_q`` of given points, their paths redrawn."""
+
+    dim: int
+
+    def draws_rows(self, num: int, context: Tensor | None) -> Draws:
+        """Draws with their log density, ``(num, dim)`` and ``(num,)``."""
+        ...
+
+    def redraw_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Log density of points ``(num, dim)``, or of paths drawn backwards from them. Shape ``(num,)``."""
+        ...
+
+
 class BridgeDistribution(TorchDistribution):
     r"""Law of a bridge's draws given a context: a Pyro distribution with ``event_shape == (dim,)``.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_sb.distributions import BridgeDistribution, Draws
+from pyro_sb.distributions import BridgeDistribution, Draws, PathLaw
 from pyro_sb.training import FitHistory
 
 FORMAT = 1
@@ -25,7 +25,7 @@ class Bridge(nn.Module):
     draws means:
 
     - ``"marginal"``: the density of the draw itself: supply ``log_prob_rows``; draws follow.
-    - ``"path"``: of the whole path, forwards less backwards: supply ``draws_rows``.
+    - ``"path"``: of the whole path, forwards less backwards: supply ``draws_rows``, and ``redraw_rows`` for MCMC.
     - ``None``: draws alone. `density_hint` says what has one.
 
     All that was fitted lives in parameters and buffers; buffers may change their shape in ``fit`` and in loading.
@@ -98,6 +98,48 @@ class Bridge(nn.Module):
         raise NotImplementedError(
             f"{self.describe()} has no log_prob, and draws() has no log_q for it either. {self.density_hint}"
         )
+
+    def redraw_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
+        r"""The ``log_q`` of paths drawn backwards from given ends: the other way to meet what ``draws_rows`` gives.
+
+        With B the law of all that a draw leaves behind (its path) given its end, the pair (x, log_q) is that of a
+        draw of :math:`p(x) B(\cdot | x)` for :math:`x \sim p`, and
+
+        .. math:: E_{x \sim p}\, E_B[\exp(\text{log\_q} - \log p(x))] = 1
+
+        where p covers the draws. Where ``density`` is "marginal" there is nothing to draw: it is the log density.
+
+        Args:
+            x: Ends. Shape ``(num, dim)``.
+            context: A row each, or None. Shape ``(num, context_dim)``.
+
+        Returns:
+            Shape ``(num,)``.
+        """
+        if self.density == "marginal":
+            return self.log_prob_rows(x, context)
+        bound = getattr(self, "path_log_prob", None)
+        if self.density == "path" and bound is not None:
+            return bound(x, context, num_paths=1)
+        if self.density == "path":
+            raise NotImplementedError(f"{self.describe()} has paths with a density, and must supply redraw_rows.")
+        raise NotImplementedError(f"{self.describe()} has no density of its draws. {self.density_hint}")
+
+    def proposal_law(self) -> PathLaw:
+        """The law that chains propose from for a while: the bridge, unless draws of one call share random numbers.
+
+        Those are then drawn here and held, so that successive proposals are independent.
+        """
+        return self
+
+    @property
+    def fitted(self) -> bool:
+        """Whether `fit` was called, or a fitted bridge loaded."""
+        try:
+            self.like()
+        except RuntimeError:
+            return False
+        return True
 
     def describe(self) -> str:
         """Name for messages."""

@@ -283,6 +283,14 @@ class KernelLangevinBridge(AffinityBridge):
             start = self._smoothed().log_prob(z[0], y) - self.metric_cholesky.diagonal().log().sum()
         return start + log_path_ratio(self._dynamics(), z, y)
 
+    def redraw_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """The `log_q_paths` of paths that the plain step B draws backwards from given ends. Shape ``(N,)``."""
+        if self.density is None:
+            return super().redraw_rows(x, context)
+        y, z = self._context_rows(context), whiten(x.to(self.like()) - self.location, self.metric_cholesky)
+        states = torch.stack([z, *walk(self._dynamics(), self.scheme, z, y, self.num_steps)]).flip(0)
+        return self.log_q_paths(self._unwhiten(states), context)
+
     def describe(self) -> str:
         """Name and scheme, for messages."""
         return f"KernelLangevinBridge with scheme {self.scheme!r}"

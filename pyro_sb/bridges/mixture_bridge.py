@@ -9,12 +9,14 @@ from torch import Tensor
 
 from pyro_sb.bridges.conditioning import condition_mixture
 from pyro_sb.bridges.fixed_mixture import FixedMixture
+from pyro_sb.bridges.held_law import HeldSources
 from pyro_sb.bridges.mixture_state import MixtureState, check_points
 from pyro_sb.bridges.plan import Plan, chunked
-from pyro_sb.distributions import BridgeDistribution, Draws
+from pyro_sb.distributions import BridgeDistribution, Draws, PathLaw
 from pyro_sb.ops.bass import DENSE_DIM
 
 MIN_SOURCES, MAX_SOURCES, CONTEXT_SOURCES = 256, 4096, 64  # source points that a path weight averages over
+HELD_SOURCES = 1024  # the same while chains propose
 
 
 class MixtureBridge(MixtureState):
@@ -257,16 +259,48 @@ class MixtureBridge(MixtureState):
         """
         if self.density != "path":
             return super().draws_rows(num, context)
-        rows = self._context_rows(context)
-        if rows is None:
-            z0 = self._units(0.0).to(self._start(min(max(num, MIN_SOURCES), MAX_SOURCES)))
-            chosen = z0[torch.randint(len(z0), (num,), device=z0.device)]
-        else:
-            z0 = self._units(0.0).to(self._start(num * CONTEXT_SOURCES)).unflatten(0, (num, CONTEXT_SOURCES))
-            chosen = z0[:, 0]
+        z0, rows = self._sources(num, context), self._context_rows(context)
+        chosen = z0[torch.randint(len(z0), (num,), device=z0.device)] if rows is None else z0[:, 0]
         z1 = chunked(self._move, chosen, rows, width=self._width)
-        log_q = self._mean_log_prob(z1, z0, rows) - self.dim * self.scale.log()
-        return Draws(self._units().back(z1), log_q)
+        return Draws(self._units().back(z1), self._given_sources(z1, z0, rows))
+
+    @torch.no_grad()
+    def redraw_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """As the ``log_q`` of `draws_rows`: source points drawn anew. One set serves all rows without a context."""
+        if self.density != "path":
+            return super().redraw_rows(x, context)
+        z1 = self._units().to(x.to(self.location))
+        return self._given_sources(z1, self._sources(len(x), context), self._context_rows(context))
+
+    def proposal_law(self) -> PathLaw:
+        """The bridge, or where its draws share source points, `HeldSources`: those held, with a marginal density."""
+        if self.density != "path" or self.context_dim:
+            return self
+        return HeldSources(self, self._start(HELD_SOURCES))
+
+    def _sources(self, num: int, context: Tensor | None) -> Tensor:
+        """Source points of path weights in the bridge's units: ``(M, dim)``, or with contexts ``(num, M, dim)``."""
+        if context is None:
+            return self._units(0.0).to(self._start(min(max(num, MIN_SOURCES), MAX_SOURCES)))
+        return self._units(0.0).to(self._start(num * CONTEXT_SOURCES)).unflatten(0, (num, CONTEXT_SOURCES))
+
+    def _given_sources(self, z1: Tensor, z0: Tensor, rows: Tensor | None) -> Tensor:
+        """Log density of ends given the source points, in the user's units."""
+        return self._mean_log_prob(z1, z0, rows) - self.dim * self.scale.log()
+
+    @torch.no_grad()
+    def log_prob_from(self, x: Tensor, x0: Tensor) -> Tensor:
+        r"""Log of the plan's density averaged over source points, :math:`\log \tfrac1M \sum_i \pi(x | x_0^{(i)})`.
+
+        Args:
+            x: Points. Shape ``(num, dim)``.
+            x0: Source points, the same for all. Shape ``(M, dim)``.
+
+        Returns:
+            Shape ``(num,)``. Without context alone.
+        """
+        units = self._units(), self._units(0.0)
+        return self._given_sources(units[0].to(x.to(self.location)), units[1].to(x0.to(self.location)), None)
 
     def log_prob_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Log density of points, from a point as source."""

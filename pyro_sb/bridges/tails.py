@@ -10,8 +10,9 @@ from torch.distributions import Distribution, Transform, TransformedDistribution
 
 from pyro_sb.bridges.base import Bridge, as_draws, as_weights, class_named
 from pyro_sb.bridges.ends import read_source
+from pyro_sb.bridges.held_law import MappedLaw
 from pyro_sb.bridges.tail_fit import quantile, tail_index
-from pyro_sb.distributions import Draws
+from pyro_sb.distributions import Draws, PathLaw
 from pyro_sb.ops.tails import curvature, gaussian_tail, log_derivative, power_tail
 from pyro_sb.training import FitHistory
 
@@ -247,6 +248,16 @@ class TailMatched(Bridge):
         """Log density, where the inner bridge has one. Shapes ``(num, dim)`` to ``(num,)``."""
         z = self._inverse(x)
         return self.bridge.log_prob_rows(z, context) - self.transform.log_abs_det_jacobian(z, x)
+
+    def redraw_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """The inner bridge's, at the inverse of x, less the log determinant. Shapes ``(num, dim)`` to ``(num,)``."""
+        z = self._inverse(x)
+        return self.bridge.redraw_rows(z, context) - self.transform.log_abs_det_jacobian(z, x.to(z))
+
+    def proposal_law(self) -> PathLaw:
+        """The inner bridge's, mapped."""
+        law = self.bridge.proposal_law()
+        return self if law is self.bridge else MappedLaw(law, self.transform)
 
     @property
     def source(self) -> Distribution | None:
