@@ -1,8 +1,8 @@
 """The law of a model's unconstrained latents given features of the observation, as an amortised posterior knows it."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,11 +138,12 @@ class LatentLaw:
         """
         if self.marginal:
             return self.log_prob(u)
-        bound: Any = self.bridge
         with torch.no_grad():
             residual, slope = self.residuals.encode(u, self.features)
-            context = self.context.expand(*residual.shape[:-1], -1)
-            return bound.path_log_prob(residual, context, num_paths=num_paths) + slope
+            shape = residual.shape[:-1]
+            rows = residual.flatten(0, -2), self.context.expand(*shape, -1).flatten(0, -2)
+            total = torch.stack([self.bridge.redraw_rows(*rows) for _ in range(num_paths)])
+            return (total.logsumexp(0) - math.log(num_paths)).reshape(shape) + slope
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log density and gradient. ``(*, B, d)`` to ``(*, B)`` and ``(*, B, d)``."""
