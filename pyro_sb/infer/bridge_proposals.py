@@ -69,10 +69,8 @@ class BridgeProposals:
     @torch.no_grad()
     def redraw(self, x: Tensor) -> Tensor:
         """Log density of points, or of paths drawn backwards from them."""
-        rows = x.to(self.bridge.like())
-        return torch.cat(
-            [self._mean([self._redraw(part) for _ in range(self.num_paths)]) for part in self._split(rows)]
-        )
+        parts = x.to(self.bridge.like()).split(ROWS_A_CALL)
+        return torch.cat([self._mean([self._redraw(part) for _ in range(self.num_paths)]) for part in parts])
 
     def _draws(self, num: int) -> Draws:
         value, log_q = self.law.draws_rows(num, self._contexts(num))
