@@ -1,0 +1,374 @@
+"""Any bridge in the latent space of a codec."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Transform, TransformedDistribution, constraints
+
+from pyro_sb.bridges.base import Bridge, as_draws, as_weights, class_named
+from pyro_sb.bridges.codec_autoencoder import AutoencoderCodec
+from pyro_sb.bridges.codec_pca import PCACodec
+from pyro_sb.bridges.codecs import Codec, PairCodec, check_pair, shaped
+from pyro_sb.bridges.ends import read_context, read_source
+from pyro_sb.bridges.latent_checkpoint import Parts
+from pyro_sb.bridges.mixture_checks import check_law
+from pyro_sb.bridges.smoothed import SmoothedBridge
+from pyro_sb.distributions import Draws
+from pyro_sb.training import FitHistory
+
+CODECS: dict[str, type[Codec]] = {c.__name__: c for c in (PCACodec, AutoencoderCodec, PairCodec)}
+
+
+class LatentBridge(Bridge):
+    r"""Any bridge between an encoder and a decoder: it learns the law of :math:`z = E(x)`, and draws :math:`D(z)`.
+
+    ``fit`` encodes the rows, fits the inner bridge to the latents, and draws are the inner one's, decoded. The
+    latents are taken as the codec makes them: those of `PCACodec` and `AutoencoderCodec` have unit variance on what
+    these were fitted to, so an inner bridge's epsilon is in those units.
+
+    **Densities.** A bijective codec (`PCACodec` with all dimensions) hands the inner bridge's density through,
+
+    .. math:: \log q(x) = \log q_z(E(x)) - \log |\det \partial x / \partial z| ,
+
+    and ``draws()`` are as exact as the inner ones. Through a lossy codec there is none: draws lie on a surface of the
+    decoder's making, and ``log_prob`` and ``draws()`` raise.
+
+    **How good it can be** the codec says: draws are no better than its reconstructions. `reconstruction_report`
+    shows them by latent dimension, and chooses one.
+
+    Args:
+        bridge: The inner bridge, of the codec's ``latent_dim``; it is fitted in place. Omitted: a `SmoothedBridge`,
+            made in ``fit``.
+        codec: Omitted: ``AutoencoderCodec()``, whose latent dimension is chosen in ``fit``. One that is fitted already
+            (on other data, as in the paper) is left as it is.
+        context_dim: Size of the context of the default inner bridge. Omitted: the inner bridge's.
+
+    Attributes:
+        bridge: The inner bridge; None before ``fit`` if it was omitted.
+        codec: The codec.
+        dim: Size of the data; an error before the codec knows it.
+
+    References:
+        Latent Schrödinger Bridge Diffusion Model for Generative Learning (Jiao, Kang, Lin, Liu and Zuo, 2024),
+        https://arxiv.org/abs/2404.13309. Inner bridges other than theirs, and densities, are ours.
+
+    Example:
+        >>> from pyro_sb.bridges.light import LightSB
+        >>> bridge = LatentBridge(LightSB(2, num_components=3), PCACodec(2))
+        >>> history = bridge.fit(torch.randn(500, 2) @ torch.randn(2, 2), num_steps=50, progress=False)
+        >>> value, log_q = bridge().draws((5,))
+        >>> torch.allclose(bridge().log_prob(value), log_q, atol=1e-4)
+        True
+    """
+
+    def __init__(
+        self, bridge: Bridge | None = None, codec: Codec | None = None, *, context_dim: int | None = None
+    ) -> None:
+        if bridge is not None and not isinstance(bridge, Bridge):
+            raise ValueError(
+                f"bridge must be a Bridge, got {type(bridge).__name__}. Write LatentBridge(LightSB(8), ...)."
+            )
+        if codec is not None and not isinstance(codec, Codec):
+            raise ValueError(
+                f"codec must be a Codec, got {type(codec).__name__}. "
+                "Write PairCodec(encode, decode, data_dim, latent_dim)."
+            )
+        inner = None if bridge is None else bridge.context_dim
+        if inner is not None and context_dim is not None and context_dim != inner:
+            raise ValueError(f"context_dim is the inner bridge's, {inner}, got {context_dim}. Omit it.")
+        super().__init__(1, inner if inner is not None else context_dim or 0)
+        self.makes_inner = bridge is None
+        self.bridge, self.codec = bridge, AutoencoderCodec() if codec is None else codec
+        if bridge is not None and self.codec.latent_dim is not None:
+            self._check_dims(bridge, self.codec.latent_dim)
+        self._source: Distribution | None = None
+
+    @property
+    def dim(self) -> int:
+        """Size of the data."""
+        if self.codec.data_dim is None:
+            raise RuntimeError(f"{type(self).__name__} must be fitted first: its codec has not seen the data's size.")
+        return self.codec.data_dim
+
+    @dim.setter
+    def dim(self, dim: int) -> None:
+        """The codec decides; nothing is kept."""
+
+    @property
+    def density(self) -> str | None:  # type: ignore[override]
+        """The inner bridge's through a bijective codec, else None."""
+        return self.bridge.density if self.bridge is not None and self.codec.bijective else None
+
+    @property
+    def density_hint(self) -> str:  # type: ignore[override]
+        """What has a density."""
+        if self.bridge is not None and self.codec.bijective:
+            return self.bridge.density_hint
+        return f"Its {self.codec.describe()} is lossy. {self.codec.cure()}"
+
+    @property
+    def approximate_log_prob(self) -> bool:  # type: ignore[override]
+        """Whether ``log_prob`` is an approximation of the inner bridge's, seen through a bijective codec."""
+        return self.bridge is not None and self.codec.bijective and self.bridge.approximate_log_prob
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether draws carry gradients: as the inner bridge's."""
+        return self.bridge is not None and self.bridge.has_rsample
+
+    def fit(
+        self,
+        target: Any,
+        source: Any = None,
+        *,
+        context: Any = None,
+        weights: Any = None,
+        progress: bool = True,
+        checkpoint: str | Path | None = None,
+        pretrain: Any = None,
+        refit_codec: bool = False,
+        codec_options: dict[str, Any] | None = None,
+        num_draws: int = 20_000,
+        **options: Any,
+    ) -> FitHistory:
+        """Fit the codec if it is not fitted, then the inner bridge to the latents.
+
+        Args:
+            target: Draws ``(N, dim)``, or a distribution, which gives ``num_draws`` of them.
+            source: For inner bridges that take one: draws, a point or a distribution in the data's space, encoded. A
+                distribution keeps its density through a bijective codec, and gives ``num_draws`` draws otherwise.
+            context: Contexts of the draws, for the inner bridge. Shape ``(N, context_dim)``.
+            weights: Non-negative weights of the draws. Shape ``(N,)``.
+            progress: Show bars.
+            checkpoint: Path to save the whole bridge to at its end. Until then the codec and the inner bridge's own
+                checkpoint lie beside it, and the same call goes on from them.
+            pretrain: Rows ``(M, dim)`` to fit the codec on instead of the target, fitted already or not.
+            refit_codec: Fit a codec that is fitted already anew on the target.
+            codec_options: Of the codec's ``fit``.
+            num_draws: Draws of a distribution.
+            **options: Of the inner bridge's ``fit``.
+
+        Returns:
+            The inner bridge's record; ``seconds`` are those of both.
+        """
+        size = self.codec.data_dim if pretrain is None and not refit_codec else None
+        draws = self._rows(target, size, num_draws)
+        if isinstance(target, Distribution) and (weights is not None or self.context_dim):
+            raise ValueError(
+                "weights and contexts go with draws, got a distribution as target. Pass target.sample((n,))."
+            )
+        normalised = None if weights is None else as_weights(weights, draws)
+        read_context(self.context_dim, context, draws, normalised)
+        parts, seconds = Parts(checkpoint, draws), 0.0
+        if not parts.restore(self.codec):
+            if pretrain is not None or refit_codec or not self.codec.fitted:
+                seconds = self._fit_codec(draws, normalised, pretrain, progress, codec_options or {})
+            parts.keep(self.codec)
+        z = check_pair(self.codec, shaped("target", draws, self.codec.data_dim))
+        inner = self._inner(int(z.shape[1]))
+        inner_options = options | ({} if parts.inner is None else {"checkpoint": parts.inner})
+        history = inner.fit(
+            z,
+            self._to_latent(source, draws, num_draws),
+            context=context,
+            weights=normalised,
+            progress=progress,
+            **inner_options,
+        )
+        self.bridge, history.seconds = inner, history.seconds + seconds
+        self._source = source if isinstance(source, Distribution) else None
+        if checkpoint is not None and not history.interrupted:
+            self.save(checkpoint)
+            parts.clear()
+        return history
+
+    def drift(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
+        """Drift in the data's space, where the codec is affine and bijective. Shape of ``x``: ``(*, dim)``."""
+        if not (self.codec.affine and self.codec.bijective):
+            raise NotImplementedError(
+                f"the drift passes through an affine bijective codec alone, got {self.codec.describe()}. "
+                "Use bridge.bridge.drift, in the latent space, or paths()."
+            )
+        z = self._encode(x)
+        move = self._fitted().drift(t, z, context)
+        return self.codec.decode(move) - self.codec.decode(torch.zeros_like(move))
+
+    def transport(self, x0: Tensor, context: Any = None) -> Tensor:
+        """Source points to draws of the target: encoded, carried, decoded. Shapes ``(*, dim)`` to ``(*, dim)``."""
+        return self._decode(self._fitted().transport(self._encode(x0), context), drawn=True)
+
+    def paths(self, num_paths: int, num_steps: int, context: Any = None) -> tuple[Tensor, Tensor]:
+        """Times and states of the inner bridge, decoded; noisy latents lie where no decoder was trained.
+
+        Shapes ``(num_steps + 1,)`` and ``(num_steps + 1, num_paths, *batch_shape, dim)``.
+        """
+        times, states = self._fitted().paths(num_paths, num_steps, context)
+        with torch.no_grad():
+            return times, self.codec.decode(states)
+
+    def sample_rows(self, num: int, context: Tensor | None) -> Tensor:
+        """Draws of the inner bridge, decoded. Shape ``(num, dim)``."""
+        return self._decode(self._fitted().sample_rows(num, context), drawn=True)
+
+    def draws_rows(self, num: int, context: Tensor | None) -> Draws:
+        """Draws of the inner bridge, decoded, with its log density less the log determinant."""
+        if self.density is None:
+            return super().draws_rows(num, context)
+        z, log_q = self._fitted().draws_rows(num, context)
+        return Draws(self._decode(z), log_q - self.codec.log_abs_det(z))
+
+    def log_prob_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Log density through a bijective codec, if the inner bridge has one. Shapes ``(num, dim)`` to ``(num,)``."""
+        if not self.codec.bijective:
+            return super().log_prob_rows(x, context)
+        z = self._encode(x)
+        return self._fitted().log_prob_rows(z, context) - self.codec.log_abs_det(z)
+
+    @property
+    def source(self) -> Distribution | None:
+        """Law that bridges leave from, in x; None where it is no distribution, or none was given after a load."""
+        return self._source
+
+    @source.setter
+    def source(self, law: Distribution | None) -> None:
+        if law is not None and not self.codec.bijective:
+            raise ValueError(
+                f"a law passes through a bijective codec alone, got {self.codec.describe()}. Set draws in fit."
+            )
+        self._source = law
+        setattr(self._fitted(), "source", None if law is None else encoded(law, self.codec))  # noqa: B010
+
+    def describe(self) -> str:
+        """Name, codec and inner bridge, for messages."""
+        inner = "SmoothedBridge" if self.bridge is None else self.bridge.describe()
+        return f"LatentBridge of {inner} and {type(self.codec).__name__}"
+
+    def like(self) -> Tensor:
+        """A fitted tensor of the inner bridge; an error before ``fit``."""
+        return self._fitted().like()
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, the inner bridge and the codec by their classes' names and their own."""
+        inner = None if self.bridge is None else (type(self.bridge).__name__, self.bridge.config())
+        codec = (type(self.codec).__name__, self.codec.config())
+        return {"inner": inner, "codec": codec, "makes_inner": self.makes_inner, "context_dim": self.context_dim}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "LatentBridge":
+        """Build the codec and the inner bridge, then the one around them."""
+        name, options = config["codec"]
+        if name not in CODECS:
+            raise ValueError(
+                f"a codec of your own class cannot be rebuilt from a file, got {name}. Build the bridge with it, then "
+                'bridge.load_state_dict(torch.load(path, weights_only=True)["state"]).'
+            )
+        inner = None
+        if config["inner"] is not None:
+            inner = class_named(config["inner"][0], Bridge, "the inner bridge").from_config(config["inner"][1])
+        bridge = cls(inner, CODECS[name].from_config(options), context_dim=config["context_dim"])
+        bridge.makes_inner = config["makes_inner"]
+        return bridge
+
+    def save(self, path: str | Path) -> None:
+        """As `Bridge.save`."""
+        self._fitted().save(path)  # written over below: an inner bridge may refuse what it cannot save
+        super().save(path)
+
+    # Parts
+
+    def _fitted(self) -> Bridge:
+        if self.bridge is None:
+            raise RuntimeError(f"{type(self).__name__} must be fitted first: call bridge.fit(draws).")
+        return self.bridge
+
+    def _rows(self, target: Any, size: int | None, num_draws: int) -> Tensor:
+        """The target's draws; of the size of the data, where that is known."""
+        if isinstance(target, Distribution):
+            size = size or (target.event_shape[0] if len(target.event_shape) == 1 else 1)
+            check_law("target", target, size)
+        elif size is None:
+            shape = torch.as_tensor(target).shape
+            size = int(shape[1]) if len(shape) == 2 else 1
+        return as_draws("target", target, size, num_draws=num_draws)
+
+    def _fit_codec(
+        self, draws: Tensor, weights: Tensor | None, pretrain: Any, progress: bool, options: dict[str, Any]
+    ) -> float:
+        rows = draws if pretrain is None else as_draws("pretrain", pretrain, draws.shape[1], like=draws)
+        history = self.codec.fit(rows, weights=weights if pretrain is None else None, progress=progress, **options)
+        return history.seconds
+
+    def _inner(self, latent_dim: int) -> Bridge:
+        """The inner bridge to fit: a new one where it was omitted and the size is another."""
+        if self.bridge is not None and not (self.makes_inner and self.bridge.dim != latent_dim):
+            self._check_dims(self.bridge, latent_dim)
+            return self.bridge
+        return SmoothedBridge(latent_dim, self.context_dim)
+
+    def _check_dims(self, bridge: Bridge, latent_dim: int) -> None:
+        if bridge.dim != latent_dim:
+            raise ValueError(
+                f"the inner bridge's dim must be the codec's latent_dim, got {bridge.dim} and {latent_dim}. "
+                f"Write {type(bridge).__name__}({latent_dim}), or omit the bridge."
+            )
+
+    def _encode(self, x: Tensor) -> Tensor:
+        return self.codec.encode(shaped("x", torch.as_tensor(x), self.dim).to(self.like()))
+
+    def _decode(self, z: Tensor, drawn: bool = False) -> Tensor:
+        """Decoded latents, finite; with the codec's residual where they are draws."""
+        x = self.codec.draw(z) if drawn else self.codec.decode(z)
+        bad = int((~torch.isfinite(x)).any(-1).sum())
+        if bad:
+            raise RuntimeError(
+                f"decoded draws must be finite, got NaN or infinity in {bad} of {x[..., 0].numel()}. "
+                "The inner bridge draws latents that the decoder cannot take: fit it longer, or mend the decoder."
+            )
+        return x
+
+    def _to_latent(self, source: Any, like: Tensor, num_draws: int) -> Any:
+        """The source in the latent space: None, a point, draws, or a distribution that keeps its density."""
+        if source is None:
+            return None
+        if isinstance(source, Distribution):
+            check_law("source", source, self.dim)
+            if self.codec.bijective:
+                return encoded(source, self.codec)
+            source = source.sample((num_draws,))
+        points = self.codec.encode(read_source(source, self.dim, like)).detach()
+        return points[0] if len(points) == 1 else points
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        sizes = state_dict.get(prefix + "codec._extra_state")
+        if self.makes_inner and isinstance(sizes, dict) and any(k.startswith(prefix + "bridge.") for k in state_dict):
+            self.bridge = self._inner(sizes["latent_dim"])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class CodecTransform(Transform):
+    """A bijective codec as a transform from latents to data."""
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, codec: Codec, cache_size: int = 0) -> None:
+        super().__init__(cache_size=cache_size)
+        self.codec = codec
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """At latents ``x``. Shape ``(*)``."""
+        return self.codec.log_abs_det(x)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.codec.decode(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.codec.encode(y)
+
+
+def encoded(law: Distribution, codec: Codec) -> TransformedDistribution:
+    """The law of the latents of draws of a law, through a bijective codec."""
+    return TransformedDistribution(law, [CodecTransform(codec).inv], validate_args=False)
