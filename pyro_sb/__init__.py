@@ -1,9 +1,15 @@
 """Schrödinger bridges for Pyro: fit a bridge on draws, call it on a context, and hold a Pyro distribution."""
 
 from pyro_sb.bridges.base import Bridge
+from pyro_sb.bridges.codec_autoencoder import AutoencoderCodec
+from pyro_sb.bridges.codec_pca import PCACodec
+from pyro_sb.bridges.codec_report import reconstruction_report
+from pyro_sb.bridges.codecs import PairCodec
 from pyro_sb.bridges.kernel_langevin import KernelLangevinBridge
+from pyro_sb.bridges.latent import LatentBridge
 from pyro_sb.bridges.light import LightSB, LightSBM
 from pyro_sb.bridges.light_bass import LightSBBM
+from pyro_sb.bridges.smoothed import SmoothedBridge
 from pyro_sb.bridges.tails import TailMatched
 from pyro_sb.bridges.vsdm import SGM, VSDM
 from pyro_sb.diagnostics import Calibration, coverage, sbc, sbc_ranks, to_arviz
@@ -19,17 +25,23 @@ __all__ = [
     "AmortizedPosterior",
     "SGM",
     "VSDM",
+    "AutoencoderCodec",
     "Bridge",
     "BridgeDistribution",
     "Calibration",
     "Draws",
     "KernelLangevin",
     "KernelLangevinBridge",
+    "LatentBridge",
     "LightSB",
     "LightSBBM",
     "LightSBM",
+    "PCACodec",
+    "PairCodec",
+    "SmoothedBridge",
     "TailMatched",
     "coverage",
+    "reconstruction_report",
     "sbc",
     "sbc_ranks",
     "to_arviz",

@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 
 from pyro_sb.bridges import (
+    DSB,
     SGM,
     VSDM,
     Bridge,
     KernelLangevinBridge,
+    LatentBridge,
     LightSB,
     LightSBBM,
     LightSBM,
+    PCACodec,
+    SmoothedBridge,
     TailMatched,
 )
 
@@ -54,6 +58,21 @@ class QuickSGM(SGM):
         return super().fit(*args, **({"num_steps": 20, "learning_rate": 5e-4} | options))
 
 
+class QuickSmoothed(SmoothedBridge):
+    """The same."""
+
+    def fit(self, *args, **options):
+        return super().fit(*args, **({"num_steps": 20, "learning_rate": 5e-4} | options))
+
+
+class QuickDSB(DSB):
+    """The same."""
+
+    def fit(self, *args, **options):
+        quick = {"num_steps": 20, "learning_rate": 5e-4, "num_iterations": 1, "num_pairs": 200}
+        return super().fit(*args, **(quick | options))
+
+
 BRIDGES: dict[str, Callable[..., Bridge]] = {
     "langevin-data-aware": lambda **kw: KernelLangevinBridge(DIM, num_steps=3, **kw),
     "langevin-split-step": lambda **kw: KernelLangevinBridge(DIM, num_steps=3, scheme="split-step", **kw),
@@ -71,6 +90,17 @@ BRIDGES: dict[str, Callable[..., Bridge]] = {
     "vsdm": lambda **kw: QuickVSDM(DIM, hidden=(16, 16), **kw),
     "vsdm-stochastic": lambda **kw: QuickVSDM(DIM, hidden=(16, 16), drift="stochastic", **kw),
     "vsdm-analytic": lambda **kw: QuickVSDM(DIM, hidden=(16, 16), covariance="analytic", start="conditional", **kw),
+    "smoothed": lambda **kw: QuickSmoothed(DIM, hidden=(16, 16), **kw),
+    "smoothed-learnt": lambda **kw: QuickSmoothed(
+        DIM, epsilon=30.0, hidden=(16, 16), covariance="learnt", start="moment", **kw
+    ),
+    "latent-light": lambda **kw: LatentBridge(QuickSB(DIM, num_components=3, epsilon=0.5, **kw), PCACodec(DIM)),
+    "latent-smoothed": lambda **kw: LatentBridge(QuickSmoothed(DIM, hidden=(16, 16), **kw), PCACodec(DIM)),
+    "dsb": lambda **kw: QuickDSB(DIM, hidden=(16, 16), chain_steps=4, **kw),
+    "dsb-ipf": lambda **kw: QuickDSB(DIM, hidden=(16, 16), chain_steps=4, method="ipf", **kw),
+    "dsb-triangular": lambda **kw: QuickDSB(
+        DIM, epsilon=0.5, hidden=(16, 16), chain_steps=5, schedule="triangular", variance="reference", **kw
+    ),
     "sgm": lambda **kw: QuickSGM(DIM, hidden=(16, 16), **kw),
 }
 
