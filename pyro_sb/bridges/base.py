@@ -14,7 +14,18 @@ from pyro_sb.training import FitHistory
 FORMAT = 1
 
 
-class Bridge(nn.Module):
+class Fitted(nn.Module):
+    """A module whose buffers hold what a fit found: they take the shape, dtype and device that were saved."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, buffer in self._buffers.items():
+            saved = state_dict.get(prefix + name)
+            if buffer is not None and isinstance(saved, Tensor):
+                self._buffers[name] = torch.empty_like(saved)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class Bridge(Fitted):
     r"""A stochastic map from a source law at time 0 to a target law at time 1, possibly given a context.
 
     Fit it on draws, call it, and hold a Pyro distribution: ``bridge.fit(draws)``, then ``bridge()`` or
@@ -200,14 +211,6 @@ class Bridge(nn.Module):
         if not bool(torch.isfinite(context).all()):
             raise ValueError("context must be finite, got NaN or infinity. Drop or impute those entries.")
         return context
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # Buffers take the shape, dtype and device that were saved: what was fitted decides, not the constructor.
-        for name, buffer in self._buffers.items():
-            saved = state_dict.get(prefix + name)
-            if buffer is not None and isinstance(saved, Tensor):
-                self._buffers[name] = torch.empty_like(saved)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def class_named(name: str, cls: type[Bridge], path: str) -> type[Bridge]:

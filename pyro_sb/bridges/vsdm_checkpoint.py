@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.base import FORMAT
+from pyro_sb.bridges.base import FORMAT, Bridge
 from pyro_sb.bridges.vsdm_data import Reading, Rows
-from pyro_sb.bridges.vsdm_state import DiffusionState
 
 
 class FitOptions(NamedTuple):
@@ -49,7 +48,7 @@ def unfinished(checkpoint: str | Path | None) -> dict[str, Any] | None:
     return saved["training"] | {"state": saved["state"]}
 
 
-def fingerprint(bridge: DiffusionState, options: FitOptions, read: Reading) -> str:
+def fingerprint(bridge: Bridge, options: Any, read: Reading) -> str:
     """A text that differs between fits that could not go on from each other."""
     config = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in bridge.config().items()}
     plain = options._replace(progress=False, checkpoint=None)
@@ -58,7 +57,7 @@ def fingerprint(bridge: DiffusionState, options: FitOptions, read: Reading) -> s
     return repr((type(bridge).__name__, config, plain, split, read.sums, str(read.covariance.dtype)))
 
 
-def write(bridge: DiffusionState, training: dict[str, Any], path: Path) -> None:
+def write(bridge: Bridge, training: dict[str, Any], path: Path) -> None:
     """The bridge as `Bridge.save` writes it, with the training beside it; a crash in between leaves the file before."""
     part = path.with_name(path.name + ".part")
     weights = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in bridge.state_dict().items()}

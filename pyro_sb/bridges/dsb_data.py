@@ -1,0 +1,150 @@
+"""What the chains of a diffusion Schrödinger bridge learn from: pairs of ends, or whole paths of the other chain."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_sb.bridges.dsb_chain import Chain
+from pyro_sb.bridges.dsb_half import Given, spread_times
+from pyro_sb.ops.brownian import pinned
+from pyro_sb.ops.sinkhorn import sinkhorn
+
+BLOCK = 1024  # points a side of one transport problem
+SWEEPS = 500  # of Sinkhorn's; what they leave, the fit mends
+
+
+class Lesson(NamedTuple):
+    """States at own times, the end ahead that each should expect, contexts, and a step size where there is one.
+
+    Args:
+        u: Shape ``(n,)``.
+        states: Shape ``(n, dim)``.
+        ends: Shape ``(n, dim)``.
+        context: Standardised. Shape ``(n, context_dim)``, or None.
+        sizes: Of the steps that the ends were read from. Shape ``(n,)``, or None.
+    """
+
+    u: Tensor
+    states: Tensor
+    ends: Tensor
+    context: Tensor | None = None
+    sizes: Tensor | None = None
+
+
+class Pairs(NamedTuple):
+    """Ends of paths, in the order of the half that learns from them.
+
+    Args:
+        begin: Where its paths begin. Shape ``(n, dim)``.
+        end: The end ahead. Shape ``(n, dim)``.
+        context: Shape ``(n, context_dim)``, or None.
+    """
+
+    begin: Tensor
+    end: Tensor
+    context: Tensor | None
+
+    def lesson(self, num: int, epsilon: float) -> Lesson:
+        """States of Brownian bridges between some of the pairs."""
+        index = torch.randint(len(self.begin), (num,), device=self.begin.device)
+        return self.at(spread_times(num, self.begin), index, epsilon)
+
+    def at(self, u: Tensor, index: Tensor | slice, epsilon: float) -> Lesson:
+        """The same at given times."""
+        begin, end = self.begin[index], self.end[index]
+        context = None if self.context is None else self.context[index]
+        return Lesson(u, pinned(begin, end, u, epsilon), end, context)
+
+
+class Paths(NamedTuple):
+    r"""Paths of the other chain, in the order of the half that learns to reverse it, with mean-matching goals.
+
+    The goal of a state x whose successor in this order is x' is :math:`x + B(x') - B(x)`, where B is the mean of the
+    other chain's step from x' to x.
+
+    Args:
+        states: Shape ``(K + 1, n, dim)``.
+        goals: Of all but the last. Shape ``(K, n, dim)``.
+        times: Own times. Shape ``(K + 1,)``.
+        context: Shape ``(n, context_dim)``, or None.
+    """
+
+    states: Tensor
+    goals: Tensor
+    times: Tensor
+    context: Tensor | None
+
+    def lesson(self, num: int, epsilon: float) -> Lesson:
+        """States of some paths at random steps; the end ahead is where the goal's drift would lead."""
+        step = torch.randint(len(self.goals), (num,), device=self.goals.device)
+        index = torch.randint(self.goals.shape[1], (num,), device=self.goals.device)
+        states, u = self.states[step, index], self.times[step]
+        sizes = self.times[step + 1] - u
+        ends = states + ((1 - u) / sizes)[:, None] * (self.goals[step, index] - states)
+        return Lesson(u, states, ends, None if self.context is None else self.context[index], sizes)
+
+
+class ReferenceChain(NamedTuple):
+    r"""The noising chain that iterative proportional fitting starts from: Brownian, or Ornstein-Uhlenbeck.
+
+    .. math:: x' = x - \tfrac{\epsilon h}{2} \frac{x - m}{v} + \sqrt{\epsilon h}\, z ,
+
+    without the second term where it is Brownian.
+
+    Args:
+        times: Shape ``(K + 1,)``.
+        epsilon: Variance over [0, 1].
+        variance: v of the end that it noises to, ``(dim,)``; None for Brownian motion.
+    """
+
+    times: Tensor
+    epsilon: float
+    variance: Tensor | None
+
+    def run(self, x: Tensor, given: Given) -> list[Tensor]:
+        """States at all times."""
+        states = [x]
+        for k, size in enumerate(self.times.diff()):
+            x = self.mean(k, x, given) + (self.epsilon * size).sqrt() * torch.randn_like(x)
+            states.append(x)
+        return states
+
+    def mean(self, k: int, x: Tensor, given: Given) -> Tensor:
+        """Mean of the state after step k."""
+        if self.variance is None:
+            return x
+        return x - 0.5 * self.epsilon * (self.times[k + 1] - self.times[k]) * (x - given.ahead) / self.variance
+
+
+def reversed_paths(chain: Chain | ReferenceChain, x: Tensor, given: Given, context: Tensor | None) -> Paths:
+    """Paths of a chain from x, as what its reversal learns from."""
+    states = chain.run(x, given)
+    goals = []
+    for k, (before, after) in enumerate(zip(states[:-1], states[1:])):
+        goals.append(after + chain.mean(k, before, given) - chain.mean(k, after, given))
+    return Paths(torch.stack(states[::-1]), torch.stack(goals[::-1]), chain.times, context)
+
+
+def sinkhorn_pairs(begin: Tensor, end: Tensor, epsilon: float) -> Tensor:
+    """An index among the beginnings for each end, drawn from entropic plans between blocks. Shape ``(n,)``."""
+    chosen = []
+    for first in range(0, len(end), BLOCK):
+        x, y = begin[first : first + BLOCK], end[first : first + BLOCK]
+        points, others = y.double() / epsilon**0.5, x.double() / epsilon**0.5
+        scaling = sinkhorn(points, others, max_iter=SWEEPS)
+        affinity = -0.5 * torch.cdist(points, others).square()
+        plan = (affinity + scaling.log_v).softmax(1)
+        chosen.append(first + torch.multinomial(plan, 1)[:, 0])
+    return torch.cat(chosen)
+
+
+def packed(rows: Pairs | Paths) -> dict[str, Any]:
+    """As tensors by name, for a checkpoint."""
+    return {"kind": type(rows).__name__} | rows._asdict()
+
+
+def unpacked(saved: dict[str, Any]) -> Pairs | Paths:
+    """What `packed` gave."""
+    fields = {key: value for key, value in saved.items() if key != "kind"}
+    return Pairs(**fields) if saved["kind"] == "Pairs" else Paths(**fields)

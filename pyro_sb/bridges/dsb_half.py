@@ -1,0 +1,185 @@
+"""One direction of a diffusion Schrödinger bridge: from where its paths begin to the end ahead of them."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sb.bridges.base import Fitted
+from pyro_sb.nn import ResidualNet, embedding_size
+from pyro_sb.ops.brownian import step_towards
+from pyro_sb.ops.gaussian import bridge_gain
+from pyro_sb.ops.regression import Affine
+from pyro_sb.ops.solvers import StepLaw
+
+NUM_KNOTS = 32  # of the table of residual variances
+LATEST = 0.999  # own time of the last state that a network sees
+FLOOR = 1e-6  # smallest gain, in units of the largest
+INPUT_FLOOR = 1e-2  # smallest variance that states are scaled by, in units of the mean
+
+
+class Guide(NamedTuple):
+    """Means and covariance of one end: what the Gaussian bridge knows of it."""
+
+    affine: Affine
+    covariance: Tensor
+
+
+class Given(NamedTuple):
+    """What a half knows of rows of contexts.
+
+    Args:
+        begin: Mean of where paths begin. Shape ``(dim,)`` or ``(n, dim)``.
+        ahead: Mean of the end ahead. The same.
+        features: What the network sees. Shape ``(n, num_features)``, or None.
+    """
+
+    begin: Tensor
+    ahead: Tensor
+    features: Tensor | None
+
+    def rows(self, index: Tensor | slice) -> "Given":
+        """Some of the rows."""
+        begin, ahead = (v if v.dim() == 1 else v[index] for v in (self.begin, self.ahead))
+        return Given(begin, ahead, None if self.features is None else self.features[index])
+
+
+class HalfBridge(Fitted):
+    r"""The end ahead of a state, :math:`E[y | x_u]`, as that of the Gaussian Schrödinger bridge and what it misses.
+
+    In own time u, 0 where paths begin and 1 at the end ahead, and in the eigenbasis U of the Gaussian bridge's gain,
+
+    .. math:: \hat y = m_1 + U\big(g_u\, U^\top (x - m_u) + c_u N_\theta(u, w)\big), \quad
+              g_u = \frac{s}{1 - u + u s}, \quad c_u^2 = \epsilon (1 - u)\, g_u ,
+
+    with s the gain's eigenvalues and w the state less :math:`m_u`, scaled per direction by the Gaussian bridge's
+    deviations. :math:`c_u^2` is the variance of y given x between Gaussians. So the network starts at the closed form,
+    its goal has about unit variance at every time, and the reference's epsilon is untouched: this is a choice of
+    coordinates for N, not whitening. The variance of y that the network leaves is measured per direction, in units of
+    :math:`c_u^2`, in a table over u.
+
+    Args:
+        dim: Size of the state.
+        context_dim: Size of the context.
+        hidden: Widths of the network.
+        embedding: A module from contexts to features; None for the contexts themselves.
+    """
+
+    begin_location: Tensor
+    begin_slope: Tensor
+    ahead_location: Tensor
+    ahead_slope: Tensor
+    basis: Tensor
+    gain: Tensor
+    variances: Tensor
+    log_spread: Tensor
+
+    def __init__(self, dim: int, context_dim: int, hidden: tuple[int, ...], embedding: nn.Module | None) -> None:
+        super().__init__()
+        self.embedding = embedding
+        num_features = context_dim if embedding is None else embedding_size(embedding, context_dim)
+        self.net = ResidualNet(dim, dim, num_features, hidden)
+        for name in HalfBridge.__annotations__:
+            self.register_buffer(name, torch.empty(0))
+
+    @torch.no_grad()
+    def adopt(self, begin: Guide, ahead: Guide, epsilon: float) -> None:
+        """Take the Gaussian bridge between two ends; the network starts anew."""
+        cov0, cov1 = begin.covariance.double(), ahead.covariance.double()
+        gain = bridge_gain(cov0, cov1, epsilon)
+        values, basis = torch.linalg.eigh(gain)
+        cross = cov0 @ gain
+        middle = cross + cross.mT + epsilon * torch.eye(len(cov0), dtype=cov0.dtype, device=cov0.device)
+        variances = [(basis * (matrix @ basis)).sum(0) for matrix in (cov0, middle, cov1)]
+        like = begin.affine.location
+        self.begin_location, self.begin_slope = begin.affine.location.to(like), begin.affine.slope.to(like)
+        self.ahead_location, self.ahead_slope = ahead.affine.location.to(like), ahead.affine.slope.to(like)
+        self.basis, self.gain = basis.to(like), values.clamp_min(FLOOR * float(values[-1])).to(like)
+        self.variances = torch.stack(variances).to(like)
+        self.log_spread = like.new_zeros(NUM_KNOTS, len(like))
+        self.net.reset()
+
+    @torch.no_grad()
+    def take_reference_spread(self) -> None:
+        r"""The reference's variance of the end, :math:`\epsilon (1 - u)`: steps of variance :math:`\epsilon h`."""
+        time = knot_times(self.gain)[:, None]
+        self.log_spread = -self._gain_at(time).log()
+
+    def given(self, context: Tensor | None, summary: Tensor | None) -> Given:
+        """Both means and the features of standardised contexts in rows, ``summary`` being what regressions see."""
+        begin = Affine(self.begin_location, self.begin_slope)(summary if self.begin_slope.numel() else None)
+        ahead = Affine(self.ahead_location, self.ahead_slope)(summary if self.ahead_slope.numel() else None)
+        return Given(begin, ahead, context if context is None or self.embedding is None else self.embedding(context))
+
+    def answer(self, u: Tensor, x: Tensor, given: Given) -> Tensor:
+        """The network's N. Times ``()`` or ``(n,)``, states ``(n, dim)``."""
+        return self.net(u, self._inner(u, x, given), given.features)
+
+    def goal(self, u: Tensor, x: Tensor, end: Tensor, given: Given, epsilon: float) -> Tensor:
+        """What N should be where the end ahead is ``end``. Shape ``(n, dim)``."""
+        gap = (end - given.ahead - self._guided(u, x, given)) @ self.basis
+        return gap / self._scale(u, epsilon)
+
+    def end(self, u: Tensor, x: Tensor, given: Given, epsilon: float) -> Tensor:
+        """Mean of the end ahead. Shape ``(n, dim)``."""
+        learnt = (self._scale(u, epsilon) * self.answer(u, x, given)) @ self.basis.T
+        return given.ahead + self._guided(u, x, given) + learnt
+
+    def step(self, u: Tensor, then: Tensor, x: Tensor, given: Given, epsilon: float) -> StepLaw:
+        """Law of the state at own time ``then`` given that at u, in the eigenbasis."""
+        spread = self._scale(u, epsilon).square() * self._log_spread(u).exp()
+        return step_towards(x @ self.basis, self.end(u, x, given, epsilon) @ self.basis, spread, u, then, epsilon)
+
+    def drift_scale(self, u: Tensor, epsilon: float) -> Tensor:
+        """Drift, in the eigenbasis, per unit of N. Shape ``(*, dim)``."""
+        return self._scale(u, epsilon) / (1 - u[..., None])
+
+    def _guided(self, u: Tensor, x: Tensor, given: Given) -> Tensor:
+        """The Gaussian bridge's mean of the end, less the end's own mean."""
+        return (self._gain_at(u[..., None]) * (self._centred(u, x, given) @ self.basis)) @ self.basis.T
+
+    def _inner(self, u: Tensor, x: Tensor, given: Given) -> Tensor:
+        """Normalised states in the eigenbasis."""
+        u = u[..., None]
+        start, middle, last = self.variances
+        variance = (1 - u).square() * start + u * (1 - u) * middle + u.square() * last
+        variance = variance.maximum(INPUT_FLOOR * variance.mean(-1, keepdim=True))
+        return self._centred(u[..., 0], x, given) @ self.basis * variance.rsqrt()
+
+    def _centred(self, u: Tensor, x: Tensor, given: Given) -> Tensor:
+        return x - torch.lerp(given.begin, given.ahead, u[..., None])
+
+    def _gain_at(self, u: Tensor) -> Tensor:
+        return self.gain / (1 - u + u * self.gain)
+
+    def _scale(self, u: Tensor, epsilon: float) -> Tensor:
+        u = u[..., None]
+        return (epsilon * (1 - u) * self._gain_at(u)).sqrt()
+
+    def _log_spread(self, u: Tensor) -> Tensor:
+        """Log of the measured variance in units of the Gaussian bridge's, between the knots. Shape ``(*, dim)``."""
+        position = (knot_place(u) * (NUM_KNOTS - 1)).clamp(0, NUM_KNOTS - 1)
+        low = position.floor().clamp_max(NUM_KNOTS - 2)
+        index = low.long()
+        return torch.lerp(self.log_spread[index], self.log_spread[index + 1], (position - low)[..., None])
+
+
+def knot_times(like: Tensor) -> Tensor:
+    """Times of the table of variances: closer towards the end ahead. Shape ``(NUM_KNOTS,)``."""
+    place = torch.linspace(0, 1, NUM_KNOTS, dtype=torch.float64)
+    return (LATEST * (1 - (1 - place) ** 3)).to(like)
+
+
+def knot_place(u: Tensor) -> Tensor:
+    """Where a time lies among the knots, from 0 to 1."""
+    return 1 - (1 - u / LATEST).clamp_min(0) ** (1 / 3)
+
+
+def spread_times(num: int, like: Tensor) -> Tensor:
+    """Times to learn at, stratified: half uniform, half by the arcsine law, which visits both ends more. ``(num,)``."""
+    place = (torch.arange(num) // 2 + torch.rand(num)) / ((num + 1) // 2)
+    place = place[torch.randperm(num)].clamp_max(1).to(like)
+    ends = torch.sin(0.5 * math.pi * place).square()
+    uniform = torch.arange(num, device=like.device) % 2 == 0
+    return LATEST * torch.where(uniform, place, ends)

@@ -1,0 +1,191 @@
+"""What a diffusion Schrödinger bridge holds: two halves, its source, and how rows pass through both."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_sb.bridges.base import Bridge, as_draws
+from pyro_sb.bridges.dsb_chain import Chain
+from pyro_sb.bridges.dsb_half import Given, Guide, HalfBridge
+from pyro_sb.bridges.mixture_checks import check_law
+from pyro_sb.bridges.mixture_state import check_points
+from pyro_sb.bridges.vsdm_data import Reading, summarise
+from pyro_sb.bridges.vsdm_state import check_choice
+from pyro_sb.nn import embedding_config, embedding_from_config
+from pyro_sb.ops.brownian import SCHEDULES, step_times
+from pyro_sb.ops.regression import Affine
+
+METHODS = ("imf", "ipf")
+VARIANCES = ("measured", "reference")
+
+
+class DSBState(Bridge):
+    """The half of `DSB` that is read, started, saved and loaded; arguments as there."""
+
+    context_location: Tensor
+    context_scale: Tensor
+    source_deviations: Tensor
+    source_points: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int = 0,
+        epsilon: float = 1.0,
+        method: str = "imf",
+        *,
+        chain_steps: int = 20,
+        schedule: str = "constant",
+        variance: str = "measured",
+        hidden: tuple[int, ...] = (128, 128, 128),
+        embedding: nn.Module | None = None,
+    ) -> None:
+        super().__init__(dim, context_dim)
+        if not 0 < epsilon < math.inf:
+            raise ValueError(
+                f"epsilon must be positive and finite, got {epsilon}. Write the variance of the reference over [0, 1]."
+            )
+        if embedding is not None and not context_dim:
+            raise ValueError("embedding needs context_dim > 0, got 0: it maps contexts to features.")
+        if chain_steps < 1 or not hidden:
+            raise ValueError(f"chain_steps must be at least 1 and hidden name a layer, got {chain_steps} and {hidden}.")
+        check_choice("method", method, METHODS)
+        check_choice("schedule", schedule, SCHEDULES)
+        check_choice("variance", variance, VARIANCES)
+        self.epsilon, self.method, self.chain_steps = float(epsilon), method, int(chain_steps)
+        self.schedule, self.variance, self.hidden = schedule, variance, tuple(map(int, hidden))
+        self.ahead = HalfBridge(dim, context_dim, self.hidden, embedding)
+        self.back = HalfBridge(dim, context_dim, self.hidden, copy.deepcopy(embedding))
+        for name in DSBState.__annotations__:
+            self.register_buffer(name, torch.empty(0))
+        self.source: Distribution | None = None
+        self._source_kind = "moments"
+        self.eval()
+
+    @property
+    def density(self) -> str | None:  # type: ignore[override]
+        """Path, where the source has a density; None where it is draws."""
+        return None if self._source_kind == "draws" else "path"
+
+    @property
+    def density_hint(self) -> str:  # type: ignore[override]
+        """What would have one."""
+        return "Its source is draws; fit with source omitted, or a distribution."
+
+    def like(self) -> Tensor:
+        """A fitted tensor; an error before ``fit``."""
+        if not len(self.ahead.gain):
+            raise RuntimeError(f"{type(self).__name__} must be fitted first: call bridge.fit(draws).")
+        return self.ahead.gain
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        names = ("epsilon", "method", "chain_steps", "schedule", "variance", "hidden")
+        embedding = {"embedding": embedding_config(self.ahead.embedding)}
+        return super().config() | {name: getattr(self, name) for name in names} | embedding
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Bridge":
+        """Build the bridge that `config` describes."""
+        return cls(**(config | {"embedding": embedding_from_config(config["embedding"])}))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the source was."""
+        return {"source_kind": self._source_kind}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take a saved kind of source; a distribution must be given again."""
+        self._source_kind = state["source_kind"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        saved = state_dict.get(prefix + "ahead.gain")
+        if isinstance(saved, Tensor) and len(saved):
+            self.to(saved)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _adopt(self, read: Reading, source: Any, num_draws: int) -> Tensor:
+        """Take units, source and the Gaussian bridge between the ends, networks anew; the source's variances."""
+        like = read.affine.location
+        target = Guide(read.affine, read.covariance)
+        deviations, points = like.new_empty(0), like.new_empty(0, self.dim)
+        if source is None:
+            deviations = read.covariance.diagonal().sqrt()
+            begin = Guide(read.affine, deviations.square().diag())
+        else:
+            if isinstance(source, Distribution):
+                check_law("source", source, self.dim)
+            draws = as_draws("source", source, self.dim, num_draws=num_draws, like=like)
+            centred = (draws - draws.mean(0)).double()
+            covariance = centred.T @ centred / len(draws)
+            begin = Guide(Affine(draws.mean(0), like.new_empty(self.dim, 0)), covariance.to(like))
+            points = points if isinstance(source, Distribution) else draws
+        self.to(like)
+        self.source_deviations, self.source_points = deviations, points
+        self.source = source if isinstance(source, Distribution) else None
+        self._source_kind = "law" if self.source is not None else "moments" if source is None else "draws"
+        self.context_location, self.context_scale = read.contexts
+        self.ahead.adopt(begin, target, self.epsilon)
+        self.back.adopt(target, begin, self.epsilon)
+        if self._reference_steps:
+            self.ahead.take_reference_spread()
+            self.back.take_reference_spread()
+        return begin.covariance.diagonal()
+
+    @property
+    def _reference_steps(self) -> bool:
+        """Whether steps keep the reference's variance."""
+        return self.variance == "reference" or self.method == "ipf"
+
+    def _chain(self, forward: bool, num_steps: int | None = None) -> Chain:
+        """One of the chains; the grid is symmetric, so that both have the same own times."""
+        return Chain(self.ahead if forward else self.back, self._times(num_steps), self.epsilon)
+
+    def _times(self, num_steps: int | None = None) -> Tensor:
+        """Times of the chain, from 0 to 1."""
+        return step_times(num_steps or self.chain_steps, self.schedule).to(self.like())
+
+    def _given(self, half: HalfBridge, rows: Tensor | None) -> Given:
+        """What a half knows of standardised contexts."""
+        return half.given(rows, None if rows is None else summarise(half.embedding, rows))
+
+    def _context_rows(self, context: Tensor | None) -> Tensor | None:
+        return None if context is None else (context - self.context_location) / self.context_scale
+
+    def _start(self, num: int, given: Given) -> Tensor:
+        """Source points, those of given contexts where the source depends on them."""
+        like = self.like()
+        if self._source_kind == "moments":
+            noise = torch.randn(num, self.dim, dtype=like.dtype, device=like.device)
+            return given.begin + self.source_deviations * noise
+        if self._source_kind == "draws":
+            return self.source_points[torch.randint(len(self.source_points), (num,), device=like.device)]
+        return self._law().sample((num,)).to(like)
+
+    def _start_log_prob(self, x: Tensor, given: Given) -> Tensor:
+        """Log density of the source. Shape ``(n,)``."""
+        if self._source_kind == "law":
+            return self._law().log_prob(x).to(x)
+        noise = (x - given.begin) / self.source_deviations
+        return -0.5 * noise.square().sum(-1) - (self.source_deviations * math.sqrt(2 * math.pi)).log().sum()
+
+    def _law(self) -> Distribution:
+        if self.source is None:
+            raise RuntimeError(
+                "a loaded bridge must be told its source, which was a distribution and is not saved. "
+                "Write bridge.source = ..., or use transport(x0)."
+            )
+        return self.source
+
+    def _rows(self, x: Any, context: Any) -> tuple[Tensor, Tensor | None, torch.Size]:
+        """Points and standardised contexts, broadcast, as flat rows; the points' shape before."""
+        x, context = torch.as_tensor(x).to(self.like()), self.check_context(context)
+        check_points("x", x, self.dim)
+        if context is None:
+            return x.reshape(-1, self.dim), None, x.shape
+        shape = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+        x, context = x.expand(*shape, self.dim), context.expand(*shape, self.context_dim)
+        return x.reshape(-1, self.dim), self._context_rows(context.reshape(-1, self.context_dim)), x.shape
