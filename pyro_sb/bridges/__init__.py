@@ -5,6 +5,7 @@ from pyro_sb.bridges.codec_autoencoder import AutoencoderCodec
 from pyro_sb.bridges.codec_pca import PCACodec
 from pyro_sb.bridges.codec_report import ReconstructionReport, reconstruction_report
 from pyro_sb.bridges.codecs import Codec, PairCodec
+from pyro_sb.bridges.dsb import DSB
 from pyro_sb.bridges.kernel_langevin import KernelLangevinBridge
 from pyro_sb.bridges.latent import LatentBridge
 from pyro_sb.bridges.light import LightSB, LightSBM
@@ -16,6 +17,7 @@ from pyro_sb.bridges.vsdm import SGM, VSDM
 from pyro_sb.bridges.vsdm_state import Sampler
 
 __all__ = [
+    "DSB",
     "SGM",
     "VSDM",
     "AutoencoderCodec",
