@@ -1,7 +1,7 @@
 """What stands between data and latents: the contract of a codec, its checks, and a user's own pair."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +167,8 @@ class PairCodec(Codec):
             )
         self.encoder, self.decoder, self.log_determinant = encode, decode, log_abs_det
         self._bijective = bijective
-        self.register_buffer("location", torch.zeros(data_dim))
+        first = next(self.parameters(), torch.empty(0))
+        self.register_buffer("location", torch.zeros(data_dim, dtype=first.dtype, device=first.device))
 
     @property
     def bijective(self) -> bool:
@@ -219,7 +220,7 @@ class PairCodec(Codec):
             raise ValueError(
                 f"{name} must return shape {(len(rows), size)} for {tuple(rows.shape)}, got {tuple(out.shape)}: {pair}."
             )
-        return out.reshape(batch + out.shape[1:])
+        return out.reshape(*batch, cast(int, size))
 
 
 def as_rows(x: Any) -> Tensor:
