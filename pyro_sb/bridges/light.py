@@ -1,22 +1,24 @@
 """The light Schrödinger bridges: one Gaussian-mixture potential, fitted by likelihood or by bridge matching."""
 
 import copy
-import math
 import time
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.ends import Batch, Ends, PointEnd
+from pyro_sb.bridges.ends import Batch, DrawsEnd, Ends, PointEnd
+from pyro_sb.bridges.light_checks import EarlyChecks
+from pyro_sb.bridges.light_options import Options
 from pyro_sb.bridges.mixture_bridge import MixtureBridge
 from pyro_sb.ops.mixture import MixturePotential
 from pyro_sb.ops.moment_matching import Side, equal_weights, moment_step
 from pyro_sb.training import Best, FitHistory, interruptible, train
 
-HELD_OUT = 2048  # points that the validation loss is read from
+HELD_OUT, HELD_OUT_BATCHES = 2048, 8  # points that the held-out loss is read from, and at most so many minibatches
+NUM_CHECKS = 20  # of Adam's way
 LAST_TIME, NUM_TIMES = 0.99, 32  # of bridge matching: the papers' cut, and the times that a minibatch shares
 
 
@@ -77,6 +79,7 @@ class LightSB(MixtureBridge):
         solver: str | None = None,
         held_out: float | Tensor = 0.1,
         num_draws: int = 20_000,
+        patience: int = 10,
     ) -> FitHistory:
         r"""Fit the potential, from k-means clusters of the target carried down a ladder of falling epsilons.
 
@@ -102,14 +105,19 @@ class LightSB(MixtureBridge):
             held_out: Share of the draws that the fit is judged by, in [0, 1), or a boolean mask of shape ``(N,)``: for
                 draws in groups. 0 judges by all of them.
             num_draws: How many draws of a distribution the units and EM are read from.
+            patience: Checks without a lower held-out loss, of 20 on the way, after which Adam stops; for draws.
 
         Returns:
             Training and held-out losses in nats, lowest is best; whether they had settled. `LightSBBM`'s are
             :math:`-G / \epsilon`, comparable within one beta; as residuals its batch solver gives the ascent a step.
+
+        Warns:
+            RuntimeWarning: Not converged; or, with a context, that the start, which does not use it, was the best by
+                the held-out loss. There are early looks before the first twentieth of the way.
         """
         begun = time.perf_counter()
         options = Options(
-            self._read_solver(solver), num_steps, batch_size, learning_rate, num_draws, progress, checkpoint
+            self._read_solver(solver), num_steps, batch_size, learning_rate, num_draws, progress, checkpoint, patience
         )
         options.check()
         before = copy.deepcopy(self.state_dict()), self.source
@@ -143,9 +151,9 @@ class LightSB(MixtureBridge):
         finally:
             net.noisy = False
 
-    def held_out_loss(self, ends: Ends) -> float:
+    def held_out_loss(self, ends: Ends, num: int = HELD_OUT) -> float:
         """Likelihood loss on held-out points: the same landscape whichever loss is trained on."""
-        target = ends.target.held_out(HELD_OUT)
+        target = ends.target.held_out(num)
         with torch.no_grad():
             return float(self._likelihood(ends.source.held_out(len(target.points)).points, target))
 
@@ -159,28 +167,44 @@ class LightSB(MixtureBridge):
         own = None if target.context is None else target.weights  # source rows belong to contexts, or weigh the same
         return likelihood_loss(potential, y0, y1, own, target.weights)
 
-    def _solve(self, ends: Ends, options: "Options") -> FitHistory:
+    def _solve(self, ends: Ends, options: Options) -> FitHistory:
         """Start, and learn by the solver asked for."""
         self._begin(ends)
         return self._moment_fit(ends, options) if options.solver == "em" else self._adam_fit(ends, options)
 
-    def _adam_fit(self, ends: Ends, options: "Options") -> FitHistory:
-        finite = not ends.target.fresh
-        return train(
-            self.parameters_of.parameters(),
-            lambda: self._noisy_loss(ends, options.batch_size),
-            num_steps=options.steps(5000),
-            learning_rate=options.rate(2e-3 if self.context_dim else 5e-3),
-            validate=lambda: self.held_out_loss(ends),
+    def _adam_fit(self, ends: Ends, options: Options) -> FitHistory:
+        finite, parameters = not ends.target.fresh, list(self.parameters_of.parameters())
+        num_steps, rate = options.steps(5000), options.rate(2e-3 if self.context_dim else 5e-3)
+        judges = min(HELD_OUT, HELD_OUT_BATCHES * options.batch_size)  # a check costs no more than three updates
+        checks = EarlyChecks(parameters, lambda: self.held_out_loss(ends, judges), max(1, num_steps // NUM_CHECKS))
+
+        def loss() -> Tensor:
+            if self.context_dim:
+                checks.look()
+            return self._noisy_loss(ends, options.batch_size)
+
+        history = train(
+            parameters,
+            loss,
+            num_steps=num_steps,
+            learning_rate=rate,
+            validate=checks.validate,
             keep_best=finite,
-            patience=10 if finite else None,
+            num_checks=NUM_CHECKS,
+            patience=options.patience if finite else None,
             progress=options.progress,
             description=type(self).__name__,
             on_check=self._save_checkpoint(options.checkpoint),
         )
+        if isinstance(ends.target, DrawsEnd) and self.context_dim:
+            checks.settle(history)
+            knobs = f"dropout {self.dropout:g}, learning_rate {rate:g}, num_steps {num_steps}"
+            if not history.interrupted:
+                checks.warn_if_start(history, type(self).__name__, ends.target.num_train, knobs, stacklevel=4)
+        return history
 
     @torch.no_grad()
-    def _moment_fit(self, ends: Ends, options: "Options") -> FitHistory:
+    def _moment_fit(self, ends: Ends, options: Options) -> FitHistory:
         """Moment steps on all draws until the held-out loss stops falling."""
         source, target = (all_points(end, options.num_draws) for end in ends)
         num_steps = options.steps(200)
@@ -251,37 +275,6 @@ class LightSBM(LightSB):
         target = ends.target.batch(batch_size)
         potential = self.parameters_of(target.context, self._epsilon)
         return matching_loss(potential, ends.source.batch(batch_size).points, target.points)
-
-
-class Options(NamedTuple):
-    """How a fit is to learn; None where the solver's own default holds."""
-
-    solver: str
-    num_steps: int | None
-    batch_size: int
-    learning_rate: float | None
-    num_draws: int
-    progress: bool
-    checkpoint: str | Path | None
-
-    def check(self) -> None:
-        """Refuse what no solver can use."""
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}. Omit it for the solver's default.")
-        if self.batch_size < 1 or self.num_draws < 2:
-            raise ValueError(
-                f"batch_size must be at least 1 and num_draws at least 2, got {self.batch_size} and {self.num_draws}."
-            )
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}. Omit it for the default.")
-
-    def steps(self, default: int) -> int:
-        """Updates to make."""
-        return default if self.num_steps is None else self.num_steps
-
-    def rate(self, default: float) -> float:
-        """Learning rate of the first update."""
-        return default if self.learning_rate is None else self.learning_rate
 
 
 def likelihood_loss(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pyro_sb.bridges.ends import Ends
-from pyro_sb.bridges.light import Options, matching_loss
+from pyro_sb.bridges.light import matching_loss
+from pyro_sb.bridges.light_options import Options
 from pyro_sb.nn import TimeNet
 from pyro_sb.training import FitHistory, train
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from pyro_sb.bridges.bass_dual import DualProblem
 from pyro_sb.bridges.ends import Batch, Ends
 from pyro_sb.bridges.inverse_pool import Pairs, Pool
-from pyro_sb.bridges.light import HELD_OUT, LightSB, Options, all_points, paired, weighted_mean
+from pyro_sb.bridges.light import HELD_OUT, LightSB, all_points, paired, weighted_mean
 from pyro_sb.bridges.light_alternating import LearnedMap, alternate
+from pyro_sb.bridges.light_options import Options
 from pyro_sb.distributions import Draws
 from pyro_sb.ops.mixture import MixturePotential
 from pyro_sb.ops.moment_matching import equal_weights
@@ -149,11 +150,11 @@ class LightSBBM(LightSB):
         self._pool.put(index, y0, y1)
         return (start.objective(y0, pairs.x0).mean() - end.objective(y1, pairs.x1).mean()) / self._epsilon
 
-    def held_out_loss(self, ends: Ends) -> float:
+    def held_out_loss(self, ends: Ends, num: int = HELD_OUT) -> float:
         r""":math:`-G / \epsilon` on held-out points."""
         if math.isinf(self.beta):
-            return super().held_out_loss(ends)
-        target = ends.target.held_out(HELD_OUT)
+            return super().held_out_loss(ends, num)
+        target = ends.target.held_out(num)
         with torch.no_grad():
             return -self._dual(ends.source.held_out(len(target.points)).points, target) / self._epsilon
 
@@ -236,6 +237,7 @@ class LightSBBM(LightSB):
             self._begin(ends)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*has not converged", RuntimeWarning)  # a short run need not
+                warnings.filterwarnings("ignore", ".*kept its start", RuntimeWarning)
                 history = self._adam_fit(ends, short)
             if history.interrupted:
                 return history
