@@ -1,0 +1,352 @@
+"""DSB: exact between Gaussians; IPF starts at the score model; known plans are found; bad input is refused."""
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from pyro_sb.bridges import DSB, SGM, Bridge
+from pyro_sb.bridges.dsb_data import ReferenceChain, reversed_paths, sinkhorn_pairs
+from pyro_sb.bridges.dsb_half import Guide
+from pyro_sb.ops.brownian import SCHEDULES
+from pyro_sb.ops.gaussian import gaussian_bridge
+from pyro_sb.ops.mixture import MixturePotential
+from pyro_sb.ops.regression import Affine
+
+F64 = {"dtype": torch.float64}
+QUICK = {"num_iterations": 1, "num_steps": 10, "learning_rate": 5e-4, "num_pairs": 200, "progress": False}
+
+
+def covariance(dim, floor=0.2):
+    a = torch.randn(dim, dim, **F64)
+    return a @ a.T + floor * torch.eye(dim, **F64)
+
+
+def between_gaussians(dim=3, epsilon=0.7, source_cov=None, **options):
+    """A bridge that has seen moments alone, and the closed form between them."""
+    cov0 = covariance(dim) if source_cov is None else source_cov
+    mean0, mean1, cov1 = torch.randn(dim, **F64), torch.randn(dim, **F64), covariance(dim)
+    bridge = DSB(dim, epsilon=epsilon, hidden=(8,), **options)
+    ends = [Guide(Affine(mean, torch.empty(dim, 0, **F64)), cov) for mean, cov in ((mean0, cov0), (mean1, cov1))]
+    bridge.ahead.adopt(*ends, epsilon)
+    bridge.back.adopt(*ends[::-1], epsilon)
+    bridge.double()
+    bridge.source, bridge._source_kind = MultivariateNormal(mean0, cov0), "law"
+    return bridge, gaussian_bridge(mean0, cov0, mean1, cov1, epsilon)
+
+
+def affine_of(function, dim):
+    """Matrix and offset of an affine map of rows."""
+    offset = function(torch.zeros(1, dim, **F64))[0]
+    return (function(torch.eye(dim, **F64)) - offset).T, offset
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("chain_steps", [1, 2, 7])
+def test_before_it_has_learnt_both_chains_are_the_gaussian_bridge_for_any_number_of_steps(chain_steps, schedule):
+    bridge, exact = between_gaussians(chain_steps=chain_steps, schedule=schedule)
+    for forward, mean, cov, end_mean, end_cov, cross in [
+        (True, exact.mean0, exact.cov0, exact.mean1, exact.cov1, exact.cross_covariance),
+        (False, exact.mean1, exact.cov1, exact.mean0, exact.cov0, exact.cross_covariance.mT),
+    ]:
+        chain = bridge._chain(forward)
+        given, start = bridge._given(chain.half, None), mean
+        joint = cov  # Cov(start, state)
+        for k in range(chain_steps):
+            matrix, offset = affine_of(lambda x: chain.mean(k, x, given), 3)  # noqa: B023
+            scale = chain.half.step(chain.times[k], chain.times[k + 1], mean[None], given, 0.7).scale[0]
+            noise = chain.half.basis * scale.square() @ chain.half.basis.T
+            mean, cov, joint = matrix @ mean + offset, matrix @ cov @ matrix.T + noise, joint @ matrix.T
+        torch.testing.assert_close(mean, end_mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(cov, end_cov, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(joint, cross, rtol=1e-9, atol=1e-9)
+        assert start is not None
+
+
+@pytest.mark.parametrize("chain_steps", [1, 5])
+def test_between_gaussians_the_path_s_density_is_the_draw_s_own(chain_steps):
+    bridge, exact = between_gaussians(chain_steps=chain_steps)
+    target = MultivariateNormal(exact.mean1, exact.cov1)
+    draws = bridge().draws((40,))
+    torch.testing.assert_close(draws.log_q, target.log_prob(draws.value), rtol=1e-8, atol=1e-8)
+    x = 3 * torch.randn(6, 3, **F64)  # and backwards, from anywhere
+    torch.testing.assert_close(bridge.path_log_prob(x, num_paths=1), target.log_prob(x), rtol=1e-8, atol=1e-8)
+
+
+def test_the_default_source_has_the_target_s_moments_and_its_density():
+    target = torch.randn(500, 2, **F64) * torch.tensor([0.3, 4.0], **F64) + 7
+    bridge = DSB(2, hidden=(8,), chain_steps=3)
+    bridge.fit(target, **QUICK, held_out=0.0)
+    given = bridge._given(bridge.ahead, None)
+    law = dist.Normal(target.mean(0), target.std(0, correction=0)).to_event(1)
+    x = bridge._start(1000, given)
+    torch.testing.assert_close(bridge._start_log_prob(x, given), law.log_prob(x), rtol=1e-6, atol=1e-6)
+    scores = (x - target.mean(0)) / target.std(0)
+    assert bool((scores.mean(0).abs() < 4 / 1000**0.5).all()) and bool(((scores.var(0) - 1).abs() < 0.2).all())
+
+
+def test_drifts_are_the_gaussian_bridge_s_both_ways():
+    bridge, exact = between_gaussians()
+    back = gaussian_bridge(exact.mean1, exact.cov1, exact.mean0, exact.cov0, exact.epsilon)
+    x = torch.randn(5, 3, **F64)
+    for t in (0.0, 0.3, 0.9):
+        torch.testing.assert_close(bridge.drift(t, x), exact.drift(t, x), rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(bridge.drift(1 - t, x, backward=True), back.drift(t, x), rtol=1e-8, atol=1e-8)
+
+
+def test_given_a_context_it_starts_at_the_gaussian_bridge_between_the_regressions():
+    context = torch.randn(400, 2, **F64)
+    slope, rest = torch.tensor([[1.0, -2.0], [0.5, 0.0]], **F64), torch.tensor([[0.5, 0.0], [0.4, 0.3]], **F64)
+    noise = torch.randn(400, 2, **F64)
+    noise = noise - noise.mean(0)
+    target = context @ slope.T + noise @ rest.T
+    bridge = DSB(2, 2, epsilon=0.5, hidden=(8,), chain_steps=3)
+    bridge.fit(target, context=context, held_out=0.0, **QUICK)
+    bridge.ahead.net.reset(), bridge.back.net.reset()
+    for half in (bridge.ahead, bridge.back):
+        half.log_spread = torch.zeros_like(half.log_spread)
+    place = torch.tensor([1.0, -1.0], **F64)
+    draws = bridge(place).draws((30,))
+    left = (
+        target
+        - target.mean(0)
+        - (context - context.mean(0)) @ torch.linalg.lstsq(context - context.mean(0), target - target.mean(0)).solution
+    )
+    mean = (
+        target.mean(0)
+        + (place - context.mean(0)) @ torch.linalg.lstsq(context - context.mean(0), target - target.mean(0)).solution
+    )
+    law = MultivariateNormal(mean, left.T @ left / 400)
+    torch.testing.assert_close(draws.log_q, law.log_prob(draws.value), rtol=0, atol=2e-2)  # the ridge's doing
+
+
+def test_ipf_s_reversal_of_a_gaussian_bridge_is_its_other_half_to_second_order():
+    # E[x + B(x') - B(x) | x] against F(x), exactly, from the joint Gaussian law of a step: errors fall as h^2
+    errors = []
+    for chain_steps in (20, 40, 80):
+        torch.manual_seed(1)
+        bridge, exact = between_gaussians(dim=1, chain_steps=chain_steps)
+        bridge.ahead.take_reference_spread(), bridge.back.take_reference_spread()
+        ahead, back, k = bridge._chain(True), bridge._chain(False), chain_steps // 2
+        given, behind = bridge._given(ahead.half, None), bridge._given(back.half, None)
+        mean, cov = exact.marginal(float(ahead.times[k + 1]))  # of x', where B's step begins
+        matrix, offset = affine_of(lambda x: back.mean(chain_steps - 1 - k, x, behind), 1)  # noqa: B023
+        size = ahead.times[k + 1] - ahead.times[k]
+        slope = cov @ matrix.T / (matrix @ cov @ matrix.T + exact.epsilon * size)  # E[x' | x]
+        goal = 1 + matrix * slope - matrix
+        learnt, _ = affine_of(lambda x: ahead.mean(k, x, given), 1)  # noqa: B023
+        errors.append((goal - learnt).abs().item())
+    orders = [math.log2(a / b) for a, b in zip(errors[:-1], errors[1:])]
+    assert all(1.8 < order < 2.2 for order in orders)
+
+
+def test_mean_matching_goals_are_the_earlier_state_where_the_other_chain_is_brownian():
+    bridge, _ = between_gaussians(dim=2, chain_steps=5)
+    x = torch.randn(7, 2, **F64)
+    times = bridge._times()
+    paths = reversed_paths(ReferenceChain(times, 0.7, None), x, bridge._given(bridge.back, None), None)
+    torch.testing.assert_close(paths.states[-1], x)  # the learner's end is where the noising began
+    torch.testing.assert_close(paths.goals, paths.states[1:], rtol=1e-12, atol=1e-12)
+
+
+def test_the_ornstein_uhlenbeck_reference_leaves_the_source_alone():
+    times, epsilon = torch.linspace(0, 1, 2001, **F64), 3.0
+    bridge, exact = between_gaussians(dim=1, chain_steps=5)
+    given = bridge._given(bridge.back, None)
+    chain = ReferenceChain(times, epsilon, exact.cov0.diagonal())
+    mean, variance = exact.mean0.clone(), exact.cov0.diagonal().clone()
+    for k, size in enumerate(times.diff()):
+        slope, offset = affine_of(lambda x: chain.mean(k, x, given), 1)  # noqa: B023
+        mean, variance = slope[0] * mean + offset, slope[0].square() * variance + epsilon * size
+    torch.testing.assert_close(mean, exact.mean0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(variance, exact.cov0.diagonal(), rtol=1e-2, atol=0)  # to first order in the step
+
+
+@pytest.mark.slow
+def test_the_first_iteration_of_ipf_is_the_score_model():
+    # the same noising on both sides: rate b, to unit variance; SGM learns by denoising, DSB by reversing paths
+    rate, target = 4.0, torch.cat([torch.randn(4000, 1) * 0.3 - 1, torch.randn(4000, 1) * 0.3 + 1])
+    score = SGM(1, b_min=rate, b_max=rate, power=1.0, hidden=(64, 64))
+    score.fit(target, num_steps=1500, progress=False)
+    bridge = DSB(1, epsilon=rate, method="ipf", chain_steps=50, hidden=(64, 64))
+    source = dist.Normal(torch.zeros(1), torch.ones(1)).to_event(1)
+    bridge.fit(target, source, reference="ou", num_iterations=1, num_steps=1500, progress=False)
+    x = torch.linspace(-1.5, 1.5, 41)[:, None]
+    for t, most in ((0.2, 0.08), (0.5, 0.12), (0.8, 0.25)):
+        ours, theirs = bridge.drift(t, x), score.drift(t, x)
+        assert (ours - theirs).square().mean().sqrt() < most * theirs.square().mean().sqrt()
+
+
+@pytest.mark.slow
+def test_a_known_schroedinger_plan_is_found():
+    # the target of a mixture potential's plan from N(0, 1): its bridge is that plan, and no other has its means
+    epsilon = 0.5
+    potential = MixturePotential(
+        torch.log(torch.tensor([0.5, 0.5])), torch.tensor([[-1.2], [1.2]]), torch.tensor([[0.25], [0.25]]), epsilon
+    )
+    x0 = torch.randn(20_000, 1)
+    target = potential.plan_sample(x0)
+    source = dist.Normal(torch.zeros(1), torch.ones(1)).to_event(1)
+    bridge = DSB(1, epsilon=epsilon, hidden=(64, 64))
+    bridge.fit(target, source, num_iterations=4, num_steps=400, progress=False)
+    place = torch.linspace(-1.5, 1.5, 7)[:, None]
+    ours = bridge.transport(place.expand(4000, 7, 1)).mean(0)
+    exact = potential.plan_sample(place.expand(4000, 7, 1).reshape(-1, 1)).reshape(4000, 7, 1).mean(0)
+    assert (ours - exact).abs().max() < 0.12
+    assert (exact[-1] - exact[0]) > 1.5  # the coupling is far from independent
+
+
+def test_sinkhorn_pairs_have_the_bridge_s_correlation():
+    x, y = torch.randn(8192, 1, **F64), torch.randn(8192, 1, **F64)
+    index = sinkhorn_pairs(x, y, epsilon=1.0)
+    correlation = torch.corrcoef(torch.cat([x[index], y], 1).T)[0, 1]
+    assert abs(correlation - (math.sqrt(5) - 1) / 2) < 4 * (1 - 0.618**2) / 8192**0.5 + 0.01
+
+
+def test_steps_of_ipf_have_the_reference_s_variance():
+    bridge = DSB(2, epsilon=0.3, method="ipf", hidden=(8,), chain_steps=4)
+    bridge.fit(torch.randn(100, 2, **F64), **QUICK)
+    for forward in (True, False):
+        chain = bridge._chain(forward)
+        for k in range(4):
+            law = chain.half.step(
+                chain.times[k], chain.times[k + 1], torch.randn(3, 2, **F64), bridge._given(chain.half, None), 0.3
+            )
+            size = chain.times[k + 1] - chain.times[k]
+            if k in (0, 3):  # between the knots of the table the last digits are interpolated
+                torch.testing.assert_close(law.scale.square(), (0.3 * size).expand_as(law.scale), rtol=2e-2, atol=0)
+
+
+def test_an_unfinished_fit_goes_on_bit_for_bit(tmp_path):
+    target = torch.randn(300, 2, **F64)
+    options = QUICK | {"num_iterations": 2, "num_steps": 40}
+    for method in ("imf", "ipf"):
+        path, runs = tmp_path / f"{method}.pt", []
+        torch.manual_seed(5)
+        whole = DSB(2, hidden=(8, 8), chain_steps=3, method=method)
+        whole.fit(target, **options, refresh=15)
+        torch.manual_seed(5)
+        broken = DSB(2, hidden=(8, 8), chain_steps=3, method=method)
+        run_out = RuntimeError("the power is gone")
+
+        def count(*_, runs=runs, stop=run_out):
+            runs.append(1)
+            if len(runs) == 110:
+                raise stop
+
+        handle = broken.ahead.net.register_forward_pre_hook(count)
+        with pytest.raises(RuntimeError, match="power"):
+            broken.fit(target, **options, refresh=15, checkpoint=path)
+        handle.remove()
+        torch.manual_seed(99)
+        fresh = DSB(2, hidden=(8, 8), chain_steps=3, method=method)
+        history = fresh.fit(target, **options, refresh=15, checkpoint=path)
+        assert len(history.residuals) == 2
+        for a, b in zip(whole.state_dict().values(), fresh.state_dict().values()):
+            assert not torch.is_tensor(a) or torch.equal(a, b)
+        loaded = Bridge.load(path)
+        assert torch.equal(loaded.drift(0.5, target), whole.drift(0.5, target))
+
+
+def test_a_checkpoint_of_another_fit_is_refused(tmp_path):
+    target = torch.randn(100, 2, **F64)
+    bridge, stop = DSB(2, hidden=(8,)), iter([1])
+
+    def interrupt(*_):
+        next(stop)
+
+    bridge.back.net.register_forward_pre_hook(lambda *_: None)
+    bridge.ahead.net.register_forward_pre_hook(interrupt)
+    with pytest.raises(StopIteration):
+        bridge.fit(target, **QUICK, checkpoint=tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="another"):
+        DSB(2, hidden=(8,)).fit(target + 1, **QUICK, checkpoint=tmp_path / "a.pt")
+
+
+def test_ctrl_c_keeps_what_was_learnt():
+    bridge, calls = DSB(2, hidden=(8,), chain_steps=3), []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+
+    bridge.back.net.register_forward_pre_hook(interrupt)
+    with pytest.warns(RuntimeWarning, match="interrupted"):
+        history = bridge.fit(torch.randn(100, 2, **F64), **(QUICK | {"num_steps": 100}))
+    assert history.interrupted and bridge().sample((3,)).shape == (3, 2)
+
+
+def test_iterations_are_told_and_measured():
+    told = []
+    bridge = DSB(2, hidden=(8,), chain_steps=3)
+    history = bridge.fit(torch.randn(100, 2), **(QUICK | {"num_iterations": 3}), on_iteration=told.append)
+    assert told == [1, 2, 3] and len(history.residuals) == 3
+
+
+def test_draws_to_draws_has_no_density_and_says_so():
+    bridge = DSB(2, hidden=(8,), chain_steps=3)
+    bridge.fit(torch.randn(100, 2), torch.rand(80, 2), **QUICK)
+    assert bridge.density is None
+    for ask in (lambda: bridge().draws((3,)), lambda: bridge.path_log_prob(torch.zeros(2))):
+        with pytest.raises(NotImplementedError, match="source is draws"):
+            ask()
+    x0, x1 = bridge.coupling(50)
+    assert bool(((x0 >= 0) & (x0 <= 1)).all()) and x1.shape == (50, 2)
+    assert bridge.transport_back(x1).shape == (50, 2)
+
+
+def test_a_loaded_bridge_asks_for_a_source_that_was_a_distribution(tmp_path):
+    bridge, law = DSB(2, hidden=(8,), chain_steps=3), MultivariateNormal(torch.zeros(2), torch.eye(2))
+    bridge.fit(torch.randn(100, 2), law, **QUICK)
+    bridge.save(tmp_path / "a.pt")
+    loaded = DSB.load(tmp_path / "a.pt")
+    with pytest.raises(RuntimeError, match=r"bridge\.source"):
+        loaded().sample()
+    loaded.source = law
+    assert loaded().draws((3,)).log_q.shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DSB(2, epsilon=0.0), "epsilon must be positive and finite, got 0"),
+        (lambda: DSB(2, epsilon=-1.0), "epsilon must be positive and finite, got -1"),
+        (lambda: DSB(2, method="sinkhorn"), "method must be one of"),
+        (lambda: DSB(2, schedule="cosine"), "schedule must be one of"),
+        (lambda: DSB(2, variance="learnt"), "variance must be one of"),
+        (lambda: DSB(2, chain_steps=0), "chain_steps must be at least 1"),
+        (lambda: DSB(2, embedding=torch.nn.Identity()), "context_dim > 0"),
+    ],
+)
+def test_bad_arguments_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_iterations": 0}, "num_iterations must be at least 1, got 0"),
+        ({"num_pairs": 1}, "num_pairs must be at least 2, got 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"ema": 1.0}, "ema must lie in"),
+        ({"pairs": "random"}, "pairs must be one of"),
+        ({"loss": "score"}, "loss must be one of"),
+        ({"reference": "ou"}, 'reference "ou" needs method="ipf"'),
+        ({"source": torch.zeros(10, 3)}, "source must have shape"),
+        ({"source": torch.zeros(2)}, "source must have shape"),
+        ({"source": torch.full((10, 2), math.nan)}, "source must be finite"),
+        ({"source": dist.Normal(0.0, 1.0)}, "source must have batch and event shapes"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DSB(2, hidden=(8,)).fit(torch.randn(50, 2), **(QUICK | options))
+
+
+def test_sinkhorn_pairs_are_refused_where_there_is_a_context():
+    with pytest.raises(ValueError, match="mixes contexts"):
+        DSB(2, 1).fit(torch.randn(50, 2), context=torch.randn(50, 1), pairs="sinkhorn", **QUICK)
