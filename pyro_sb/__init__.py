@@ -5,6 +5,7 @@ from pyro_sb.bridges.codec_autoencoder import AutoencoderCodec
 from pyro_sb.bridges.codec_pca import PCACodec
 from pyro_sb.bridges.codec_report import reconstruction_report
 from pyro_sb.bridges.codecs import PairCodec
+from pyro_sb.bridges.dsb import DSB
 from pyro_sb.bridges.kernel_langevin import KernelLangevinBridge
 from pyro_sb.bridges.latent import LatentBridge
 from pyro_sb.bridges.light import LightSB, LightSBM
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MCMC",
     "AmortizedPosterior",
+    "DSB",
     "SGM",
     "VSDM",
     "AutoencoderCodec",
