@@ -33,13 +33,7 @@ class DiffusionDraws(DiffusionState):
 
     def transport(self, x0: Tensor, context: Any = None) -> Tensor:
         """Source points to draws of the target by the sampler's solver: a deterministic map for the flow's solvers."""
-        x0, rows, shape = self._rows(x0, context)
-        with torch.no_grad():
-            mean, features = self._features(rows)
-            one = torch.ones_like(self.first_time)
-            z = self._inward(x0, mean, one)
-            z = self._solve(z, features, self._times(self.sampler.num_steps), self.sampler.solver)[-1]
-            return self._outward(z, mean, 0 * one).reshape(shape)
+        return self._carry(x0, context, self.sampler.num_steps, self.sampler.solver)
 
     def paths(
         self, num_paths: int, num_steps: int, context: Any = None, *, solver: str = "ancestral"
@@ -131,6 +125,16 @@ class DiffusionDraws(DiffusionState):
             return self._start_log_prob(end, mean) + change
 
     # Parts
+
+    def _carry(self, x0: Tensor, context: Any, num_steps: int, solver: str) -> Tensor:
+        """Source points to draws of the target."""
+        x0, rows, shape = self._rows(x0, context)
+        with torch.no_grad():
+            mean, features = self._features(rows)
+            one = torch.ones_like(self.first_time)
+            z = self._inward(x0, mean, one)
+            z = self._solve(z, features, self._times(num_steps), solver)[-1]
+            return self._outward(z, mean, 0 * one).reshape(shape)
 
     def _solve(self, z: Tensor, features: Tensor | None, times: Tensor, solver: str) -> list[Tensor]:
         """States at all times from those at the first."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
-from pyro_sb.bridges import Bridge, SmoothedBridge
+from pyro_sb.bridges import Bridge, Sampler, SmoothedBridge
 from pyro_sb.bridges.smoothed import log_mixture
 from pyro_sb.bridges.vsdm_fit import Fit
 
@@ -100,7 +100,7 @@ def test_its_coupling_is_the_schrodinger_plan():
     posterior = torch.linalg.inv(torch.linalg.inv(covariance) + torch.eye(2) / 2.0)
     mean = posterior @ (torch.linalg.inv(covariance) @ bridge.location + x0 / 2.0)
     for num_steps in (1, 7):
-        bridge.sampler.num_steps = num_steps
+        bridge.sampler.path_steps = num_steps
         x1 = bridge.transport(x0.expand(20_000, 2))
         assert ((x1.mean(0) - mean).abs() < 4 * (posterior.diagonal() / 20_000).sqrt()).all()
         ratios = torch.linalg.solve(posterior, x1.T.cov())
@@ -146,8 +146,9 @@ def test_the_weights_of_a_context_are_exact():
     assert not len(bridge.rows)
 
 
-def test_sample_and_draws_are_one_chain():
+def test_sample_is_the_chain_of_draws_if_asked():
     bridge = spoilt(untrained(torch.randn(50, 2, **F64)))
+    bridge.sampler = Sampler(num_steps=9, solver="ancestral", path_steps=9)
     torch.manual_seed(3)
     value = bridge().draws((5,)).value
     torch.manual_seed(3)
