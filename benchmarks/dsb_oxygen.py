@@ -169,7 +169,7 @@ BASE = {"num_iterations": 3}
 MODELS = [
     Conditional("IMF, epsilon 1", options=BASE),
     Conditional("IMF, epsilon .1", epsilon=0.1, options=BASE),
-    Conditional("IPF, epsilon 1", "ipf", options=BASE),
+    Conditional("IPF, epsilon 1", "ipf", options=BASE | {"num_pairs": 4096}),
     Conditional(f"IMF, epsilon 1, {FEWER:,} pairs", num_pairs=FEWER, options=BASE),
 ]
 LIGHT = "light bridge (AmortizedPosterior)"
@@ -269,7 +269,7 @@ def picture(store: Store) -> None:
     fig.savefig(RESULTS / "dsb_oxygen.png", dpi=80)
 
 
-NOTE = """theta_1, theta_2 ~ N(0, 1); A = .4 + .4 (1 + erf(theta_1 / sqrt 2)), B = .01 + .15 (1 + erf(theta_2 / sqrt 2));
+NOTE = """theta ~ N(0, I), A = .4 + .4 (1 + erf(theta_1 / sqrt 2)), B = .01 + .15 (1 + erf(theta_2 / sqrt 2)),
 y_j = A (1 - exp(-B j)) + N(0, variance .001), j = 1 ... 5; observed (.18, .32, .42, .49, .54).
 Truth: quadrature on 2,401^2 points of [-6, 6]^2; half the points change no moment by more than {gap:.1e}; log
 evidence {evidence:.4f}. MCMC: KernelLangevin, 200 chains of 1,000 draws; errors from 50 groups of chains.
