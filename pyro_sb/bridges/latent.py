@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Transform, TransformedDistribution, constraints
+from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import Bridge, as_draws, as_weights, class_named
 from pyro_sb.bridges.codec_autoencoder import AutoencoderCodec
 from pyro_sb.bridges.codec_pca import PCACodec
+from pyro_sb.bridges.codec_transform import encoded
 from pyro_sb.bridges.codecs import Codec, PairCodec, check_pair, shaped
 from pyro_sb.bridges.ends import read_context, read_source
 from pyro_sb.bridges.latent_checkpoint import Parts
@@ -345,30 +346,3 @@ class LatentBridge(Bridge):
         if self.makes_inner and isinstance(sizes, dict) and any(k.startswith(prefix + "bridge.") for k in state_dict):
             self.bridge = self._inner(sizes["latent_dim"])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-class CodecTransform(Transform):
-    """A bijective codec as a transform from latents to data."""
-
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-
-    def __init__(self, codec: Codec, cache_size: int = 0) -> None:
-        super().__init__(cache_size=cache_size)
-        self.codec = codec
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """At latents ``x``. Shape ``(*)``."""
-        return self.codec.log_abs_det(x)
-
-    def _call(self, x: Tensor) -> Tensor:
-        return self.codec.decode(x)
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return self.codec.encode(y)
-
-
-def encoded(law: Distribution, codec: Codec) -> TransformedDistribution:
-    """The law of the latents of draws of a law, through a bijective codec."""
-    return TransformedDistribution(law, [CodecTransform(codec).inv], validate_args=False)

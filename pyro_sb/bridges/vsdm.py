@@ -60,6 +60,7 @@ class VSDM(DiffusionDraws):
         denoiser's normalisation, the exponential integrator and the path weights.
 
     Example:
+        >>> import torch
         >>> bridge = VSDM(2)
         >>> history = bridge.fit(torch.randn(500, 2) * torch.tensor([1.0, 8.0]), num_steps=60, progress=False)
         >>> bridge().sample((4,)).shape
@@ -134,6 +135,7 @@ class SGM(VSDM):
     larger ``b_max``, or VSDM's D.
 
     Example:
+        >>> import torch
         >>> bridge = SGM(1)
         >>> history = bridge.fit(torch.randn(500, 1), num_steps=60, progress=False)
         >>> bridge.drift_matrix
