@@ -16,6 +16,7 @@ from pyro_sb.bridges.vsdm import SGM, VSDM
 from pyro_sb.diagnostics import Calibration, coverage, sbc, sbc_ranks, to_arviz
 from pyro_sb.distributions import BridgeDistribution, Draws
 from pyro_sb.infer.amortized import AmortizedPosterior
+from pyro_sb.infer.bridge_mh import BridgeMH
 from pyro_sb.infer.kernels import KernelLangevin
 from pyro_sb.infer.mcmc import MCMC
 
@@ -30,6 +31,7 @@ __all__ = [
     "AutoencoderCodec",
     "Bridge",
     "BridgeDistribution",
+    "BridgeMH",
     "Calibration",
     "Draws",
     "KernelLangevin",

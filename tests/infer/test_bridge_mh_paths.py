@@ -48,7 +48,12 @@ def fitted(name, context_dim=0):
     """A bridge on draws of N(0, I), or of N((y, -y), I) given y; fitted once, at a seed of its own."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return fit(*BRIDGES[name], context_dim)
+        bridge = fit(*BRIDGES[name], context_dim)
+        noise = {"VSDM": 0.03, "SGM": 0.03, "DSB": 0.1}.get(name, 0.0)  # a good fit would hide a wrong path
+        with torch.no_grad():
+            for parameter in bridge.parameters():
+                parameter += noise * torch.randn_like(parameter)
+        return bridge
 
 
 def fit(make, options, context_dim):
@@ -97,7 +102,7 @@ def test_conditional_paths_are_normalised_both_ways(name):
     assert z_of_mean_one(proposals.redraw(x) - target.log_prob(x)) < 4
 
 
-@pytest.mark.parametrize("name", ["VSDM", "plain"])
+@pytest.mark.parametrize("name", ["VSDM", "DSB"])
 def test_more_paths_stay_normalised_and_vary_less(name):
     bridge = fitted(name)
     narrow, wide = law(0.6), law(1.8)
