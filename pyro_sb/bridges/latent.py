@@ -10,13 +10,14 @@ from torch.distributions import Distribution
 from pyro_sb.bridges.base import Bridge, as_draws, as_weights, class_named
 from pyro_sb.bridges.codec_autoencoder import AutoencoderCodec
 from pyro_sb.bridges.codec_pca import PCACodec
-from pyro_sb.bridges.codec_transform import encoded
+from pyro_sb.bridges.codec_transform import CodecTransform, encoded
 from pyro_sb.bridges.codecs import Codec, PairCodec, check_pair, shaped
 from pyro_sb.bridges.ends import read_context, read_source
+from pyro_sb.bridges.held_law import MappedLaw
 from pyro_sb.bridges.latent_checkpoint import Parts
 from pyro_sb.bridges.mixture_checks import check_law
 from pyro_sb.bridges.smoothed import SmoothedBridge
-from pyro_sb.distributions import Draws
+from pyro_sb.distributions import Draws, PathLaw
 from pyro_sb.training import FitHistory
 
 CODECS: dict[str, type[Codec]] = {c.__name__: c for c in (PCACodec, AutoencoderCodec, PairCodec)}
@@ -226,6 +227,18 @@ class LatentBridge(Bridge):
             return super().log_prob_rows(x, context)
         z = self._encode(x)
         return self._fitted().log_prob_rows(z, context) - self.codec.log_abs_det(z)
+
+    def redraw_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """The inner bridge's, at the latents of x, less the log determinant. Shapes ``(num, dim)`` to ``(num,)``."""
+        if self.density is None:
+            return super().redraw_rows(x, context)
+        z = self._encode(x)
+        return self._fitted().redraw_rows(z, context) - self.codec.log_abs_det(z)
+
+    def proposal_law(self) -> PathLaw:
+        """The inner bridge's, decoded."""
+        law = self._fitted().proposal_law()
+        return self if law is self.bridge else MappedLaw(law, CodecTransform(self.codec))
 
     @property
     def source(self) -> Distribution | None:

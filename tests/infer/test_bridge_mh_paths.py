@@ -8,7 +8,9 @@ import torch
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 from pyro_sb.bridges import DSB, SGM, VSDM, KernelLangevinBridge, LightSB, LightSBBM, LightSBM, Sampler, TailMatched
+from pyro_sb.bridges.codec_pca import PCACodec
 from pyro_sb.bridges.held_law import HeldSources, MappedLaw
+from pyro_sb.bridges.latent import LatentBridge
 from pyro_sb.infer.bridge_moves import ProposalMove, choose
 from pyro_sb.infer.bridge_proposals import BridgeProposals
 from pyro_sb.infer.joint import LogJoint
@@ -30,6 +32,8 @@ BRIDGES = {
     "LightSBBM": (lambda **kw: LightSBBM(2, 3, beta=5.0, **kw), {"num_steps": 20}),
     "LightSBBM, source": (lambda **kw: LightSBBM(2, 3, beta=5.0, **kw), {"num_steps": 20, "source": SOURCE}),
     "tails around a source": (lambda: TailMatched(LightSB(2, 3), df=20.0), {"num_steps": 30, "source": SOURCE}),
+    "latent, source": (lambda: LatentBridge(LightSB(2, 3), PCACodec(2)), {"num_steps": 30, "source": SOURCE}),
+    "latent, VSDM": (lambda: LatentBridge(small(VSDM), PCACodec(2)), {"num_steps": 100}),
     "VSDM": (lambda **kw: small(VSDM, **kw), {"num_steps": 100}),
     "SGM": (lambda **kw: small(SGM, **kw), {"num_steps": 100}),
     "DSB": (lambda **kw: DSB(2, hidden=(16, 16), **kw), {"num_steps": 50, "num_iterations": 2}),
@@ -40,7 +44,7 @@ BRIDGES = {
     ),
     "plain, source": (lambda **kw: KernelLangevinBridge(2, scheme="plain", num_steps=3, **kw), {"source": SOURCE}),
 }
-CONDITIONAL = [name for name in BRIDGES if name != "tails around a source"]
+CONDITIONAL = [name for name in BRIDGES if not name.startswith(("tails", "latent"))]
 
 
 @cache
@@ -125,7 +129,7 @@ def test_a_marginal_density_has_nothing_to_redraw():
     torch.testing.assert_close(log_q, bridge().log_prob(value))
 
 
-@pytest.mark.parametrize("name", ["LightSB, source", "LightSBBM, source", "tails around a source"])
+@pytest.mark.parametrize("name", ["LightSB, source", "LightSBBM, source", "tails around a source", "latent, source"])
 def test_held_source_points_give_a_density_that_integrates_to_one(name):
     proposals = BridgeProposals(fitted(name))
     assert isinstance(proposals.law, HeldSources | MappedLaw)
