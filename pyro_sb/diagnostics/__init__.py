@@ -5,11 +5,42 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_sb.diagnostics.calibration import Calibration, coverage, sbc, sbc_ranks
+from pyro_sb.diagnostics.bands import Bands, ecdf_bands, ecdf_p_values
+from pyro_sb.diagnostics.bridge_report import bridge_report
+from pyro_sb.diagnostics.calibration import Calibration, Regions, coverage, sbc, sbc_ranks, tarp
 from pyro_sb.diagnostics.container import to_container
 from pyro_sb.diagnostics.groups import to_groups
+from pyro_sb.diagnostics.lines import Line, Report
+from pyro_sb.diagnostics.local_classifier import LocalC2ST, local_c2st
+from pyro_sb.diagnostics.mode_audit import ModeAudit, mode_audit
+from pyro_sb.diagnostics.psis import PSIS, psis
+from pyro_sb.diagnostics.report import report
+from pyro_sb.diagnostics.simulated import JointDraws, calibration_draws
 
-__all__ = ["Calibration", "coverage", "sbc", "sbc_ranks", "to_arviz"]
+__all__ = [
+    "PSIS",
+    "Bands",
+    "Calibration",
+    "JointDraws",
+    "Line",
+    "LocalC2ST",
+    "ModeAudit",
+    "Regions",
+    "Report",
+    "bridge_report",
+    "calibration_draws",
+    "coverage",
+    "ecdf_bands",
+    "ecdf_p_values",
+    "local_c2st",
+    "mode_audit",
+    "psis",
+    "report",
+    "sbc",
+    "sbc_ranks",
+    "tarp",
+    "to_arviz",
+]
 
 
 def to_arviz(

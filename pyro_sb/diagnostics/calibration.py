@@ -1,26 +1,22 @@
 """Simulation-based calibration: do a posterior's draws know as much as they claim, over data sets of the prior?"""
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from typing import Any
 
 import torch
 from scipy import stats
 from torch import Tensor
 
+from pyro_sb.diagnostics.bands import Bands, ecdf, ecdf_bands, ecdf_p_values
+from pyro_sb.diagnostics.simulated import JointDraws, calibration_draws
 from pyro_sb.infer.amortized import AmortizedPosterior
-from pyro_sb.infer.posterior import Posterior
-from pyro_sb.infer.simulate import Simulator
 
-__all__ = ["Calibration", "coverage", "sbc", "sbc_ranks"]
+__all__ = ["Calibration", "Regions", "coverage", "sbc", "sbc_ranks", "tarp"]
 
-Sites = dict[str, Tensor]
 LEVELS = (0.5, 0.9)
-PROPOSALS, STARTS = 2000, 500  # draws of the bridge, a data set, that are weighted; that chains start from
-STEPS = 10  # of each chain, after its warm-up; its last state is the draw
-ROWS = 2**18  # draws corrected at once, over all data sets
 SHOWN = 12  # parameters in the repr
+LOOK, BAD = 0.05, 0.01  # smallest p of all parameters, corrected for their number
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,57 +61,110 @@ class Calibration:
         return torch.tensor([float(stats.kstest(column, "uniform").pvalue) for column in columns], dtype=torch.float64)
 
     @property
+    def band_p_values(self) -> Tensor:
+        """The same by the simultaneous bands of the ECDF (`ecdf_p_values`), which see the tails better."""
+        return ecdf_p_values(self.uniforms)
+
+    @property
     def worst(self) -> tuple[str, float]:
         """The parameter with the smallest p, and that p: of P parameters, .01 / P is as rare as .01 of one."""
         p_values = self.p_values
         index = int(p_values.argmin())
         return self.names[index], float(p_values[index])
 
+    @property
+    def verdict(self) -> str:
+        """``"ok"``, ``"look"`` (p under .05) or ``"bad"`` (under .01), by the smallest p of the bands times P."""
+        p = float(self.band_p_values.min()) * len(self.names)
+        return "ok" if p > LOOK else "look" if p > BAD else "bad"
+
+    def bands(self, level: float = 0.95) -> Bands:
+        """Simultaneous bands for the difference of one parameter's ECDF from the diagonal: `ecdf_bands`."""
+        return ecdf_bands(len(self.uniforms), level=level)
+
+    def ecdf_difference(self, points: Tensor) -> Tensor:
+        """ECDF of `uniforms` less the points, which are in (0, 1). ``(K,)`` to ``(K, parameters)``."""
+        return ecdf(self.uniforms, points) - points[:, None]
+
     def coverage(self, levels: Sequence[float] = LEVELS) -> Tensor:
         """Share of truths in the central interval of each level, as `coverage`. Shape ``(levels, parameters)``."""
         return _coverage(self.ranks, self.num_draws, levels)
 
+    @property
+    def credibility(self) -> Tensor:
+        """Smallest level whose interval holds the truth: uniform where calibrated. Shape ``(S, parameters)``."""
+        return (2 * self.uniforms - 1).abs()
+
     def __repr__(self) -> str:
-        p_values, covered = self.p_values, self.coverage()
-        order = p_values.argsort().tolist()[:SHOWN]
+        p_values, bands, covered = self.p_values, self.band_p_values, self.coverage()
+        order = torch.minimum(p_values, bands).argsort().tolist()[:SHOWN]
         width = max(len("parameter"), *(len(self.names[i]) for i in order))
         lines = [
-            f"Calibration: {len(self.ranks)} data sets, {self.num_draws} draws each; worst parameters first",
-            f"{'parameter'.ljust(width)}    KS p" + "".join(f"  in {level:4.0%}" for level in LEVELS),
+            f"{type(self).__name__}: {len(self.ranks)} data sets, {self.num_draws} draws each; worst parameters first",
+            f"{'parameter'.ljust(width)}    KS p  band p" + "".join(f"  in {level:4.0%}" for level in LEVELS),
         ]
         for i in order:
             shares = "".join(f"  {share:7.3f}" for share in covered[:, i].tolist())
-            lines.append(f"{self.names[i].ljust(width)}  {float(p_values[i]):6.2g}{shares}")
+            lines.append(f"{self.names[i].ljust(width)}  {float(p_values[i]):6.2g}  {float(bands[i]):6.2g}{shares}")
         if len(self.names) > SHOWN:
             lines.append(f"... and {len(self.names) - SHOWN} more")
         return "\n".join(lines)
 
 
-def sbc(
-    amortized: AmortizedPosterior, num_data_sets: int = 200, num_draws: int = 100, *, corrected: bool | str = False
-) -> Calibration:
-    r"""Simulation-based calibration of an amortised posterior: ranks of true parameters among posterior draws.
+class Regions(Calibration):
+    """Calibration of credible regions that grow from one side: a rank is the share of draws that a region holds."""
 
-    Fresh pairs :math:`(\theta, y)` come from the fitted posterior's simulator. For each y the posterior is drawn from,
-    all data sets side by side; where it is exact, :math:`\theta` and its draws are exchangeable, so that the rank of
+    def coverage(self, levels: Sequence[float] = LEVELS) -> Tensor:
+        """Share of truths in the region of each level. Shape ``(levels, quantities)``."""
+        return _coverage(self.ranks, self.num_draws, levels, central=False)
+
+    @property
+    def credibility(self) -> Tensor:
+        """Smallest level whose region holds the truth."""
+        return self.uniforms
+
+
+def sbc(
+    x: AmortizedPosterior | Callable[..., Any],
+    num_data_sets: int = 200,
+    num_draws: int = 100,
+    *,
+    corrected: bool | str = False,
+    sampler: Callable[[Any], Any] | None = None,
+    observed: Sequence[str] = ("y",),
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Calibration:
+    r"""Simulation-based calibration of an amortised posterior, or of any sampler of a model.
+
+    Fresh pairs :math:`(\theta, y)` come from the model. For each y the posterior is drawn from (an amortised one: for
+    all data sets side by side); where it is exact, :math:`\theta` and its draws are exchangeable, so that the rank of
     each of its numbers is uniform on 0 to L. A hump means intervals too wide, a bowl too narrow, a slope a bias.
 
     Uniform ranks are necessary and not sufficient: the prior itself, drawn whatever y is, has them too.
 
     Args:
-        amortized: Fitted.
+        x: A fitted `AmortizedPosterior`; or a Pyro model with its observed sites left open.
         num_data_sets: Number of pairs S, at least 20; fewer come where the simulator gives some that are not finite.
         num_draws: Draws L for each, at least 20.
         corrected: False: draws of the bridge. ``"importance"``: resampled from 2000 weighted ones. True or ``"mcmc"``:
             last states of independent chains (`Posterior.mcmc`).
+        sampler: Of a model: from an observation (a dict, for several observed sites) to draws ``(n, *site)`` by site,
+            n at least L, or to a finished MCMC. Evenly spaced draws are taken; ranks ask for independent ones, so let
+            it draw so many more that L of them are.
+        observed: A model's observed sites.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
 
     Raises:
         RuntimeError: ``amortized`` is not fitted.
-        ValueError: Too few data sets or draws; an unknown correction.
+        TypeError: ``x`` is neither.
+        ValueError: Too few data sets or draws; an unknown correction; a model without observed sites, or without a
+            sampler.
 
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts et al., 2018), algorithm 1,
-        https://arxiv.org/abs/1804.06788. We add uniform noise to the discrete ranks, for Kolmogorov and Smirnov's test.
+        https://arxiv.org/abs/1804.06788. We add uniform noise to the discrete ranks, for tests of continuous laws.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -130,25 +179,17 @@ def sbc(
         >>> calibration.worst[1] > 1e-3
         True
     """
-    _check_least("num_data_sets", num_data_sets, 20)
-    _check_least("num_draws", num_draws, 20)
-    ways: dict[bool | str, str] = {False: "bridge", True: "mcmc", "mcmc": "mcmc", "importance": "importance"}
-    if corrected not in ways:
-        raise ValueError(f'corrected must be False, True, "importance" or "mcmc", got {corrected!r}.')
-    if amortized.bridge is None:
-        raise RuntimeError("sbc needs a fitted posterior: call amortized.fit(*model_args, num_simulations=...) first.")
-    source: Simulator = amortized.simulator
-    pairs = source.simulate(num_data_sets, keep_finite=True)
-    truths = source.prototype.packing.unpack(pairs.latents)
-    truths = {name: transform.inv(truths[name]) for name, transform in source.prototype.transforms.items()}
-    block = len(pairs.latents) if not corrected else max(1, ROWS // PROPOSALS)
-    parts = []
-    for observations in pairs.observations.split(block):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="y lies", category=RuntimeWarning)  # y is the model's own
-            posterior = amortized.condition(source.data.unpack(observations))
-        parts.append(_flat(_drawn(posterior, num_draws, ways[corrected]), lead=2))
-    return Calibration.of(_flat(truths, lead=1), torch.cat(parts, 1), _names(truths))
+    joint: JointDraws = calibration_draws(
+        x,
+        num_data_sets,
+        num_draws,
+        corrected=corrected,
+        sampler=sampler,
+        observed=observed,
+        args=args,
+        kwargs=kwargs,
+    )
+    return Calibration.of(joint.truths, joint.draws, joint.names)
 
 
 def sbc_ranks(latents: Tensor, draws: Tensor) -> Tensor:
@@ -182,10 +223,11 @@ def sbc_ranks(latents: Tensor, draws: Tensor) -> Tensor:
 
 
 def coverage(draws: Tensor, truths: Tensor, levels: Sequence[float] = LEVELS) -> Tensor:
-    r"""Share of truths that lie in the central intervals of their draws.
+    r"""Expected coverage: share of truths that lie in the central intervals of their draws.
 
     The interval of level a lies between the quantiles (1 - a) / 2 and (1 + a) / 2. A truth with rank r among L draws
     counts by the share of :math:`[r, r + 1] / (L + 1)` that lies between the two: without a bias for any L.
+    `tarp` is the same for regions of all parameters together.
 
     Args:
         draws: L posterior draws for each of S data sets. Shape ``(L, S, *)``.
@@ -204,41 +246,69 @@ def coverage(draws: Tensor, truths: Tensor, levels: Sequence[float] = LEVELS) ->
     return _coverage(sbc_ranks(truths, draws), len(draws), levels)
 
 
-def _coverage(ranks: Tensor, num_draws: int, levels: Sequence[float]) -> Tensor:
+def tarp(
+    draws: Tensor, truths: Tensor, *, references: Tensor | None = None, generator: torch.Generator | None = None
+) -> Regions:
+    r"""Tests of accuracy with random points: expected coverage of balls in the space of all parameters.
+
+    Around a random point r the posterior's region of level a is the ball that holds a share a of its draws. Where the
+    posterior is exact it holds the truth with probability a, so that the share of draws nearer to r than the truth,
+
+    .. math:: f = \tfrac1L \#\{l : |\theta_l - r| < |\theta - r|\} ,
+
+    is uniform. Unlike intervals of one parameter after the other, balls see wrong correlations.
+
+    Distances are taken in units of each parameter's standard deviation over the truths. As with SBC, points that do
+    not depend on the data cannot tell the prior from the posterior: pass ``references`` that do.
+
+    Args:
+        draws: L posterior draws for each of S data sets. Shape ``(L, S, parameters)``; as `calibration_draws` gives.
+        truths: Shape ``(S, parameters)``.
+        references: Points, one a data set. Shape ``(S, parameters)``. Omitted: uniform in the box that holds all
+            truths.
+        generator: For those.
+
+    Returns:
+        A `Calibration` of the one quantity ``"tarp"``, whose regions grow from the reference.
+
+    References:
+        Sampling-Based Accuracy Testing of Posterior Estimators for General Inference (Lemos et al., 2023), algorithm 2,
+        https://arxiv.org/abs/2302.03026
+
+    Example:
+        >>> truths, draws = torch.randn(500, 3), torch.randn(99, 500, 3)
+        >>> tarp(draws, truths).verdict, tarp(0.5 * draws, truths).verdict
+        ('ok', 'bad')
+    """
+    if truths.dim() != 2 or draws.shape[1:] != truths.shape:
+        raise ValueError(
+            "draws must have the shape (L, S, parameters) for truths of shape (S, parameters), got "
+            f"{tuple(draws.shape)} and {tuple(truths.shape)}."
+        )
+    if references is not None and references.shape != truths.shape:
+        raise ValueError(
+            f"references must be one point a data set, {tuple(truths.shape)}, got {tuple(references.shape)}."
+        )
+    truths, draws = truths.double(), draws.double()
+    unit = truths.std(0)
+    unit = torch.where(unit > 0, unit, 1.0)
+    if references is None:
+        low, high = truths.amin(0), truths.amax(0)
+        device = truths.device if generator is None else generator.device
+        share = torch.rand(truths.shape, dtype=truths.dtype, device=device, generator=generator)
+        references = low + share.to(truths.device) * (high - low)
+    far = [((points - references) / unit).norm(dim=-1)[..., None] for points in (truths, draws)]
+    made = Calibration.of(far[0], far[1], ("tarp",))
+    return Regions(made.ranks, made.names, made.num_draws, made.uniforms)
+
+
+def _coverage(ranks: Tensor, num_draws: int, levels: Sequence[float], central: bool = True) -> Tensor:
     rows = []
     for level in levels:
         if not 0 < level < 1:
             raise ValueError(f"levels must lie in (0, 1), got {level}. Write 0.9 for 90 %.")
-        low, high = (num_draws + 1) * (1 - level) / 2, (num_draws + 1) * (1 + level) / 2
+        low = (num_draws + 1) * (1 - level) / 2 if central else 0.0
+        high = low + (num_draws + 1) * level
         inside = (ranks + 1).double().clamp(low, high) - ranks.double().clamp(low, high)
         rows.append(inside.mean(0))
     return torch.stack(rows)
-
-
-def _drawn(posterior: Posterior, num: int, way: str) -> Sites:
-    """Draws ``(num, B, *site)`` of a batch, that are independent of each other."""
-    if way == "bridge":
-        return posterior.sample(num)
-    if way == "importance":
-        return posterior.importance(PROPOSALS).resample(num)
-    chains = posterior.mcmc(STEPS, num_chains=num, num_proposals=max(num, STARTS))
-    return {name: value[:, -1] for name, value in chains.get_samples(group_by_chain=True).items()}
-
-
-def _flat(sites: Sites, lead: int) -> Tensor:
-    """All sites' numbers side by side."""
-    return torch.cat([value.reshape(*value.shape[:lead], -1) for value in sites.values()], -1)
-
-
-def _names(sites: Sites) -> tuple[str, ...]:
-    """``name[i, j]`` for each number of ``(S, *site)``, in the order of `_flat`."""
-    names = []
-    for name, value in sites.items():
-        for index in product(*map(range, value.shape[1:])):
-            names.append(f"{name}[{', '.join(map(str, index))}]" if index else name)
-    return tuple(names)
-
-
-def _check_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}: fewer tell nothing of a law.")
