@@ -33,7 +33,7 @@ OBSERVED = torch.tensor([0.18, 0.32, 0.42, 0.49, 0.54])
 TIMES, VARIANCE = torch.arange(1.0, 6.0), 1e-3
 NUM_PAIRS, FEWER, NUM_DRAWS, BATCHES = 50_000, 5_000, 20_000, 50
 CHAINS, CHAIN_DRAWS, GRID, EDGE, FINE = 200, 4000, 2401, 6.0, 50
-SEEDS, SHOWN = 3, 3000
+SEEDS, SHOWN = 3, 1500
 MOMENTS = ("mean", "variance", "skewness", "kurtosis")
 F64 = torch.float64
 
@@ -111,10 +111,12 @@ def chains() -> dict[str, Any]:
     )
     mcmc.run()
     theta = mcmc.get_samples(group_by_chain=True)["theta"]
-    return row_of(theta.reshape(-1, 2)) | {
-        "seconds": time.process_time() - begun,
-        "draws": theta[:, ::200].reshape(-1, 2)[:SHOWN].tolist(),
-    }
+    shown = rounded(theta[:, ::200].reshape(-1, 2)[:SHOWN])
+    return row_of(theta.reshape(-1, 2)) | {"seconds": time.process_time() - begun, "draws": shown}
+
+
+def rounded(x: Tensor) -> list[list[float]]:
+    return [[round(v, 2) for v in line] for line in x.tolist()]
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def weighed(value: Tensor, log_q: Tensor) -> dict[str, Any]:
         "ess": effective_sample_size(logs) / len(logs),
         "k": pareto_k(logs),
         "evidence": float(logs.logsumexp(0)) - math.log(len(logs)),
-        "draws": [[round(v, 3) for v in line] for line in value[:SHOWN].tolist()],
+        "draws": rounded(value[:SHOWN]),
     }
 
 
