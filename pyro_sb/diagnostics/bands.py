@@ -61,7 +61,8 @@ def ecdf_bands(num: int, *, level: float = 0.95, num_points: int = POINTS, num_s
             f"{num}, {num_points} and {num_simulations}."
         )
     null = _null(num, num_points, num_simulations).sort().values
-    gamma = float(null[int((1 - level) * num_simulations)])
+    # a hair less, so that counts that are just as rare are within
+    gamma = float(null[int((1 - level) * num_simulations)]) * (1 - 1e-9)
     points = _points(num_points)
     law = stats.binom(num, points.numpy())
     lower, upper = (torch.from_numpy(law.ppf(share)) / num - points for share in (gamma / 2, 1 - gamma / 2))
@@ -99,7 +100,7 @@ def ecdf(uniforms: Tensor, points: Tensor) -> Tensor:
     """Share of each column that lies at or below each point. ``(N, P)`` and ``(K,)`` to ``(K, P)``."""
     ordered = uniforms.double().sort(0).values.T.contiguous()
     below = torch.searchsorted(ordered, points.expand(len(ordered), -1).contiguous(), right=True)
-    return below.T / len(uniforms)
+    return below.T.double() / len(uniforms)
 
 
 def _points(num_points: int) -> Tensor:

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_sb.diagnostics import Calibration, coverage, sbc, sbc_ranks
+from pyro_sb.diagnostics import Calibration, calibration_draws, coverage, sbc, sbc_ranks, tarp
 from pyro_sb.infer import AmortizedPosterior
 
 F64 = torch.float64
@@ -94,6 +94,69 @@ def test_the_repr_shows_the_worst_first_and_few_of_many():
     assert "60 data sets, 99 draws" in lines[0]
     assert lines[2].startswith("[9]")
     assert lines[-1] == "... and 3 more"
+
+
+def test_too_narrow_is_seen_in_the_bands_and_named():
+    theta, y = conjugate()
+    draws = posterior_draws(y)
+    draws[..., 2] = posterior_draws(y, scale=0.7)[..., 2]
+    calibration = Calibration.of(theta, draws, names=("a", "b", "c"))
+    assert calibration.verdict == "bad" and int(calibration.band_p_values.argmin()) == 2
+    assert (calibration.band_p_values[:2] > 0.01).all()
+    assert Calibration.of(theta, posterior_draws(y)).verdict == "ok"
+
+
+def test_the_ecdfs_difference_has_the_shape_of_the_error():
+    theta, y = conjugate(dim=1, num=2000)
+    points = torch.tensor([0.1, 0.5, 0.9], dtype=F64)
+    narrow = Calibration.of(theta, posterior_draws(y, scale=0.5)).ecdf_difference(points)[:, 0]
+    biased = Calibration.of(theta, posterior_draws(y, shift=1.0)).ecdf_difference(points)[:, 0]
+    assert narrow[0] > 0.05 > abs(narrow[1]) and narrow[2] < -0.05  # a bowl of ranks
+    assert (biased > 0).all() and biased[1] > 0.2  # draws too high: ranks too low
+
+
+# ---- TARP ----
+
+
+def test_balls_cover_as_they_claim_for_an_exact_posterior():
+    theta, y = conjugate(num=2000)
+    regions = tarp(posterior_draws(y), theta)
+    shares = regions.coverage((0.1, 0.5, 0.9))[:, 0]
+    levels = torch.tensor([0.1, 0.5, 0.9], dtype=F64)
+    assert (((shares - levels) / (levels * (1 - levels) / 2000).sqrt()).abs() < 3.5).all()
+    assert regions.verdict == "ok" and regions.names == ("tarp",)
+
+
+@pytest.mark.parametrize("wrong", [{"scale": 0.6}, {"scale": 1.6}, {"shift": 0.8}])
+def test_balls_see_a_wrong_posterior(wrong):
+    theta, y = conjugate(num=1000)
+    assert tarp(posterior_draws(y, **wrong), theta).verdict == "bad"
+
+
+def test_balls_see_a_wrong_correlation_that_ranks_cannot():
+    theta, y = conjugate(dim=2, num=1000)
+    common, own = torch.randn(L, 1000, 1, dtype=F64), torch.randn(L, 1000, 2, dtype=F64)
+    draws = y / 2 + math.sqrt(0.5) * (0.9 * common + math.sqrt(1 - 0.81) * own)
+    assert Calibration.of(theta, draws).verdict == "ok"
+    assert tarp(draws, theta).verdict == "bad"
+
+
+def test_points_that_know_the_data_see_a_posterior_that_ignores_them():
+    theta, y = conjugate(dim=1, num=1000)
+    prior = torch.randn(L, 1000, 1, dtype=F64)
+    assert Calibration.of(theta, prior).verdict == "ok" and tarp(prior, theta).verdict == "ok"
+    assert tarp(prior, theta, references=y).verdict == "bad"
+    assert tarp(posterior_draws(y), theta, references=y).verdict == "ok"
+
+
+def test_the_unit_of_a_parameter_is_no_matter():
+    theta, y = conjugate(dim=2, num=100)
+    draws, unit = posterior_draws(y), torch.tensor([1.0, 1e4], dtype=F64)
+    ranks = [
+        tarp(d, t, generator=torch.Generator().manual_seed(3)).ranks
+        for d, t in [(draws, theta), (draws * unit, theta * unit)]
+    ]
+    assert torch.equal(*ranks)
 
 
 # ---- coverage ----
@@ -202,6 +265,56 @@ def test_corrections_calibrate_a_bridge_that_is_wrong(corrected):
     assert sbc(amortized, 400, corrected=corrected).worst[1] > 0.01
 
 
+# ---- of any sampler of a model ----
+
+
+def one_number():
+    mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0, dtype=F64), 1.0))
+    pyro.sample("y", dist.Normal(mu, 1.0))
+
+
+@pytest.mark.parametrize(("scale", "verdict"), [(1.0, "ok"), (0.5, "bad")])
+def test_a_users_sampler_is_judged_on_data_sets_of_the_model(scale, verdict):
+    def sampler(y):
+        return {"mu": y / 2 + scale * math.sqrt(0.5) * torch.randn(60, dtype=F64)}
+
+    found = sbc(one_number, 200, 50, sampler=sampler)
+    assert found.names == ("mu",) and found.num_draws == 50 and found.verdict == verdict
+
+
+def test_a_samplers_draws_are_thinned_evenly_and_belong_to_their_data():
+    joint = calibration_draws(one_number, 20, 20, sampler=lambda y: {"mu": y + torch.arange(39, dtype=F64)})
+    torch.testing.assert_close(
+        joint.draws[:, :, 0], joint.observations[:, 0] + 2 * torch.arange(20.0, dtype=F64)[:, None]
+    )
+
+
+def test_a_model_without_observed_sites_is_refused_by_name():
+    def prior_alone():
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"must have the observed sites \['y'\], got \['mu'\].*Name them in observed="):
+        sbc(prior_alone, sampler=lambda y: {})
+    with pytest.raises(ValueError, match=r"got \['mu'\]"):
+        sbc(prior_alone)
+    with pytest.raises(ValueError, match="must be open to be simulated, got data at"):
+        sbc(lambda: pyro.sample("y", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), 1.0), obs=torch.ones(())))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        (None, "a model needs the sampler"),
+        (lambda y: torch.zeros(50), r"draws by site, \['mu'\], or a finished MCMC, got Tensor"),
+        (lambda y: {"nu": torch.zeros(50)}, r"got \['nu'\]"),
+        (lambda y: {"mu": torch.zeros(10)}, r"at least 20 draws of 'mu', shape \(20,\), got \(10,\)"),
+    ],
+)
+def test_a_sampler_that_gives_something_else_is_refused(sampler, message):
+    with pytest.raises(ValueError, match=message):
+        sbc(one_number, 20, 20, sampler=sampler)
+
+
 # ---- errors ----
 
 
@@ -222,3 +335,11 @@ def test_bad_input_is_refused(fitted):
         coverage(torch.zeros(5, 1), torch.zeros(1), [90.0])
     with pytest.raises(ValueError, match="one name for each of 2"):
         Calibration.of(torch.zeros(3, 2), torch.zeros(5, 3, 2), names=("a",))
+    with pytest.raises(ValueError, match="is its own sampler"):
+        sbc(fitted, sampler=lambda y: {})
+    with pytest.raises(TypeError, match="calibration is over data sets, and one posterior has one"):
+        sbc(fitted.condition(torch.zeros(2, 3)))
+    with pytest.raises(ValueError, match=r"shape \(L, S, parameters\)"):
+        tarp(torch.zeros(5, 4), torch.zeros(4))
+    with pytest.raises(ValueError, match="one point a data set"):
+        tarp(torch.zeros(5, 4, 1), torch.zeros(4, 1), references=torch.zeros(1))
