@@ -33,7 +33,7 @@ OBSERVED = torch.tensor([0.18, 0.32, 0.42, 0.49, 0.54])
 TIMES, VARIANCE = torch.arange(1.0, 6.0), 1e-3
 NUM_PAIRS, FEWER, NUM_DRAWS, BATCHES = 50_000, 5_000, 20_000, 50
 CHAINS, CHAIN_DRAWS, GRID, EDGE, FINE = 200, 4000, 2401, 6.0, 50
-SEEDS, SHOWN = 3, 1500
+SEEDS, SHOWN = 3, 800
 MOMENTS = ("mean", "variance", "skewness", "kurtosis")
 F64 = torch.float64
 
@@ -269,7 +269,9 @@ def report(store: Store) -> str:
 
 def picture(store: Store) -> None:
     panels = [("MCMC", store.rows["chains"]["draws"])]
-    panels += [(one.name, seeded(store, one.name)[0]["coarse"]["draws"]) for one in MODELS if seeded(store, one.name)]
+    for one, steps in ((MODELS[0], "coarse"), (MODELS[0], "fine"), (MODELS[1], "fine"), (MODELS[2], "coarse")):
+        for row in seeded(store, one.name)[:1]:
+            panels.append((f"{one.name}, {FINE if steps == 'fine' else 20} steps", row[steps]["draws"]))
     panels += [(LIGHT, row["coarse"]["draws"]) for row in seeded(store, LIGHT)[:1]]
     axis = torch.linspace(-3, 3, 301)
     logs = log_joint(torch.cartesian_prod(axis, axis)).reshape(301, 301)
@@ -297,7 +299,15 @@ importance, model density over path density. +-: Monte Carlo standard errors, ja
 chains; for kurtosis they are themselves uncertain. The conditional-DSB paper prints its own moments of this posterior;
 the methods sheet does not hold them, so they are not set beside these. Its budget: 50 steps, 10 to 20 iterations of
 25,000 updates."""
-READING = ""
+READING = """
+Reading. Chains and quadrature agree. Unweighted, IMF learnt from 50,000 pairs is right to .06 deviations in the means
+and 9 % in the variances; IPF after so few iterations is not there. The posterior is a thin bent
+band. A step's variance is one number a direction and time, the same at all states and contexts, so that 20 equal steps
+smear the draws across the band and the path weights suffer; 50 triangular steps of the same fit mend most of it, as
+does an epsilon nearer the posterior's variance. Weighted by the model's density, every row is within two standard
+errors of quadrature, or nearly; they grow as the effective size falls. The light bridge, one mixture with an exact density, is the
+better peer here: fitted in less time, effective share near 1 without steps.
+"""
 
 
 def arguments() -> argparse.Namespace:
