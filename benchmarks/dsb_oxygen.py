@@ -301,12 +301,12 @@ the methods sheet does not hold them, so they are not set beside these. Its budg
 25,000 updates."""
 READING = """
 Reading. Chains and quadrature agree. Unweighted, IMF learnt from 50,000 pairs is right to .06 deviations in the means
-and 9 % in the variances; IPF after so few iterations is not there. The posterior is a thin bent
-band. A step's variance is one number a direction and time, the same at all states and contexts, so that 20 equal steps
-smear the draws across the band and the path weights suffer; 50 triangular steps of the same fit mend most of it, as
-does an epsilon nearer the posterior's variance. Weighted by the model's density, every row is within two standard
-errors of quadrature, or nearly; they grow as the effective size falls. The light bridge, one mixture with an exact density, is the
-better peer here: fitted in less time, effective share near 1 without steps.
+and 9 % in the variances; IPF after so few iterations is not there. The posterior is a thin bent band. A step's
+variance is one number a direction and time, the same at all states and contexts, so that 20 equal steps smear the
+draws across the band and the path weights suffer; 50 triangular steps of the same fit mend most of it, as does an
+epsilon nearer the posterior's variance. Weighted by the model's density, every row is within two standard errors of
+quadrature, or nearly; they grow as the effective size falls. The light bridge, one mixture with an exact density, is
+the better peer here: fitted in less time, effective share near 1 without steps.
 """
 
 
