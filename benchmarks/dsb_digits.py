@@ -255,7 +255,15 @@ fit).
   moved            mean squared displacement of an image; "independent": between all evens and all ends, as if paired at
                    random; "optimal": the optimal pairing of the same evens and ends
   back: even       share of held-out odds, carried back, that is read as even"""
-READING = ""
+READING = """
+Reading (seed 0). IMF has 94 % of the held-out evens read as odd from its first iteration on; a real odd digit is read
+so always. Further iterations do not raise that: they shorten the way (moved 16.9 to 13.6 to 14.2), and the
+classifiers tell the ends from real odds a little better (network .66 to .68, linear .52 to .57): errors add up. IPF
+at this epsilon is slow: its first chain reverses a noising that reaches nowhere near the evens, so it hardly moves,
+and after six iterations 73 % are read as odd; the published runs have twenty. The identity is kept: no other pairing
+of evens and ends is shorter than the transport's own ("moved" is "optimal"), a third of what pairing at random costs.
+In the picture strokes move where a digit can be mended into an odd one: 0 to 9, 6 to 5, 4 to 1.
+"""
 
 
 def arguments() -> argparse.Namespace:

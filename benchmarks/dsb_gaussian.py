@@ -389,7 +389,15 @@ def main() -> None:
     picture(report)
 
 
-READING = ""
+READING = """
+Reading (one seed so far; see the column). d = 5: IMF's coupling error is .03 to .04 with the noise taken out from the
+second iteration on, with the guide and without it, and does not grow: the guide buys little. IPF follows the exact
+iterates until it meets the noise of learning, near .03, and with the guide it stays there over six iterations;
+without the guide the coupling leaves again after the second iteration (.065 to .09) while the marginals stay: this is
+the forgetting that the literature describes. d = 50: with the trial's 4,096 pairs at a time IMF starts at .11 and
+falls to .05 to .07, above the goal in the first iterations: 4,096 pairs say little of 2,500 covariances, and the
+networks learn their noise; see the rows with a large cache, where they are there.
+"""
 
 if __name__ == "__main__":
     main()
