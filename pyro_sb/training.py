@@ -127,6 +127,7 @@ def train(
     keep_best: bool = False,
     num_checks: int = 20,
     patience: int | None = None,
+    least: float = 0.0,
     tolerance: float = 0.05,
     progress: bool = True,
     description: str = "",
@@ -151,6 +152,7 @@ def train(
         keep_best: Go back to the parameters with the lowest validation loss: for finite data.
         num_checks: How often to validate.
         patience: Stop after this many checks without a lower validation loss. Omitted: never.
+        least: Share of the updates that are made whatever the checks say, in [0, 1].
         tolerance: Fall of the validation loss over the last quarter of the checks, in nats, above which the fit counts
             as not converged and warns.
         progress: Show a bar.
@@ -187,7 +189,8 @@ def train(
     first = history.iterations + 1
     bar = tqdm(range(first, num_steps + 1), desc=description, disable=not progress, leave=False)
     with interruptible(history, num_steps, description):
-        for step in bar if resume is None or patience is None or stale < patience else ():
+        ended = patience is not None and stale >= patience and history.iterations >= least * num_steps
+        for step in bar if resume is None or not ended else ():
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate * cosine(step / num_steps, final_rate)
             value = loss()
@@ -221,7 +224,7 @@ def train(
             if on_state is not None:
                 history.seconds = spent + time.perf_counter() - begun
                 on_state(_state(history, stale, parameters, optimiser, average, best))
-            if patience is not None and stale >= patience:
+            if patience is not None and stale >= patience and step >= least * num_steps:
                 break
     optimiser.zero_grad(set_to_none=True)
     average.swap()

@@ -33,14 +33,17 @@ class DSB(DSBState):
     **Method.** ``"imf"`` (default), iterative Markovian fitting: regress both ends on Brownian bridges between pairs,
     redraw the pairs with the chains, repeat. Both marginals are kept, and the coupling converges. ``"ipf"``, iterative
     proportional fitting as published: each chain learns to reverse the other, whose first is the noising reference:
-    its first forward chain is the score model. Learnt IPF forgets the reference after some iterations: its marginals
-    stay good, its coupling drifts (`benchmarks/results/dsb_gaussian.txt`).
+    its first forward chain is the score model. Small epsilon needs many iterations, and each adds the networks' errors
+    to a reference that only the first chain has seen; IMF keeps the marginals and the reference in each
+    (`benchmarks/results/dsb_gaussian.txt`, `dsb_digits.txt`).
 
     Networks start at the Gaussian Schrödinger bridge between the ends' moments (`pyro_sb.bridges.dsb_half`); this
     does not change what is fitted, as the reference stays Brownian in the user's coordinates.
 
     **Densities.** ``draws()`` carry the path's log density, log source + sum log F - sum log B, which corrects them
-    exactly for any number of steps and any quality of fit, where the source has a density. ``log_prob`` raises.
+    exactly for any number of steps and any quality of fit, where the source has a density. ``log_prob`` raises. A
+    step's variance is one for all states: where the end is much surer at some than at others, short steps at both ends
+    give better draws and weights: ``bridge.chain_steps, bridge.schedule = 50, "triangular"`` after an IMF fit.
 
     Args:
         dim: Event size.

@@ -21,7 +21,7 @@ from pyro_sb.training import FitHistory, random_state, set_random_state, train
 NUM_JUDGES = 512  # of them, at each stage of the stochastic approximation
 HELD_OUT = 4096  # noised points that the validation loss is read from
 NUM_TIMES = 1024  # of the table of times uniform in log-SNR
-NUM_CHECKS, PATIENCE = 40, 8
+NUM_CHECKS, PATIENCE, LEAST = 40, 8, 0.5  # a start in closed form is not beaten at once
 
 
 class Noised(NamedTuple):
@@ -168,6 +168,7 @@ class Fit:
             learning_rate=self.options.learning_rate,
             keep_best=finite and judged,
             patience=PATIENCE if finite and judged else None,
+            least=LEAST,
             num_checks=NUM_CHECKS,
             progress=self.options.progress,
             description=f"{type(self.bridge).__name__} ({phase})",
