@@ -233,7 +233,7 @@ def pair_table(store: Store, pair: Pair) -> str:
         names = ["w2", "w2 coarse", "sliced", "cross", "cross floor", "joint", "joint floor", "ess", "k"]
         cells = [spread(over_seeds(store, prefix, name), 3) for name in names]
         rows.append([method.name, len(seconds), f"{mean(seconds):.0f}", *cells])
-    return f"{pair.name}, epsilon = {pair.epsilon:g}\n{table(columns, rows)}\n"
+    return f"{pair.name.split(',')[0]}, epsilon = {pair.epsilon:g}\n{table(columns, rows)}\n"
 
 
 def few_table(store: Store, pair: Pair) -> str:
@@ -277,6 +277,7 @@ def picture(store: Store) -> None:
             ax.set_xticks([])
             ax.set_yticks([])
             if shown is None:
+                ax.set_axis_off()
                 continue
             x = torch.tensor(shown)
             for line in x[:60]:
