@@ -116,9 +116,13 @@ class AutoencoderCodec(Codec):
         test, seen = order[:cut], order[cut:]
         judge = x[test] if cut > 1 else x
         judge_weights = weights[test] if cut > 1 else weights
+        uneven = bool(
+            (weights != weights[0]).any()
+        )  # drawn with replacement then: else small data are all in each batch
+        size = batch_size if uneven else min(batch_size, len(seen))
 
         def loss() -> Tensor:
-            some = seen[torch.multinomial(weights[seen], min(batch_size, len(seen)))]
+            some = seen[torch.multinomial(weights[seen], size, replacement=uneven)]
             return 0.5 * (self._round_trip(x[some], None, self.latent_noise) - x[some]).square().mean()
 
         def validate() -> float:

@@ -168,6 +168,16 @@ def test_an_autoencoder_s_latents_have_unit_moments_and_it_is_the_same_in_both_m
     assert not codec.bijective and z.dtype == torch.float64
 
 
+def test_weights_say_what_an_autoencoder_learns():
+    x = torch.zeros(200, 2, **F64)
+    x[:100, 0], x[100:, 1] = torch.randn(100, **F64), torch.randn(100, **F64)
+    weights = torch.cat([torch.full((100,), 1000.0), torch.ones(100)])
+    codec = fitted(AutoencoderCodec(1, hidden=(16,), latent_noise=0.0), x, weights=weights, num_steps=300)
+    with torch.no_grad():
+        errors = (codec.decode(codec.encode(x)) - x).square().sum(1)
+    assert errors[:100].mean() < 0.05 < 0.5 < errors[100:].mean()  # of variances about 1
+
+
 def test_an_autoencoder_s_dimension_is_chosen_on_rows_held_out():
     codec = AutoencoderCodec(hidden=(32,), latent_noise=0.0, share=0.9)
     with warnings.catch_warnings():
