@@ -26,7 +26,6 @@ from benchmarks.planar import Store, spread
 from benchmarks.report import RESULTS, header, table, write
 from pyro_sb.bridges import DSB
 from pyro_sb.bridges.dsb_half import NUM_KNOTS, HalfBridge
-from pyro_sb.bridges.vsdm_data import Reading
 from pyro_sb.ops.gaussian import GaussianBridge, gaussian_bridge
 from pyro_sb.ops.gaussian_ipf import GaussianPlan, gaussian_ipf
 
@@ -42,11 +41,11 @@ F64 = torch.float64
 class Unguided(DSB):
     """The same bridge told nothing of the ends: its networks start at the reference, which expects no motion."""
 
-    def _adopt(self, read: Reading, source: Any, num_draws: int) -> Tensor:
-        variances = super()._adopt(read, source, num_draws)
+    def _adopt(self, *args: Any, **options: Any) -> Any:
+        result = super()._adopt(*args, **options)
         for half in (self.ahead, self.back):
             forget(half)
-        return variances
+        return result
 
 
 def forget(half: HalfBridge) -> None:
