@@ -17,6 +17,8 @@ from pyro_sb.bridges.plan import chunked
 from pyro_sb.distributions import Draws
 from pyro_sb.training import FitHistory
 
+CHUNK = 2**23  # numbers of a batch of paths at once
+
 
 class DSB(DSBState):
     r"""Diffusion Schrödinger bridge: the law of paths between source and target that is closest to Brownian motion.
@@ -116,21 +118,23 @@ class DSB(DSBState):
             batch_size: States an update.
             learning_rate: Of Adam's first update in each phase.
             ema: Decay of the parameters' moving average, in [0, 1); None for none.
-            held_out: Share of the draws that the fit is judged by, in [0, 1), or a boolean mask ``(N,)``.
+            held_out: Share of the draws that the fit is judged by, in [0, 1), or a boolean mask ``(N,)`` of the
+                target's. The source's draws are parted by the same share, a tenth where there is a mask.
             num_draws: How many draws of a distribution the moments are read from.
             num_pairs: Pairs (IMF) or paths (IPF) that are simulated and learnt from at a time.
             pairs: First pairs of IMF: ``"independent"``; ``"sinkhorn"``, entropic optimal transport between
                 minibatches (without context alone), near the bridge's coupling from the start.
             loss: Of IPF: ``"mean"``, mean matching, or ``"drift"``, the same divided by the step size.
             reference: Of IPF: ``"brownian"``, or ``"ou"``, the Ornstein-Uhlenbeck process that leaves normals with the
-                source's moments alone. They are different problems with different bridges.
+                source's means and variances alone. They are different problems with different bridges.
             warm_start: Go on from a chain's last networks (IPF).
             refresh: Updates between new paths (IPF).
             on_iteration: Called with the iteration's number, from 1, after each.
 
         Returns:
-            Losses of all phases (half the mean square of a goal of about unit variance); as residuals, the largest gap
-            between means (in standard deviations) or deviations (relative) of draws and target after each iteration.
+            Losses of all phases (half the mean square of a goal, of about unit variance once the pairs are the
+            bridge's; independent pairs at small epsilon have larger ones); as residuals, the largest gap between means
+            (in standard deviations) or deviations (relative) of draws and target after each iteration.
         """
         begun = time.perf_counter()
         options = DSBOptions(
@@ -217,13 +221,13 @@ class DSB(DSBState):
         """Draws by the forward chain, with the log density of their paths."""
         if self.density is None:
             return super().draws_rows(num, context)
-        rows = self._context_rows(context)
-        given, behind = self._given(self.ahead, rows), self._given(self.back, rows)
-        x = self._start(num, given)
-        chains = self._chain(True), self._chain(False)
-        states = chains[0].run(x, given)
-        log_q = self._start_log_prob(x, given) + log_ratio(states, (chains[0], given), (chains[1], behind))
-        return Draws(states[-1], log_q)
+        rows, size = self._context_rows(context), max(1, CHUNK // (self.dim * (self.chain_steps + 1)))
+        parts = [
+            self._draws(min(size, num - i), None if rows is None else rows[i : i + size]) for i in range(0, num, size)
+        ]
+        if not parts:
+            return Draws(self.like().new_empty(0, self.dim), self.like().new_empty(0))
+        return Draws(*(torch.cat(each) for each in zip(*parts)))
 
     @torch.no_grad()
     def path_log_prob(self, x: Any, context: Any = None, num_paths: int = 16) -> Tensor:
@@ -247,10 +251,21 @@ class DSB(DSBState):
         if self.density is None:
             raise NotImplementedError(f"{self.describe()} has no density of its draws. {self.density_hint}")
         x, rows, shape = self._rows(x, context)
-        total = torch.stack([self._redrawn(x, rows) for _ in range(num_paths)])
+        total = torch.stack([self._redrawn_in_chunks(x, rows) for _ in range(num_paths)])
         return (total.logsumexp(0) - math.log(num_paths)).reshape(shape[:-1])
 
     # Parts
+
+    def _draws(self, num: int, rows: Tensor | None) -> Draws:
+        given, behind = self._given(self.ahead, rows), self._given(self.back, rows)
+        x = self._start(num, given)
+        chains = self._chain(True), self._chain(False)
+        states = chains[0].run(x, given)
+        log_q = self._start_log_prob(x, given) + log_ratio(states, (chains[0], given), (chains[1], behind))
+        return Draws(states[-1], log_q)
+
+    def _redrawn_in_chunks(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        return chunked(self._redrawn, x, rows, width=self.dim * (self.chain_steps + 1))
 
     def _redrawn(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Log density of one path each, drawn backwards from its end. Shape ``(n,)``."""

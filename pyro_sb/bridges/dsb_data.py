@@ -132,7 +132,7 @@ def sinkhorn_pairs(begin: Tensor, end: Tensor, epsilon: float) -> Tensor:
     for first in range(0, len(end), BLOCK):
         x, y = begin[first : first + BLOCK], end[first : first + BLOCK]
         points, others = y.double() / epsilon**0.5, x.double() / epsilon**0.5
-        scaling = sinkhorn(points, others, max_iter=SWEEPS)
+        scaling = sinkhorn(points, others, tolerance=1e-3, max_iter=SWEEPS)
         affinity = -0.5 * torch.cdist(points, others).square()
         plan = (affinity + scaling.log_v).softmax(1)
         chosen.append(first + torch.multinomial(plan, 1)[:, 0])

@@ -1,6 +1,7 @@
 """How a diffusion Schrödinger bridge is fitted: its phases, and what each learns from."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +22,17 @@ from pyro_sb.bridges.dsb_data import (
     unpacked,
 )
 from pyro_sb.bridges.dsb_half import Given, HalfBridge, knot_times
+from pyro_sb.bridges.dsb_source import SourceReading, read_source_law
 from pyro_sb.bridges.dsb_state import DSBState
 from pyro_sb.bridges.ends import Batch
-from pyro_sb.bridges.vsdm_checkpoint import fingerprint, unfinished, write
+from pyro_sb.bridges.vsdm_checkpoint import fingerprint, on_device, unfinished, write
 from pyro_sb.bridges.vsdm_data import Reading, Rows, read_pairs
 from pyro_sb.bridges.vsdm_state import check_choice
 from pyro_sb.training import FitHistory, random_state, set_random_state, train
 
 NUM_JUDGES = 2048  # pairs or paths that a phase is judged by
 NUM_CHECKS, PATIENCE = 20, 8
+SMALL_EPSILON = 1e-3  # in units of the target's variance
 PAIRS, LOSSES, REFERENCES = ("independent", "sinkhorn"), ("mean", "drift"), ("brownian", "ou")
 
 
@@ -92,17 +95,25 @@ def fit_dsb(
     read = read_pairs(
         bridge.dim, bridge.context_dim, target, context, weights, options.num_draws, held_out, bridge.ahead.embedding
     )
-    name = fingerprint(bridge, options, read)
+    begin = read_source_law(read, source, bridge.dim, options.num_draws, held_out)
+    name = fingerprint(bridge, options, read) + repr(begin.sums())
     if saved is not None and saved["fit"] != name:
         raise ValueError(
             f"checkpoint must be of this fit to go on from, got that of another in {options.checkpoint}: its options "
             "or data differ. Delete it, or write another path."
         )
-    variance = bridge._adopt(read, source, options.num_draws)
-    fit = Fit(bridge, options, read, random, name, on_iteration)
-    fit.source_variance = variance
+    variance = float(read.covariance.diagonal().mean())
+    if bridge.epsilon < SMALL_EPSILON * variance:
+        warnings.warn(
+            f"epsilon is {bridge.epsilon / variance:.2g} of the target's variance, below {SMALL_EPSILON:g}: ends are "
+            "hard to tell from states, and the fit may be far off. Raise epsilon, or rescale the data.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    bridge._adopt(read, begin)
+    fit = Fit(bridge, options, read, begin, random, name, on_iteration)
     if saved is not None:
-        fit.restore(saved)
+        fit.restore(on_device(saved, read.affine.location.device))
     history = fit.run()
     if options.checkpoint is not None and not history.interrupted:
         bridge.save(options.checkpoint)
@@ -117,13 +128,14 @@ class Fit:
         bridge: DSBState,
         options: DSBOptions,
         read: Reading,
+        source: SourceReading,
         random: list[Tensor],
         name: str,
         on_iteration: Callable[[int], None] | None,
     ) -> None:
         self.bridge, self.options, self.end = bridge, options, read.end
         self.random, self.name, self.on_iteration = random, name, on_iteration
-        self.source_variance = read.covariance.diagonal()
+        self.source = source
         order = (True, False) if bridge.method == "ipf" else (False, True)
         self.phases = [(i, forward) for i in range(1, options.num_iterations + 1) for forward in order]
         self.done: list[FitHistory] = []
@@ -151,6 +163,7 @@ class Fit:
             validation_losses=[loss for h in self.done for loss in h.validation_losses],
             iterations=sum(h.iterations for h in self.done),
             seconds=sum(h.seconds for h in self.done),
+            converged=all(h.converged for h in self.done[-2:]),
             interrupted=any(h.interrupted for h in self.done),
         )
 
@@ -250,11 +263,11 @@ class Fit:
         bridge, other = self.bridge, self.bridge._chain(not forward)
         rows = self._rows(num, held_out)
         given = self._given(other.half, rows.context)
-        start = rows.points if forward else bridge._start(num, self._given(bridge.ahead, rows.context))
+        start = rows.points if forward else self._start(num, rows.context, held_out)
         if bridge.method == "ipf":
             chain: Chain | ReferenceChain = other
             if not self.done:
-                variance = self.source_variance if self.options.reference == "ou" else None
+                variance = self.source.guide.covariance.diagonal() if self.options.reference == "ou" else None
                 chain = ReferenceChain(other.times, bridge.epsilon, variance)
             return reversed_paths(chain, start, given, rows.context)
         if self.done:
@@ -262,6 +275,13 @@ class Fit:
         if self.options.pairs == "sinkhorn":
             start = start[sinkhorn_pairs(start, rows.points, bridge.epsilon)]
         return Pairs(rows.points, start, rows.context)  # the backward half learns first
+
+    def _start(self, num: int, context: Tensor | None, held_out: bool) -> Tensor:
+        """Source points to learn from, or those held out."""
+        if self.source.kind != "draws":
+            return self.bridge._start(num, self._given(self.bridge.ahead, context))
+        rows = self.source.test if held_out and len(self.source.test) else self.source.train
+        return self.source.points[rows[torch.randint(len(rows), (num,), device=rows.device)]]
 
     def _rows(self, num: int, held_out: bool = False) -> Batch:
         """Rows of the target to learn from, or by weight among those held out."""
@@ -287,6 +307,7 @@ class Fit:
             "done": [vars(h) for h in self.done],
             "residuals": list(self.residuals),
             "queue": self.end.position() if isinstance(self.end, Rows) else None,
+            "judged": None if isinstance(self.end, Rows) or self.end._judge is None else self.end._judge.points,
             "cache": packed(self.cache),
             "judge": packed(self.judge),
             "exam": self.exam._asdict(),
@@ -302,3 +323,5 @@ class Fit:
         self.exam = Lesson(**saved["exam"])
         if isinstance(self.end, Rows):
             self.end.seek(saved["queue"])
+        elif saved["judged"] is not None:
+            self.end._judge = Batch(saved["judged"])

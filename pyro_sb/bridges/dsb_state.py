@@ -8,16 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import Bridge, as_draws
+from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.dsb_chain import Chain
 from pyro_sb.bridges.dsb_half import Given, Guide, HalfBridge
-from pyro_sb.bridges.mixture_checks import check_law
+from pyro_sb.bridges.dsb_source import SourceReading
 from pyro_sb.bridges.mixture_state import check_points
 from pyro_sb.bridges.vsdm_data import Reading, summarise
 from pyro_sb.bridges.vsdm_state import check_choice
 from pyro_sb.nn import embedding_config, embedding_from_config
 from pyro_sb.ops.brownian import SCHEDULES, step_times
-from pyro_sb.ops.regression import Affine
 
 METHODS = ("imf", "ipf")
 VARIANCES = ("measured", "reference")
@@ -107,33 +106,18 @@ class DSBState(Bridge):
             self.to(saved)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _adopt(self, read: Reading, source: Any, num_draws: int) -> Tensor:
-        """Take units, source and the Gaussian bridge between the ends, networks anew; the source's variances."""
-        like = read.affine.location
+    def _adopt(self, read: Reading, source: SourceReading) -> None:
+        """Take units, the source and the Gaussian bridge between the ends; the networks start anew."""
         target = Guide(read.affine, read.covariance)
-        deviations, points = like.new_empty(0), like.new_empty(0, self.dim)
-        if source is None:
-            deviations = read.covariance.diagonal().sqrt()
-            begin = Guide(read.affine, deviations.square().diag())
-        else:
-            if isinstance(source, Distribution):
-                check_law("source", source, self.dim)
-            draws = as_draws("source", source, self.dim, num_draws=num_draws, like=like)
-            centred = (draws - draws.mean(0)).double()
-            covariance = centred.T @ centred / len(draws)
-            begin = Guide(Affine(draws.mean(0), like.new_empty(self.dim, 0)), covariance.to(like))
-            points = points if isinstance(source, Distribution) else draws
-        self.to(like)
-        self.source_deviations, self.source_points = deviations, points
-        self.source = source if isinstance(source, Distribution) else None
-        self._source_kind = "law" if self.source is not None else "moments" if source is None else "draws"
+        self.to(read.affine.location)
+        self.source_deviations, self.source_points = source.deviations, source.points
+        self.source, self._source_kind = source.law, source.kind
         self.context_location, self.context_scale = read.contexts
-        self.ahead.adopt(begin, target, self.epsilon)
-        self.back.adopt(target, begin, self.epsilon)
+        self.ahead.adopt(source.guide, target, self.epsilon)
+        self.back.adopt(target, source.guide, self.epsilon)
         if self._reference_steps:
             self.ahead.take_reference_spread()
             self.back.take_reference_spread()
-        return begin.covariance.diagonal()
 
     @property
     def _reference_steps(self) -> bool:

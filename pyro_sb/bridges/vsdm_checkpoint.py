@@ -48,6 +48,17 @@ def unfinished(checkpoint: str | Path | None) -> dict[str, Any] | None:
     return saved["training"] | {"state": saved["state"]}
 
 
+def on_device(saved: Any, device: torch.device) -> Any:
+    """A saved state with its tensors on a device; random states are asked for on the CPU, and go back there."""
+    if isinstance(saved, Tensor):
+        return saved.to(device)
+    if isinstance(saved, dict):
+        return {key: on_device(value, device) for key, value in saved.items()}
+    if isinstance(saved, list | tuple):
+        return type(saved)(on_device(value, device) for value in saved)
+    return saved
+
+
 def fingerprint(bridge: Bridge, options: Any, read: Reading) -> str:
     """A text that differs between fits that could not go on from each other."""
     config = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in bridge.config().items()}

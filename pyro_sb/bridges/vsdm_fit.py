@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_sb.bridges.ends import Batch
 from pyro_sb.bridges.vsdm_adapt import NUM_GRID, NUM_PARTICLES, best_matrix, project, step_size
-from pyro_sb.bridges.vsdm_checkpoint import FitOptions, fingerprint, unfinished, write
+from pyro_sb.bridges.vsdm_checkpoint import FitOptions, fingerprint, on_device, unfinished, write
 from pyro_sb.bridges.vsdm_data import Reading, Rows, read_pairs, summarise
 from pyro_sb.bridges.vsdm_network import factor_loss
 from pyro_sb.bridges.vsdm_state import NUM_KNOTS, DiffusionState
@@ -60,7 +60,7 @@ def fit_diffusion(
     bridge._adopt(read)
     fit = Fit(bridge, options, read, random, name)
     if saved is not None:
-        fit.restore(saved)
+        fit.restore(on_device(saved, read.affine.location.device))
     history = fit.run()
     if options.checkpoint is not None and not history.interrupted:
         bridge.save(options.checkpoint)

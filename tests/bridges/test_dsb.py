@@ -9,7 +9,10 @@ from torch.distributions import MultivariateNormal
 
 from pyro_sb.bridges import DSB, SGM, Bridge
 from pyro_sb.bridges.dsb_data import ReferenceChain, reversed_paths, sinkhorn_pairs
+from pyro_sb.bridges.dsb_fit import DSBOptions, Fit
 from pyro_sb.bridges.dsb_half import Guide
+from pyro_sb.bridges.dsb_source import read_source_law
+from pyro_sb.bridges.vsdm_data import read_pairs
 from pyro_sb.ops.brownian import SCHEDULES
 from pyro_sb.ops.gaussian import gaussian_bridge
 from pyro_sb.ops.mixture import MixturePotential
@@ -219,50 +222,57 @@ def test_steps_of_ipf_have_the_reference_s_variance():
                 torch.testing.assert_close(law.scale.square(), (0.3 * size).expand_as(law.scale), rtol=2e-2, atol=0)
 
 
-def test_an_unfinished_fit_goes_on_bit_for_bit(tmp_path):
-    target = torch.randn(300, 2, **F64)
-    options = QUICK | {"num_iterations": 2, "num_steps": 40}
-    for method in ("imf", "ipf"):
-        path, runs = tmp_path / f"{method}.pt", []
-        torch.manual_seed(5)
-        whole = DSB(2, hidden=(8, 8), chain_steps=3, method=method)
-        whole.fit(target, **options, refresh=15)
-        torch.manual_seed(5)
-        broken = DSB(2, hidden=(8, 8), chain_steps=3, method=method)
-        run_out = RuntimeError("the power is gone")
+@pytest.mark.parametrize("method", ["imf", "ipf"])
+@pytest.mark.parametrize("kind", ["draws", "law"])
+def test_an_unfinished_fit_goes_on_bit_for_bit(tmp_path, method, kind):
+    target = torch.randn(300, 2) if kind == "draws" else MultivariateNormal(torch.ones(2), torch.eye(2))
+    source = torch.rand(90, 2) if kind == "draws" else None
+    options = QUICK | {"num_iterations": 2, "num_steps": 40, "refresh": 15, "num_draws": 500}
+    path, runs = tmp_path / "a.pt", []
 
-        def count(*_, runs=runs, stop=run_out):
-            runs.append(1)
-            if len(runs) == 110:
-                raise stop
+    def fresh():
+        return DSB(2, hidden=(8, 8), chain_steps=3, method=method)
 
-        handle = broken.ahead.net.register_forward_pre_hook(count)
-        with pytest.raises(RuntimeError, match="power"):
-            broken.fit(target, **options, refresh=15, checkpoint=path)
-        handle.remove()
-        torch.manual_seed(99)
-        fresh = DSB(2, hidden=(8, 8), chain_steps=3, method=method)
-        history = fresh.fit(target, **options, refresh=15, checkpoint=path)
-        assert len(history.residuals) == 2
-        for a, b in zip(whole.state_dict().values(), fresh.state_dict().values()):
-            assert not torch.is_tensor(a) or torch.equal(a, b)
-        loaded = Bridge.load(path)
-        assert torch.equal(loaded.drift(0.5, target), whole.drift(0.5, target))
+    def count(*_):
+        runs.append(1)
+        if len(runs) == 110:
+            raise RuntimeError("the power is gone")
+
+    torch.manual_seed(5)
+    whole = fresh()
+    whole.fit(target, source, **options)
+    torch.manual_seed(5)
+    broken = fresh()
+    handle = broken.ahead.net.register_forward_pre_hook(count)
+    with pytest.raises(RuntimeError, match="power"):
+        broken.fit(target, source, **options, checkpoint=path)
+    handle.remove()
+    torch.manual_seed(99)
+    again = fresh()
+    history = again.fit(target, source, **options, checkpoint=path)
+    assert len(history.residuals) == 2
+    for a, b in zip(whole.state_dict().values(), again.state_dict().values()):
+        assert not torch.is_tensor(a) or torch.equal(a, b)
+    assert torch.equal(Bridge.load(path).drift(0.5, torch.ones(2)), whole.drift(0.5, torch.ones(2)))
 
 
 def test_a_checkpoint_of_another_fit_is_refused(tmp_path):
-    target = torch.randn(100, 2, **F64)
-    bridge, stop = DSB(2, hidden=(8,)), iter([1])
+    target, source, path = torch.randn(100, 2), torch.rand(50, 2), tmp_path / "a.pt"
+    calls = []
 
-    def interrupt(*_):
-        next(stop)
+    def stop(*_):
+        calls.append(1)
+        if len(calls) == 40:
+            raise RuntimeError("the power is gone")
 
-    bridge.back.net.register_forward_pre_hook(lambda *_: None)
-    bridge.ahead.net.register_forward_pre_hook(interrupt)
-    with pytest.raises(StopIteration):
-        bridge.fit(target, **QUICK, checkpoint=tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="another"):
-        DSB(2, hidden=(8,)).fit(target + 1, **QUICK, checkpoint=tmp_path / "a.pt")
+    bridge = DSB(2, hidden=(8,))
+    bridge.back.net.register_forward_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="power"):
+        bridge.fit(target, source, **(QUICK | {"num_steps": 100}), checkpoint=path)
+    law = MultivariateNormal(source.mean(0), torch.eye(2))
+    for other in [(target + 1, source), (target, source + 1), (target, None), (target, law)]:
+        with pytest.raises(ValueError, match="another"):
+            DSB(2, hidden=(8,)).fit(*other, **(QUICK | {"num_steps": 100}), checkpoint=path)
 
 
 def test_ctrl_c_keeps_what_was_learnt():
@@ -337,6 +347,7 @@ def test_bad_arguments_are_refused(make, message):
         ({"loss": "score"}, "loss must be one of"),
         ({"reference": "ou"}, 'reference "ou" needs method="ipf"'),
         ({"source": torch.zeros(10, 3)}, "source must have shape"),
+        ({"source": torch.ones(10, 2)}, "source must vary, got 10 equal draws"),
         ({"source": torch.zeros(2)}, "source must have shape"),
         ({"source": torch.full((10, 2), math.nan)}, "source must be finite"),
         ({"source": dist.Normal(0.0, 1.0)}, "source must have batch and event shapes"),
@@ -350,3 +361,33 @@ def test_bad_options_are_refused(options, message):
 def test_sinkhorn_pairs_are_refused_where_there_is_a_context():
     with pytest.raises(ValueError, match="mixes contexts"):
         DSB(2, 1).fit(torch.randn(50, 2), context=torch.randn(50, 1), pairs="sinkhorn", **QUICK)
+
+
+def test_held_out_source_draws_teach_nothing():
+    # far away as they are, no pair that is learnt from may hold one; the judge holds no others
+    source = torch.randn(200, 2)
+    read = read_pairs(2, 0, torch.randn(50, 2), None, None, 100, 0.0, None)
+    begin = read_source_law(read, source, 2, 100, 0.25)
+    assert len(begin.test) == 50 and set(begin.test.tolist()) | set(begin.train.tolist()) == set(range(200))
+    bridge = DSB(2, hidden=(8,))
+    bridge._adopt(read, begin)
+    options = DSBOptions(1, 1, 8, 1e-3, None, 100, 8, "independent", "mean", "brownian", True, 1, False, None)
+    fit = Fit(bridge, options, read, begin, [], "", None)
+    for held_out, rows in ((False, begin.train), (True, begin.test)):
+        drawn = fit._start(500, None, held_out)
+        allowed = {tuple(row) for row in source[rows].tolist()}
+        assert {tuple(row) for row in drawn.tolist()} <= allowed
+
+
+def test_an_epsilon_far_below_the_target_is_warned_of():
+    with pytest.warns(RuntimeWarning, match="epsilon is 0.000.* of the target's variance"):
+        DSB(2, epsilon=1.0, hidden=(8,), chain_steps=2).fit(100 * torch.randn(100, 2), **QUICK)
+
+
+def test_many_draws_come_in_chunks_of_the_same_law(monkeypatch):
+    bridge, exact = between_gaussians(chain_steps=4)
+    monkeypatch.setattr("pyro_sb.bridges.dsb.CHUNK", 100)
+    draws = bridge().draws((37,))
+    target = MultivariateNormal(exact.mean1, exact.cov1)
+    torch.testing.assert_close(draws.log_q, target.log_prob(draws.value), rtol=1e-8, atol=1e-8)
+    assert len(draws.value.unique(dim=0)) == 37 and bridge().draws((0,)).log_q.shape == (0,)
