@@ -1,5 +1,6 @@
 """Any bridge in the latent space of a codec."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,17 @@ class LatentBridge(Bridge):
 
     def transport(self, x0: Tensor, context: Any = None) -> Tensor:
         """Source points to draws of the target: encoded, carried, decoded. Shapes ``(*, dim)`` to ``(*, dim)``."""
-        return self._decode(self._fitted().transport(self._encode(x0), context), drawn=True)
+        return self._carried(self._fitted().transport, x0, context)
+
+    def transport_back(self, x1: Tensor, context: Any = None) -> Tensor:
+        """Target points to draws of the source, where the inner bridge has it. ``(*, dim)`` to ``(*, dim)``."""
+        return self._carried(self._own("transport_back"), x1, context, drawn=False)
+
+    def coupling(self, num: int, context: Any = None) -> tuple[Tensor, Tensor]:
+        """Pairs of a start and its end, where the inner bridge has them. Shape ``(num, *batch_shape, dim)`` each."""
+        z0, z1 = self._own("coupling")(num, context)
+        with torch.no_grad():
+            return self._decode(z0), self._decode(z1, drawn=True)
 
     def paths(self, num_paths: int, num_steps: int, context: Any = None) -> tuple[Tensor, Tensor]:
         """Times and states of the inner bridge, decoded; noisy latents lie where no decoder was trained.
@@ -327,6 +338,21 @@ class LatentBridge(Bridge):
                 f"the inner bridge's dim must be the codec's latent_dim, got {bridge.dim} and {latent_dim}. "
                 f"Write {type(bridge).__name__}({latent_dim}), or omit the bridge."
             )
+
+    def _own(self, name: str) -> Callable[..., Any]:
+        """A method that not every inner bridge has."""
+        inner = self._fitted()
+        if not hasattr(inner, name):
+            raise NotImplementedError(
+                f"{name} is the inner bridge's, and {type(inner).__name__} has none. "
+                "Write LatentBridge(DSB(latent_dim), codec)."
+            )
+        return getattr(inner, name)
+
+    def _carried(self, move: Callable[..., Tensor], x: Tensor, context: Any, drawn: bool = True) -> Tensor:
+        """Points encoded, moved and decoded; with gradients where the inner bridge's draws have them."""
+        with torch.set_grad_enabled(self.has_rsample and torch.is_grad_enabled()):
+            return self._decode(move(self._encode(x), context), drawn)
 
     def _encode(self, x: Tensor) -> Tensor:
         return self.codec.encode(shaped("x", torch.as_tensor(x), self.dim).to(self.like()))

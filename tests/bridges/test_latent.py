@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 from pyro_sb.bridges import (
+    DSB,
     VSDM,
     AutoencoderCodec,
     Bridge,
@@ -166,6 +167,39 @@ def test_by_default_all_is_chosen_and_goes_through_a_file(tmp_path):
     assert torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
     fitted(loaded, torch.randn(300, 4, **F64), refit_codec=True, num_steps=3)  # other sizes: all is made anew
     assert loaded.dim == 4 and loaded.bridge.dim == loaded.codec.latent_dim == 4
+
+
+def test_transport_has_gradients_where_the_inner_bridge_s_draws_do(monkeypatch):
+    def pair():
+        return PairCodec(nn.Linear(6, 2).double(), nn.Linear(2, 6).double(), 6, 2)
+
+    x = wide()
+    bridge = fitted(LatentBridge(light(), pair()), x)
+    assert not bridge.transport(x).requires_grad
+    monkeypatch.setattr(LightSB, "has_rsample", True)
+    assert bridge.transport(x).requires_grad
+
+
+def test_both_ways_and_pairs_are_the_inner_bridge_s_decoded():
+    x = rows()
+    bridge = LatentBridge(DSB(2, hidden=(8,), chain_steps=3), PCACodec(2))
+    fitted(bridge, x, source=x + 20, num_iterations=1)
+    asked = []
+    for ask in (
+        lambda: bridge.transport_back(x),
+        lambda: bridge.codec.decode(bridge.bridge.transport_back(bridge.codec.encode(x))),
+        lambda: torch.stack(bridge.coupling(50)),
+        lambda: bridge.codec.decode(torch.stack(bridge.bridge.coupling(50))),
+    ):
+        torch.manual_seed(1)
+        asked.append(ask())
+    torch.testing.assert_close(asked[0], asked[1])
+    torch.testing.assert_close(asked[2], asked[3])
+    assert (asked[2][0].mean(0) - x.mean(0) - 20).abs().max() < 2  # pairs start at the source, 20 away
+    one_way = fitted(LatentBridge(light(), PCACodec(2)), x)
+    for ask in (lambda: one_way.transport_back(x), lambda: one_way.coupling(3)):
+        with pytest.raises(NotImplementedError, match="LightSB has none"):
+            ask()
 
 
 def test_a_context_reaches_the_inner_bridge():
