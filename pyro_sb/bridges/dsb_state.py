@@ -19,6 +19,7 @@ from pyro_sb.nn import embedding_config, embedding_from_config
 from pyro_sb.ops.brownian import SCHEDULES, step_times
 
 METHODS = ("imf", "ipf")
+DEFAULT_STEPS = {"imf": (50, "triangular"), "ipf": (20, "constant")}
 VARIANCES = ("measured", "reference")
 
 
@@ -37,8 +38,8 @@ class DSBState(Bridge):
         epsilon: float = 1.0,
         method: str = "imf",
         *,
-        chain_steps: int = 20,
-        schedule: str = "constant",
+        chain_steps: int | None = None,
+        schedule: str | None = None,
         variance: str = "measured",
         hidden: tuple[int, ...] = (128, 128, 128),
         embedding: nn.Module | None = None,
@@ -50,9 +51,11 @@ class DSBState(Bridge):
             )
         if embedding is not None and not context_dim:
             raise ValueError("embedding needs context_dim > 0, got 0: it maps contexts to features.")
+        check_choice("method", method, METHODS)
+        steps, grid = DEFAULT_STEPS[method]
+        chain_steps, schedule = steps if chain_steps is None else chain_steps, schedule or grid
         if chain_steps < 1 or not hidden:
             raise ValueError(f"chain_steps must be at least 1 and hidden name a layer, got {chain_steps} and {hidden}.")
-        check_choice("method", method, METHODS)
         check_choice("schedule", schedule, SCHEDULES)
         check_choice("variance", variance, VARIANCES)
         self.epsilon, self.method, self.chain_steps = float(epsilon), method, int(chain_steps)
