@@ -35,9 +35,9 @@ score: median of 1/2 + root mean square of d - 1/2; floor: the same of the null.
 MODES_NOTE = """
 Mode audit. Two unit normals 10 sds apart with weights .3 and .7; {chains} chains of {draws} draws (of {thin} steps
 each) by a random walk, all started in the heavier mode ("stuck"), and independent draws of the target ("exact").
-R-hat < 1.01: share of runs whose largest rank-normalised split R-hat is. found: "bad", the missing mode named, among the
-runs that R-hat passes. alarm: verdict "bad"; look: verdict "look". {reps} repetitions, 95 % interval of a share in
-brackets (Wilson); populations of 1,024."""
+R-hat < 1.01: share of runs whose largest rank-normalised split R-hat is. found: verdict "bad", the missing mode named,
+among the runs that R-hat passes. alarm: verdict "bad"; look: verdict "look". {reps} repetitions, 95 % interval of a
+share in brackets (Wilson); populations of 1,024."""
 
 
 def spoilt(y: Tensor, what: str, num: int = L) -> Tensor:

@@ -15,7 +15,7 @@ class ChainFigures(NamedTuple):
 
     Attributes:
         names: ``"mu"``, ``"theta[3]"``.
-        r_hat: Rank-normalised split R-hat; of a single chain, between its halves.
+        r_hat: Rank-normalised split R-hat, NaN of a constant; of a single chain, between its halves.
         ess_bulk: Bulk effective sample size.
         ess_tail: Tail effective sample size: the smaller of those of the 5 % and the 95 % quantile.
         num_chains: Chains.
@@ -61,7 +61,8 @@ def chain_figures(container: Any) -> ChainFigures:
     names: list[str] = []
     columns: list[list[np.ndarray]] = [[], [], []]
     bulk, tail = az.ess(container, method="bulk"), az.ess(container, method="tail", prob=(0.05, 0.95))
-    r_hat = None if num_chains == 1 else az.rhat(container, method="rank")
+    with np.errstate(invalid="ignore", divide="ignore"):  # constant numbers have no R-hat: NaN
+        r_hat = None if num_chains == 1 else az.rhat(container, method="rank")
     for name in group.data_vars:
         array = arrays[str(name)]
         names += _names(str(name), array.shape[2:])
@@ -92,7 +93,10 @@ def _halves(az: Any, array: np.ndarray) -> np.ndarray:
     flat = both.reshape(2, half, -1)
     if half < 4:
         return np.full(flat.shape[-1], np.nan)
-    return np.array([float(az.rhat(np.ascontiguousarray(flat[..., i]), method="rank")) for i in range(flat.shape[-1])])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.array(
+            [float(az.rhat(np.ascontiguousarray(flat[..., i]), method="rank")) for i in range(flat.shape[-1])]
+        )
 
 
 def _names(name: str, shape: tuple[int, ...]) -> list[str]:

@@ -81,20 +81,22 @@ def mode_audit(
     x = own if x is None else x
     draws = None if x is None else unconstrained_draws(x, joint)
     before = joint.evaluations.density + joint.evaluations.gradient
-    hints = (
+    near = (
         None
         if initial_params is None or potential_fn is not None
         else joint.pack(initial_params).reshape(-1, joint.dim)
     )
     populations = (
-        _population(joint, num_particles, start, hints),
-        _population(joint, num_particles, start, hints),
+        _population(joint, num_particles, start, near),
+        _population(joint, num_particles, start, near),
     )
     clouds = [population.points[population.resample(POOLED)] for population in populations]
     if draws is not None:
         flat = draws.flatten(0, 1)
         clouds.append(flat[torch.linspace(0, len(flat) - 1, min(POOLED, len(flat))).round().long()])
-    modes = find_modes(joint, torch.cat([cloud.double().cpu() for cloud in clouds]), max_modes)
+    cores = [population.core for population in populations]
+    hints = [core.locs[core.log_weights.argsort(descending=True)] for core in cores if len(core.locs) > 1]
+    modes = find_modes(joint, torch.cat([cloud.double().cpu() for cloud in clouds]), max_modes, hints)
     return _made(joint, populations, modes, draws, joint.evaluations.density + joint.evaluations.gradient - before)
 
 

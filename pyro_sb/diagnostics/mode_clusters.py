@@ -1,6 +1,7 @@
 """Modes of a target among draws: Gaussian-mixture clusters, joined where no barrier of density lies between them."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ BARRIER = 2.0  # nats below the lower middle that separate two modes
 STEPS = 21  # points between two middles
 FULL_DIM = 30  # largest dimension in which clusters have full covariances
 LEAST = 8  # draws a cluster
+Candidate = tuple[float, GaussianMixture, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,18 +45,22 @@ class Modes:
         return torch.from_numpy(self.mode_of_cluster[self.mixture.predict(rows.numpy())]).long()
 
 
-def find_modes(log_joint: LogJoint, points: Tensor, max_modes: int) -> Modes:
+def find_modes(log_joint: LogJoint, points: Tensor, max_modes: int, hints: Sequence[Tensor] = ()) -> Modes:
     r"""Modes among points of a target.
 
     Args:
         log_joint: The target; asked for the density between the clusters' middles.
         points: Shape ``(n, dim)``, float64 on the CPU.
         max_modes: Largest number of clusters.
+        hints: Centres to start clusters from, a set each. Shape ``(K, dim)``.
     """
-    location, scale = points.mean(0), points.std(0)
-    scale = torch.where(scale > 0, scale, 1.0)
+    location, deviations = points.mean(0), points.std(0)
+    deviations = torch.where(deviations > 0, deviations, 1.0)
+    one = torch.full_like(deviations, float(deviations.square().mean().sqrt()))
+    tried = [_fitted(points, location, scale, max_modes) for scale in (deviations, one)]  # either may hide clusters
+    tried += [_started(points, location, deviations, centres[:max_modes]) for centres in hints]
+    _, mixture, scale = min(tried, key=lambda candidate: candidate[0])
     rows = ((points - location) / scale).numpy()
-    mixture = _fitted(rows, max_modes)
     cluster = mixture.predict(rows)
     present = np.flatnonzero(np.bincount(cluster, minlength=mixture.n_components))
     middles = _middles(log_joint, points, cluster, present)
@@ -69,22 +75,33 @@ def find_modes(log_joint: LogJoint, points: Tensor, max_modes: int) -> Modes:
     return Modes(middles[largest], num, location, scale, mixture, mode_of_cluster)
 
 
-def _fitted(rows: np.ndarray, max_modes: int) -> GaussianMixture:
+def _fitted(points: Tensor, location: Tensor, scale: Tensor, max_modes: int) -> Candidate:
     """The mixture with the lowest BIC; the number of clusters rises until that has not fallen three times."""
-    kind = "full" if rows.shape[1] <= FULL_DIM else "diag"
-    best, stale = None, 0
-    for num in range(1, min(max_modes, max(1, len(rows) // LEAST)) + 1):
-        state = int(torch.randint(2**31 - 1, ()))
-        mixture = GaussianMixture(num, covariance_type=kind, reg_covar=1e-6, n_init=2, random_state=state)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=ConvergenceWarning)
-            score = mixture.fit(rows).bic(rows)
-        stale = 0 if best is None or score < best[0] else stale + 1
-        best = (score, mixture) if stale == 0 else best
+    best, stale = _started(points, location, scale, 1), 0
+    for num in range(2, min(max_modes, max(1, len(points) // LEAST)) + 1):
+        found = _started(points, location, scale, num)
+        stale = 0 if found[0] < best[0] else stale + 1
+        best = found if stale == 0 else best
         if stale == 3:
             break
-    assert best is not None
-    return best[1]
+    return best
+
+
+def _started(points: Tensor, location: Tensor, scale: Tensor, start: int | Tensor) -> Candidate:
+    """A mixture from so many clusters of k-means, or from given centres, with its BIC in the points' own units."""
+    rows = ((points - location) / scale).numpy()
+    means = None if isinstance(start, int) else ((start.double().cpu() - location) / scale).numpy()
+    mixture = GaussianMixture(
+        start if isinstance(start, int) else len(start),
+        covariance_type="full" if rows.shape[1] <= FULL_DIM else "diag",
+        means_init=means,
+        reg_covar=1e-6,
+        random_state=int(torch.randint(2**31 - 1, ())),
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=ConvergenceWarning)
+        score = float(mixture.fit(rows).bic(rows))
+    return score + 2 * len(rows) * float(scale.log().sum()), mixture, scale
 
 
 def _middles(log_joint: LogJoint, points: Tensor, cluster: np.ndarray, present: np.ndarray) -> Tensor:

@@ -1,14 +1,10 @@
 """Second half of to_arviz under ArviZ 1.x: on Python 3.12, without torch, from saved arrays.
 
-The environment is `.venv-arviz1` at the repository's root (`make arviz1-env`) or the interpreter that PYRO_SB_PYTHON312
-names. Only the absence of any python3.12 skips this test.
+The environment is that of the fixture `arviz1_python`.
 """
 
 import json
-import os
-import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +13,6 @@ import pyro_sb.diagnostics.container as half
 from pyro_sb.diagnostics.container import to_container
 
 az = pytest.importorskip("arviz")
-ROOT = Path(__file__).parents[2]
 SCRIPT = r"""
 import importlib.util, json, sys, warnings
 warnings.simplefilter("error")
@@ -54,38 +49,6 @@ print(json.dumps({
 """
 
 
-def runs_python312(command, **environment):
-    """The interpreter behind a command, if it runs and is Python 3.12; a pyenv shim may be there and not run."""
-    ask = "import sys; print(sys.executable if sys.version_info[:2] == (3, 12) else '')"
-    try:
-        asked = subprocess.run([command, "-c", ask], capture_output=True, text=True, env={**os.environ, **environment})
-    except OSError:
-        return None
-    return asked.stdout.strip() or None
-
-
-def python312():
-    """Any Python 3.12 on this machine."""
-    versions = []
-    if shutil.which("pyenv"):
-        versions = subprocess.run(["pyenv", "versions", "--bare"], capture_output=True, text=True).stdout.split()
-    found = runs_python312("python3.12")
-    for version in (v for v in versions if v.startswith("3.12.")):
-        found = found or runs_python312("python3.12", PYENV_VERSION=version)
-    return found
-
-
-def environment():
-    """A Python 3.12 with ArviZ 1.x and no torch."""
-    named = os.environ.get("PYRO_SB_PYTHON312")
-    prepared = ROOT / ".venv-arviz1" / "bin" / "python"
-    if named or prepared.exists():
-        return named or str(prepared)
-    if python312() is None:
-        pytest.skip("no python3.12 on this machine")
-    return pytest.fail("python3.12 is here, but .venv-arviz1 is not. Write make arviz1-env.")
-
-
 def saved_arrays():
     rng = np.random.default_rng(0)
     lead = (4, 200)
@@ -103,12 +66,12 @@ def saved_arrays():
     }
 
 
-def test_arviz_1_reads_the_same_arrays_on_a_python_without_torch(tmp_path):
-    python, groups = environment(), saved_arrays()
+def test_arviz_1_reads_the_same_arrays_on_a_python_without_torch(tmp_path, arviz1_python):
+    groups = saved_arrays()
     np.savez(
         tmp_path / "arrays.npz", **{f"{g}/{k}": value for g, names in groups.items() for k, value in names.items()}
     )
-    command = [python, "-c", SCRIPT, half.__file__, tmp_path / "arrays.npz", tmp_path / "run.nc"]
+    command = [arviz1_python, "-c", SCRIPT, half.__file__, tmp_path / "arrays.npz", tmp_path / "run.nc"]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     found = json.loads(finished.stdout)
