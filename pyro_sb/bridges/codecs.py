@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from pyro_sb.training import FitHistory
 
-ROUND_TRIP = 1e-3  # largest error of a bijection's round trip, in standard deviations
+ROUND_TRIP = 1e-3  # largest error of a bijection's round trip, in standard deviations of each column
+LOG_DET = 0.01  # largest error of a bijection's log determinant, at NUM_CHECKED latents of up to LARGEST_JACOBIAN axes
+NUM_CHECKED, LARGEST_JACOBIAN = 4, 50
 
 
 class Codec(nn.Module):
@@ -133,7 +135,8 @@ class Codec(nn.Module):
 class PairCodec(Codec):
     r"""Any encoder and decoder: modules (whose parameters become the codec's) or functions of tensors.
 
-    It counts as fitted: train the pair beforehand, on these data or on others.
+    It counts as fitted: train the pair beforehand, on these data or on others. Modules are put into eval mode, and data
+    into the dtype of their parameters. In a bijective pair of up to 50 axes ``log_abs_det`` is held against autograd.
 
     Args:
         encode: ``(n, data_dim)`` to ``(n, latent_dim)``.
@@ -167,6 +170,7 @@ class PairCodec(Codec):
             )
         self.encoder, self.decoder, self.log_determinant = encode, decode, log_abs_det
         self._bijective = bijective
+        self.eval()  # dropout would make latents random, and batch norms move
         first = next(self.parameters(), torch.empty(0))
         self.register_buffer("location", torch.zeros(data_dim, dtype=first.dtype, device=first.device))
 
@@ -177,19 +181,17 @@ class PairCodec(Codec):
 
     def encode(self, x: Tensor) -> Tensor:
         """The user's, its shape checked."""
-        x = shaped("x", x, self.data_dim)
-        return self._answer("encode", self.encoder, x.reshape(-1, x.shape[-1]), x.shape[:-1], self.latent_dim)
+        return self._answer("encode", self.encoder, shaped("x", x, self.data_dim), (cast(int, self.latent_dim),))
 
     def decode(self, z: Tensor) -> Tensor:
         """The user's, its shape checked."""
-        z = shaped("z", z, self.latent_dim)
-        return self._answer("decode", self.decoder, z.reshape(-1, z.shape[-1]), z.shape[:-1], self.data_dim)
+        return self._answer("decode", self.decoder, shaped("z", z, self.latent_dim), (cast(int, self.data_dim),))
 
     def log_abs_det(self, z: Tensor) -> Tensor:
         """The user's."""
         if self.log_determinant is None:
             return super().log_abs_det(z)
-        return self.log_determinant(z.reshape(-1, z.shape[-1])).reshape(z.shape[:-1])
+        return self._answer("log_abs_det", self.log_determinant, shaped("z", z, self.latent_dim), ())
 
     def config(self) -> dict[str, Any]:
         """The sizes alone: functions are not saved."""
@@ -208,19 +210,22 @@ class PairCodec(Codec):
             "PairCodec has no fit: train your encoder and decoder yourself, or take an AutoencoderCodec."
         )
 
-    def _answer(
-        self, name: str, function: Callable[[Tensor], Tensor], rows: Tensor, batch: torch.Size, size: int | None
-    ) -> Tensor:
+    def _answer(self, name: str, function: Callable[[Tensor], Tensor], x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """What the function makes of the rows of ``x``, each of this shape."""
         pair = f"encode is to map (n, {self.data_dim}) to (n, {self.latent_dim}), and decode back"
+        if next(self.parameters(), None) is not None:
+            x = x.to(self.location)
+        rows = x.reshape(-1, x.shape[-1])
         try:
             out = function(rows)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"{name} failed on shape {tuple(rows.shape)}: {error}. {pair}.") from error
-        if out.shape != (len(rows), size):
+        if not isinstance(out, Tensor) or out.shape != (len(rows), *shape):
+            came = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(
-                f"{name} must return shape {(len(rows), size)} for {tuple(rows.shape)}, got {tuple(out.shape)}: {pair}."
+                f"{name} must return shape {(len(rows), *shape)} for {tuple(rows.shape)}, got {came}: {pair}."
             )
-        return out.reshape(*batch, cast(int, size))
+        return out.reshape(*x.shape[:-1], *shape)
 
 
 def as_rows(x: Any) -> Tensor:
@@ -262,8 +267,8 @@ def check_rank(latent_dim: int, rows: Tensor) -> None:
 
 
 @torch.no_grad()
-def check_pair(codec: Codec, rows: Tensor) -> Tensor:
-    """Latents of the rows; refused where shapes do not meet, or a round trip is not finite, or not one if bijective."""
+def check_pair(codec: Codec, rows: Tensor, name: str = "rows") -> Tensor:
+    """Latents of the rows; refused where shapes do not meet, a value is not finite, or a bijection is not one."""
     z = codec.encode(rows)
     back = codec.decode(z)
     shapes = f"encode made {tuple(z.shape)} of {tuple(rows.shape)}, decode made {tuple(back.shape)} of that"
@@ -274,13 +279,44 @@ def check_pair(codec: Codec, rows: Tensor) -> Tensor:
     bad = int((~torch.isfinite(z)).any(1).logical_or((~torch.isfinite(back)).any(1)).sum())
     if bad:
         raise ValueError(
-            f"latents and reconstructions must be finite, got NaN or infinity in {bad} of {len(rows)} rows. "
+            f"latents and reconstructions must be finite, got NaN or infinity in {bad} of {len(rows)} {name}. "
             "Fit the codec on data of this range, or rescale them."
         )
-    error = float((back - rows).square().mean().sqrt() / rows.std())
-    if codec.bijective and error > ROUND_TRIP:
-        raise ValueError(
-            f"a bijective codec must give its data back, got a root mean square error of {error:.2g} standard "
-            "deviations. Write bijective=False, or mend the pair."
-        )
+    if codec.bijective and len(rows) > 1:
+        _check_bijection(codec, rows, z, back)
     return z
+
+
+def _check_bijection(codec: Codec, rows: Tensor, z: Tensor, back: Tensor) -> None:
+    """Each column must come back in units of its own deviation, and the log determinant be that of ``decode``."""
+    scale = rows.std(0)
+    constant = scale <= 10 * torch.finfo(rows.dtype).eps * rows.abs().amax(0)
+    scale = torch.where(constant, scale.mean().clamp(min=torch.finfo(rows.dtype).tiny), scale)
+    errors = (back - rows).square().mean(0).sqrt() / scale
+    if float(errors.max()) > ROUND_TRIP:
+        raise ValueError(
+            f"a bijective codec must give its data back, got a root mean square error of {float(errors.max()):.2g} "
+            f"standard deviations of column {int(errors.argmax())}. Write bijective=False, or mend the pair."
+        )
+    some = z[:NUM_CHECKED]
+    said, true = codec.log_abs_det(some), _log_abs_det(codec, some)
+    if true is None:
+        return
+    worst = int((said - true).abs().nan_to_num(torch.inf).argmax())
+    if not bool((said - true).abs()[worst] <= LOG_DET):
+        raise ValueError(
+            f"log_abs_det must be log |dx / dz| of decode, at latents, got {float(said[worst]):.4g} where the Jacobian "
+            f"of decode has {float(true[worst]):.4g}. That of encode has the other sign."
+        )
+
+
+def _log_abs_det(codec: Codec, z: Tensor) -> Tensor | None:
+    """From the Jacobian of ``decode``; None where that is large, or autograd does not see it."""
+    if z.shape[1] > LARGEST_JACOBIAN:
+        return None
+    try:
+        with torch.enable_grad():
+            jacobian = torch.autograd.functional.jacobian(lambda y: codec.decode(y).sum(0), z, strict=True)
+    except (RuntimeError, ValueError):  # functions of other libraries
+        return None
+    return torch.linalg.slogdet(jacobian.detach().transpose(0, 1).double()).logabsdet.to(z)

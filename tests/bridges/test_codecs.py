@@ -206,6 +206,24 @@ def test_a_pair_whose_shapes_do_not_meet_is_refused_with_both():
         check_pair(PairCodec(nn.Linear(5, 2), nn.Linear(2, 4), 5, 2), x)
 
 
+def test_a_pair_takes_rows_of_another_dtype_and_is_the_same_at_each_call():
+    x = torch.randn(9, 5, **F64)
+    codec = PairCodec(nn.Sequential(nn.Linear(5, 2), nn.Dropout()), nn.Sequential(nn.Linear(2, 5)), 5, 2)
+    assert codec.encode(x).dtype == torch.float32 and codec.decode(codec.encode(x).double()).shape == (9, 5)
+    assert torch.equal(codec.encode(x), codec.encode(x))
+    norm = nn.BatchNorm1d(5)
+    before = norm.running_mean.clone()
+    PairCodec(norm, norm, 5, 5).encode(x + 9)
+    assert torch.equal(norm.running_mean, before)
+    assert PairCodec(torch.log, torch.exp, 5, 5).decode(x).dtype == torch.float64
+
+
+def test_an_error_of_the_pair_s_own_names_what_was_asked():
+    for wrong in (lambda x: x[:, 7:8][0, 3], lambda x: len(x) + None, lambda x: None):
+        with pytest.raises(ValueError, match=r"encode (failed|must return).*\(9, 5\).*\(n, 5\) to \(n, 2\)"):
+            PairCodec(wrong, wrong, 5, 2).encode(torch.randn(9, 5))
+
+
 def test_a_pair_must_be_finite_and_as_bijective_as_it_says():
     x = torch.randn(9, 2)
     with pytest.raises(ValueError, match="finite, got NaN or infinity in"):
@@ -220,6 +238,34 @@ def test_a_pair_must_be_finite_and_as_bijective_as_it_says():
         PairCodec(torch.exp, torch.log, 2, 2).fit(x)
     with pytest.raises(NotImplementedError, match="lossy"):
         PairCodec(torch.exp, torch.log, 2, 2).log_abs_det(x)
+
+
+def pair(encode, decode, log_abs_det):
+    return PairCodec(encode, decode, 2, 2, bijective=True, log_abs_det=log_abs_det)
+
+
+@pytest.mark.parametrize("kept, location, scale", [(1, [0, 3000], [1, 1]), (0, [0, 0], [1, 5e-4])])
+def test_a_bijection_gives_back_every_column_in_its_own_units(kept, location, scale):
+    x = torch.tensor(location, **F64) + torch.tensor(scale, **F64) * torch.randn(100, 2, **F64)
+    keep = torch.eye(2, **F64)[kept]
+    lossy = pair(lambda x: x, lambda z: z * keep, lambda z: 0 * z.sum(-1))
+    with pytest.raises(ValueError, match=f"give its data back.*column {1 - kept}"):
+        check_pair(lossy, x)
+    constant = torch.cat([x[:, :1], torch.full_like(x[:, :1], 7.1)], 1)
+    for ends in (x, constant, constant.float()):  # rounding of a constant column is no loss
+        check_pair(pair(lambda x: x / 3, lambda z: z * 3, lambda z: 0 * z.sum(-1) + 2 * math.log(3)), ends)
+
+
+def test_a_log_determinant_that_is_not_decode_s_is_refused():
+    x = torch.randn(50, 2, **F64).exp()
+    check_pair(pair(torch.log, torch.exp, lambda z: z.sum(-1)), x)
+    for wrong in (lambda z: -z.sum(-1), lambda z: z.sum(-1) + 0.1, lambda z: z.sum(-1) / 0):
+        with pytest.raises(ValueError, match="log_abs_det must be log"):
+            check_pair(pair(torch.log, torch.exp, wrong), x)
+    with pytest.raises(ValueError, match=r"log_abs_det must return shape \(4,\) for \(4, 2\), got \(4, 2\)"):
+        check_pair(pair(torch.log, torch.exp, lambda z: z), x)
+    unseen = pair(lambda x: x.log(), lambda z: torch.as_tensor(z.detach().numpy()).exp(), lambda z: z.sum(-1))
+    check_pair(unseen, x)  # autograd cannot judge it
 
 
 def test_a_codec_of_one_s_own_needs_no_more_than_the_recipe_says():
