@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_sb.bridges.base import as_weights
 from pyro_sb.bridges.codecs import Codec, as_rows, numerical_rank
 
 SHARE = 0.95  # of the variance, that a chosen dimension explains
@@ -75,7 +76,7 @@ def reconstruction_report(
         x: Rows ``(N, data_dim)``.
         codec: From a latent dimension to a codec to fit: a class, as `PCACodec`, or a function.
         dims: Latent dimensions, each at most the data's rank. Omitted: 1, 2, 3, 4, 6, 8, 12, 16, ... and the rank.
-        weights: Non-negative weights of the rows. Shape ``(N,)``.
+        weights: Non-negative weights of the rows; rows of weight 0 are left out. Shape ``(N,)``.
         held_out: Share of the rows that are judged by, in (0, 1); a random one.
         stop_at: Leave out the dimensions after the first that explains this share.
         progress: Show the codecs' bars.
@@ -91,21 +92,16 @@ def reconstruction_report(
         3
     """
     rows = as_rows(x)
-    weights = rows.new_ones(len(rows)) if weights is None else torch.as_tensor(weights).to(rows)
-    num = round(held_out * len(rows))
-    if not 0 < held_out < 1 or num < 1 or len(rows) - num < 2:
-        raise ValueError(
-            f"held_out must leave rows on both sides, got {held_out} of {len(rows)}. Write {HELD_OUT}, or add rows."
-        )
-    order = torch.randperm(len(rows), device=rows.device)
-    test, seen = order[:num], order[num:]
+    weights = as_weights(weights, rows)
+    rows, weights = rows[weights > 0], weights[weights > 0]
+    test, seen = parted(rows, held_out)
     rank = numerical_rank(rows[seen])
     if dims is None:
         dims = [k for k in GRID if k < rank] + [rank]
     dims = sorted(set(map(int, dims)))
     if not dims or dims[0] < 1:
         raise ValueError(f"dims must be positive, got {dims}. Omit them.")
-    report = ReconstructionReport([], [], [], len(seen), num)
+    report = ReconstructionReport([], [], [], len(seen), len(test))
     share, mean = weights[test] / weights[test].sum(), weights[seen] @ rows[seen] / weights[seen].sum()
     total = float(share @ (rows[test] - mean).square().sum(1))
     for dim in dims:
@@ -122,6 +118,17 @@ def reconstruction_report(
         if stop_at is not None and report.explained[-1] >= stop_at:
             break
     return report
+
+
+def parted(rows: Tensor, held_out: float = HELD_OUT) -> tuple[Tensor, Tensor]:
+    """Random indices of the rows to judge by, and of those to fit to."""
+    num = round(held_out * len(rows))
+    if not 0 < held_out < 1 or num < 1 or len(rows) - num < 2:
+        raise ValueError(
+            f"held_out must leave rows on both sides, got {held_out} of {len(rows)}. Write {HELD_OUT}, or add rows."
+        )
+    order = torch.randperm(len(rows), device=rows.device)
+    return order[:num], order[num:]
 
 
 def choose_dim(

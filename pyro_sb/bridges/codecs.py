@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pyro_sb.bridges.base import as_weights
 from pyro_sb.training import FitHistory
 
 ROUND_TRIP = 1e-3  # largest error of a bijection's round trip, in standard deviations of each column
@@ -53,9 +54,7 @@ class Codec(nn.Module):
     def fit(self, x: Any, *, weights: Any = None, progress: bool = True, **options: Any) -> FitHistory:
         """Learn from rows ``(N, data_dim)``, weighted or not. Changes the codec."""
         rows = as_rows(x)
-        weights = rows.new_ones(len(rows)) if weights is None else torch.as_tensor(weights).to(rows)
-        if weights.shape != rows.shape[:1]:
-            raise ValueError(f"weights must have shape ({len(rows)},), one a row, got {tuple(weights.shape)}.")
+        weights = as_weights(weights, rows)
         rows, weights = rows[weights > 0], weights[weights > 0]
         if self.given_dim is not None:
             check_rank(self.given_dim, rows)

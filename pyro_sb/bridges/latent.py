@@ -87,6 +87,7 @@ class LatentBridge(Bridge):
         if bridge is not None and self.codec.latent_dim is not None:
             self._check_dims(bridge, self.codec.latent_dim)
         self._source: Distribution | None = None
+        self.eval()  # a codec of one's own, too, must answer alike at each call
 
     @property
     def dim(self) -> int:

@@ -97,8 +97,6 @@ def test_what_is_not_fitted_or_misshapen_says_so():
         PCACodec(2).fit(torch.zeros(9))
     with pytest.raises(ValueError, match="latent_dim must be at least 1"):
         PCACodec(0)
-    with pytest.raises(ValueError, match="one a row"):
-        PCACodec(2).fit(rows(), weights=torch.ones(3))
 
 
 def test_the_report_counts_what_is_lost_on_rows_held_out():
@@ -115,6 +113,36 @@ def test_the_report_counts_what_is_lost_on_rows_held_out():
     assert report.choose(1.0) == 8
     lines = str(report).splitlines()
     assert len(lines) == 6 and "variance explained" in lines[0] and lines[1].split()[0] == "1"
+
+
+@pytest.mark.parametrize(
+    "learn",
+    [
+        lambda x, **options: PCACodec(2).fit(x, progress=False, **options),
+        lambda x, **options: reconstruction_report(x, PCACodec, progress=False, **options),
+    ],
+    ids=["fit", "report"],
+)
+def test_weights_that_are_none_are_refused(learn):
+    x, ones = rows(), torch.ones(300)
+    for weights, message in (
+        (torch.ones(3), r"shape \(300,\)"),
+        (-ones, "got 300 negative"),
+        (torch.where(torch.arange(300) < 9, math.nan, ones), "9 NaN"),
+        (0 * ones, "not all be zero"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            learn(x, weights=weights)
+
+
+def test_the_report_leaves_out_rows_of_no_weight():
+    x, weights = torch.cat([rows(dim=4), rows(dim=4) + 99]), torch.cat([torch.full((300,), 5.0), torch.zeros(300)])
+    reports = []
+    for options in ({"x": x, "weights": weights}, {"x": x[:300]}):
+        torch.manual_seed(1)
+        reports.append(reconstruction_report(codec=PCACodec, dims=(1, 2), progress=False, **options))
+    assert reports[0].num_rows + reports[0].num_held_out == 300
+    assert reports[0].explained == pytest.approx(reports[1].explained, abs=1e-9)
 
 
 def test_the_report_stops_where_asked_and_warns_where_nothing_suffices():

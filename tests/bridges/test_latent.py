@@ -238,6 +238,13 @@ def test_a_codec_that_is_fitted_stays_unless_asked():
     torch.testing.assert_close(codec.location, other.mean(0))
 
 
+def test_a_codec_of_one_s_own_is_put_into_eval_mode():
+    codec = AutoencoderCodec(2)
+    codec.encoder = nn.Dropout()
+    LatentBridge(light(), codec)
+    assert not codec.training and not codec.encoder.training
+
+
 def test_what_does_not_fit_together_is_refused():
     with pytest.raises(ValueError, match=r"dim must be the codec's latent_dim, got 3 and 2.*LightSB\(2\)"):
         LatentBridge(light(3), PCACodec(2))
