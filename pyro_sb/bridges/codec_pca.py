@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.codec_report import choose_dim
-from pyro_sb.bridges.codecs import Codec, shaped
+from pyro_sb.bridges.codec_report import SHARE, ReconstructionReport, parted
+from pyro_sb.bridges.codecs import Codec, numerical_rank, shaped
 from pyro_sb.training import FitHistory
 
 
@@ -22,7 +22,7 @@ class PCACodec(Codec):
 
     Args:
         latent_dim: Components that are kept, at most the data's rank. None: the smallest number that explains 95 % of
-            the variance of held-out rows (`reconstruction_report`).
+            the variance of held-out rows; as `reconstruction_report` with every dimension.
         whiten: Give each latent unit variance; else :math:`\Lambda = I`, and distances in the span are kept.
         residual: Add the residual noise in `draw`.
 
@@ -91,10 +91,8 @@ class PCACodec(Codec):
             raise ValueError(f"PCACodec.fit has no options but weights, got {sorted(options)}. Omit them.")
         num = self.given_dim
         if num is None:
-            num = choose_dim(rows, weights, lambda k: PCACodec(k, whiten=self.whiten), progress)
-        location = weights @ rows
-        scaled = weights.sqrt()[:, None] * (rows - location)
-        _, values, vectors = torch.linalg.svd(scaled, full_matrices=False)
+            num = _smallest(rows, weights)
+        location, values, vectors = _directions(rows, weights)
         peaks = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
         components = (vectors * peaks.sign())[:num].T  # a sign that rounding does not choose
         dropped = rows.shape[1] - num
@@ -103,3 +101,26 @@ class PCACodec(Codec):
         self.location, self.components, self.residual_scale = location, components.contiguous(), rest.sqrt()
         self.scales = values[:num].clone() if self.whiten else torch.ones_like(values[:num])
         return FitHistory(iterations=1, seconds=time.perf_counter() - begun, converged=True)
+
+
+def _directions(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean ``(d,)``, deviations ``(r,)`` from the largest on, and their directions ``(r, d)``; weights sum to 1."""
+    location = weights @ rows
+    _, values, vectors = torch.linalg.svd(weights.sqrt()[:, None] * (rows - location), full_matrices=False)
+    return location, values, vectors
+
+
+def _smallest(rows: Tensor, weights: Tensor, share: float = SHARE) -> int:
+    """The smallest dimension that explains this share of held-out rows: all of them from one decomposition."""
+    test, seen = parted(rows)
+    location, _, vectors = _directions(rows[seen], weights[seen] / weights[seen].sum())
+    vectors = vectors[: numerical_rank(rows[seen])]
+    if not len(vectors):
+        raise ValueError(f"rows must vary, got {len(seen)} equal ones. Pass other rows.")
+    gaps, judge = rows[test] - location, weights[test] / weights[test].sum()
+    total = judge @ gaps.square().sum(1)
+    left = (total - (judge @ (gaps @ vectors.T).square()).cumsum(0)).clamp(min=0)
+    explained = 1 - left / total if total > 0 else torch.ones_like(left)
+    rmse = (left / rows.shape[1]).sqrt()
+    dims = list(range(1, len(left) + 1))
+    return ReconstructionReport(dims, rmse.tolist(), explained.tolist(), len(seen), len(test)).choose(share)

@@ -169,6 +169,20 @@ def test_a_dimension_that_is_not_given_is_the_report_s():
     assert codec.given_dim is None and not codec.bijective
 
 
+def test_components_that_are_not_given_are_the_fewest_of_all_numbers():
+    x = torch.randn(500, 20, **F64) * torch.tensor([10.0] * 5 + [0.1] * 15, **F64)
+    for options in ({}, {"weights": torch.rand(500, **F64)}):
+        torch.manual_seed(1)
+        codec = fitted(PCACodec(), x, **options)
+        torch.manual_seed(1)
+        report = reconstruction_report(x, PCACodec, dims=range(1, 21), progress=False, **options)
+        assert codec.latent_dim == report.choose() == 5
+    with pytest.raises(ValueError, match="held_out must leave rows"):
+        PCACodec().fit(rows(2), progress=False)
+    with pytest.raises(ValueError, match="rows must vary"):
+        PCACodec().fit(torch.ones(20, 3), progress=False)
+
+
 def curve(num=400):
     angle = 3 * torch.rand(num, 1, **F64)
     return torch.cat([angle.cos(), angle.sin(), 0.3 * angle], 1)
