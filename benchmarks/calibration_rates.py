@@ -32,8 +32,7 @@ bands under .05. An exact posterior should give .05, .05, .05, .01, .05."""
 LOCAL_NOTE = """
 Local C2ST at y = (0, 0), P = 2, {sets} data sets, 300 draws at y, 19 null classifiers: shares of {reps} repetitions.
 score: median of 1/2 + root mean square of d - 1/2; floor: the same of the null."""
-MODES_NOTE = """
-Mode audit. Two unit normals 10 sds apart with weights .3 and .7; {chains} chains of {draws} draws (of {thin} steps
+MODES_NOTE = """Two unit normals 10 sds apart with weights .3 and .7; {chains} chains of {draws} draws (of {thin} steps
 each) by a random walk, all started in the heavier mode ("stuck"), and independent draws of the target ("exact").
 R-hat < 1.01: share of runs whose largest rank-normalised split R-hat is. found: verdict "bad", the missing mode named,
 among the runs that R-hat passes. alarm: verdict "bad"; look: verdict "look". {reps} repetitions, 95 % interval of a
@@ -142,14 +141,14 @@ def mode_rates(dim: int, reps: int) -> list[list[object]]:
     joint, centre = two_modes(dim)
     rows: list[list[object]] = []
     for what in ("stuck", "exact"):
+        pyro.set_rng_seed(SEED)
+        if what == "stuck":  # all repetitions' chains walk side by side
+            runs = walk(joint, centre + torch.randn(reps * CHAINS, dim, dtype=F64)).split(CHAINS)
+        else:
+            side = torch.where(torch.rand(reps * CHAINS, DRAWS, 1) < 0.7, 1.0, -1.0).to(F64)
+            runs = (side * centre + torch.randn(reps * CHAINS, DRAWS, dim, dtype=F64)).split(CHAINS)
         passed, found, alarm, look, begun = 0, 0, 0, 0, time.process_time()
-        for rep in range(reps):
-            pyro.set_rng_seed(SEED + rep)
-            if what == "stuck":
-                draws = walk(joint, centre + torch.randn(CHAINS, dim, dtype=F64))
-            else:
-                side = torch.where(torch.rand(CHAINS, DRAWS, 1) < 0.7, 1.0, -1.0).to(F64)
-                draws = side * centre + torch.randn(CHAINS, DRAWS, dim, dtype=F64)
+        for draws in runs:
             quiet = bool((chain_figures(to_container({"posterior": {"z": draws.numpy()}})).r_hat < 1.01).all())
             audit = mode_audit(joint, draws)
             passed += quiet
@@ -163,14 +162,15 @@ def mode_rates(dim: int, reps: int) -> list[list[object]]:
     return rows
 
 
-def main() -> None:
-    """Run all three, write the tables."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--short", action="store_true")
-    short = parser.parse_args().short
-    torch.set_num_threads(1)
-    reps, few, audits, sets = (50, 2, 2, 200) if short else (1000, 40, 100, 500)
-    pyro.set_rng_seed(SEED)
+def modes_table(reps: int) -> list[str]:
+    """The mode audit's half."""
+    rows = [row for dim in (2, 10) for row in mode_rates(dim, reps)]
+    columns = ["chains", "dim", "R-hat < 1.01", "found", "alarm", "look", "CPU s"]
+    return [MODES_NOTE.format(chains=CHAINS, draws=DRAWS, thin=THIN, reps=reps), "", table(columns, rows)]
+
+
+def calibration_tables(reps: int, through: int, sets: int, few: int) -> list[str]:
+    """The half of SBC, TARP and local C2ST."""
     rows: list[list[object]] = []
     for what in ("exact", "sd 20 % too small", "shift of .25 sd", "correlation .6"):
         for dim, num in ((1, 200), (1, 500), (1, 1000), (4, 500)):
@@ -179,24 +179,34 @@ def main() -> None:
                 print(rows[-1], flush=True)
     columns = ["posterior", "P", "S", "KS", "bands", "look or bad", "bad", "TARP"]
     parts = [NOTE.format(draws=L, reps=reps, error=0.5 / math.sqrt(reps)), "", table(columns, rows)]
-    shares = [through_sbc(scale, few if short else 100) for scale in (1.0, 0.8)]
+    shares = [through_sbc(scale, through) for scale in (1.0, 0.8)]
     parts.append(
-        f"\nThrough `sbc(model, sampler=...)`, one parameter, 200 data sets, {few if short else 100} repetitions: "
-        f'verdict "bad"\nfor the exact sampler {shares[0]:.2f}, for sd 20 % too small {shares[1]:.2f}.'
+        f'\nThrough `sbc(model, sampler=...)`, one parameter, 200 data sets, {through} repetitions: verdict "bad"\n'
+        f"for the exact sampler {shares[0]:.2f}, for sd 20 % too small {shares[1]:.2f}."
     )
-    local = [[what, *local_rates(what, sets, few)] for what in ("exact", "sd 20 % too small", "correlation .6")]
-    parts += [
-        LOCAL_NOTE.format(sets=sets, reps=few),
-        "",
-        table(["posterior", "bad", "p <= .1", "score", "floor"], local),
-    ]
     print(parts[-1], flush=True)
-    modes = [row for dim in (2, 10) for row in mode_rates(dim, audits)]
-    columns = ["chains", "dim", "R-hat < 1.01", "found", "alarm", "look", "CPU s"]
-    note = MODES_NOTE.format(chains=CHAINS, draws=DRAWS, thin=THIN, reps=audits)
-    parts += [note, "", table(columns, modes)]
-    text = "\n".join([header("How often the diagnostics are right", SEED), *parts])
-    print(text) if short else write("calibration_rates", text)
+    local = [[what, *local_rates(what, sets, few)] for what in ("exact", "sd 20 % too small", "correlation .6")]
+    columns = ["posterior", "bad", "p <= .1", "score", "floor"]
+    return [*parts, LOCAL_NOTE.format(sets=sets, reps=few), "", table(columns, local)]
+
+
+def main() -> None:
+    """Run both halves, write a table each."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--short", action="store_true")
+    short = parser.parse_args().short
+    torch.set_num_threads(1)
+    for name, title, parts in (
+        ("mode_audit_rates", "How often the mode audit is right", lambda: modes_table(2 if short else 100)),
+        (
+            "calibration_rates",
+            "How often calibration's tests are right",
+            lambda: calibration_tables(*((50, 2, 200, 2) if short else (1000, 100, 500, 30))),
+        ),
+    ):
+        pyro.set_rng_seed(SEED)
+        text = "\n".join([header(title, SEED), *parts()])
+        print(text) if short else write(name, text)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,8 @@ class Line:
         note: What the value means; what to do about one that is not ok.
 
     Example:
-        >>> print(as_text("Example", [Line("R-hat", "1.20 (mu)", "bad", "run longer")]))
-
-    Example:
+        >>> print(as_text("A run", [Line("R-hat", "1.20 (mu)", "bad", "run longer")]))
+        A run
         verdict  what   value      note
         -------  -----  ---------  ----------
         bad      R-hat  1.20 (mu)  run longer

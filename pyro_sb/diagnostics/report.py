@@ -68,7 +68,7 @@ def report(
         TypeError: ``x`` is none of these.
 
     Example:
-        >>> import pyro, pyro.distributions as dist
+        >>> import torch, pyro, pyro.distributions as dist
         >>> from pyro_sb.infer.kernels import KernelLangevin
         >>> from pyro_sb.infer.mcmc import MCMC
         >>> def model(y):
