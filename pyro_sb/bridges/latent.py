@@ -157,6 +157,9 @@ class LatentBridge(Bridge):
         Returns:
             The inner bridge's record; ``seconds`` are those of both.
         """
+        parts, seconds = Parts(checkpoint), 0.0
+        if isinstance(target, Distribution):
+            parts.begin()
         size = self.codec.data_dim if pretrain is None and not refit_codec else None
         draws = self._rows(target, size, num_draws)
         if isinstance(target, Distribution) and (weights is not None or self.context_dim):
@@ -165,10 +168,16 @@ class LatentBridge(Bridge):
             )
         normalised = None if weights is None else as_weights(weights, draws)
         read_context(self.context_dim, context, draws, normalised)
-        parts, seconds = Parts(checkpoint, draws), 0.0
-        if not parts.restore(self.codec):
-            if pretrain is not None or refit_codec or not self.codec.fitted:
-                seconds = self._fit_codec(draws, normalised, pretrain, progress, codec_options or {})
+        rows = None if pretrain is None else as_draws("pretrain", pretrain, draws.shape[1], like=draws)
+        parts.known_by(self.codec, draws, normalised, rows, refit_codec, codec_options or {})
+        learns = rows is not None or refit_codec or not self.codec.fitted
+        if not parts.restore(self.codec, learns):
+            if learns:
+                given = {"weights": normalised} if rows is None else {}
+                fitted = self.codec.fit(
+                    draws if rows is None else rows, progress=progress, **given, **codec_options or {}
+                )
+                seconds = fitted.seconds
             parts.keep(self.codec)
         z = check_pair(self.codec, shaped("target", draws, self.codec.data_dim))
         inner = self._inner(int(z.shape[1]))
@@ -318,13 +327,6 @@ class LatentBridge(Bridge):
             shape = torch.as_tensor(target).shape
             size = int(shape[1]) if len(shape) == 2 else 1
         return as_draws("target", target, size, num_draws=num_draws)
-
-    def _fit_codec(
-        self, draws: Tensor, weights: Tensor | None, pretrain: Any, progress: bool, options: dict[str, Any]
-    ) -> float:
-        rows = draws if pretrain is None else as_draws("pretrain", pretrain, draws.shape[1], like=draws)
-        history = self.codec.fit(rows, weights=weights if pretrain is None else None, progress=progress, **options)
-        return history.seconds
 
     def _inner(self, latent_dim: int) -> Bridge:
         """The inner bridge to fit: a new one where it was omitted and the size is another."""

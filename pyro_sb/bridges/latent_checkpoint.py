@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,27 +16,47 @@ class Parts:
 
     Args:
         checkpoint: Where the whole bridge will be; None: nothing is kept.
-        draws: The target's draws, by whose figures the fit is known again.
     """
 
-    def __init__(self, checkpoint: str | Path | None, draws: Tensor) -> None:
+    def __init__(self, checkpoint: str | Path | None) -> None:
         path = None if checkpoint is None else Path(checkpoint)
         self.codec = None if path is None else path.with_name(path.name + ".codec")
         self.inner = None if path is None else path.with_name(path.name + ".inner")
-        self.name = [float(draws.double().sum()), float(draws.double().square().sum()), *map(float, draws.shape)]
+        self.start, self.name, self.device = random_state(), "", torch.device("cpu")
+        self.saved: dict[str, Any] | None = None
+        if self.codec is not None and self.codec.exists():
+            self.saved = torch.load(self.codec, map_location="cpu", weights_only=True)
 
-    def restore(self, codec: Codec) -> bool:
-        """Whether a fit of these draws was cut short; the codec and torch's random state are then as it had them."""
-        if self.codec is None or not self.codec.exists():
+    def begin(self) -> None:
+        """Torch's random state as the fit that was cut short began with: its draws of a distribution come again."""
+        if self.saved is not None:
+            self.start = self.saved["start"]
+            set_random_state(self.start)
+
+    def known_by(self, codec: Codec, draws: Tensor, *others: Any) -> None:
+        """What this fit is known again by: the codec's class and options, and the figures of draws and others."""
+        told = [_figures(each) if isinstance(each, Tensor) else each for each in (draws, *others)]
+        self.device = draws.device
+        self.name = repr((type(codec).__name__, codec.config(), told))
+
+    def restore(self, codec: Codec, learns: bool) -> bool:
+        """Whether this fit was cut short; the codec and torch's random state are then as it had them.
+
+        Args:
+            codec: It is changed, and stays on its device, or that of the draws.
+            learns: Whether the codec is to be fitted; one that is not must be the saved one.
+        """
+        if self.saved is None:
             return False
-        saved = torch.load(self.codec, map_location="cpu", weights_only=True)
-        if saved["draws"] != self.name:
+        device = codec.location.device if codec.fitted else self.device
+        state = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.saved["state"].items()}
+        if self.saved["name"] != self.name or not (learns or _equal(codec.state_dict(), state)):
             raise ValueError(
-                f"checkpoint must be of this fit to go on from, got that of other data in {self.codec}. Delete it, or "
-                "write another path."
+                f"checkpoint must be of this fit to go on from, got that of other data, codec or codec options in "
+                f"{self.codec}. Delete it, or write another path."
             )
-        codec.load_state_dict(saved["state"])
-        set_random_state(saved["random"])
+        codec.load_state_dict(state)
+        set_random_state(self.saved["random"])
         return True
 
     def keep(self, codec: Codec) -> None:
@@ -43,7 +64,8 @@ class Parts:
         if self.codec is None:
             return
         part = self.codec.with_name(self.codec.name + ".part")
-        torch.save({"draws": self.name, "state": codec.state_dict(), "random": random_state()}, part)
+        state = {"name": self.name, "state": codec.state_dict(), "start": self.start, "random": random_state()}
+        torch.save(state, part)
         os.replace(part, self.codec)
 
     def clear(self) -> None:
@@ -51,3 +73,18 @@ class Parts:
         for path in (self.codec, self.inner):
             if path is not None:
                 path.unlink(missing_ok=True)
+
+
+def _figures(x: Tensor) -> list[Any]:
+    """Figures that tell tensors apart: sums, in and out of order, shape and dtype."""
+    y = x.double()
+    place = torch.arange(1, len(y) + 1, dtype=y.dtype, device=y.device) / len(y)
+    return [float(y.sum()), float(y.square().sum()), float((place @ y).sum()), list(x.shape), str(x.dtype)]
+
+
+def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two states on one device hold the same tensors."""
+    ours, theirs = ({k: v for k, v in state.items() if isinstance(v, Tensor)} for state in (one, other))
+    return ours.keys() == theirs.keys() and all(
+        v.dtype == theirs[k].dtype and torch.equal(v, theirs[k]) for k, v in ours.items()
+    )

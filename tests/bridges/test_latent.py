@@ -286,15 +286,18 @@ def test_a_user_s_pair_cannot_be_rebuilt_from_a_file_but_takes_its_state(tmp_pat
     assert torch.equal(fresh.codec.encode(wide()), bridge.codec.encode(wide()))
 
 
+@pytest.mark.parametrize("kind", ["rows", "law"])
 @pytest.mark.parametrize("update", [0, 31], ids=["before", "after"])  # the inner bridge's first checkpoint
-def test_a_fit_that_was_cut_short_goes_on_with_its_codec(update, tmp_path, monkeypatch):
-    path, target = tmp_path / "bridge.pt", wide()
+def test_a_fit_that_was_cut_short_goes_on_with_its_codec(update, kind, tmp_path, monkeypatch):
+    path = tmp_path / "bridge.pt"
+    target = wide() if kind == "rows" else MultivariateNormal(torch.zeros(6, **F64), torch.eye(6, **F64))
     monkeypatch.setattr("pyro_sb.bridges.vsdm_fit.PATIENCE", 1000)
 
     def fit(checkpoint, seed=4):
         torch.manual_seed(seed)
         bridge = LatentBridge(small(), AutoencoderCodec(2, hidden=(8,)))
-        return fitted(bridge, target, num_steps=60, codec_options={"num_steps": 5}, checkpoint=checkpoint).state_dict()
+        options = {"num_steps": 60, "codec_options": {"num_steps": 5}, "num_draws": 200}
+        return fitted(bridge, target, checkpoint=checkpoint, **options).state_dict()
 
     whole, original, calls = fit(None), SmoothedBridge._goal, iter(range(10_000))
 
@@ -315,3 +318,38 @@ def test_a_fit_that_was_cut_short_goes_on_with_its_codec(update, tmp_path, monke
     flat = {k: v for k, v in whole.items() if torch.is_tensor(v)}
     assert all(torch.equal(v, resumed[k]) for k, v in flat.items())
     assert isinstance(Bridge.load(path), LatentBridge)
+
+
+def test_a_fit_of_another_codec_is_not_gone_on_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(SmoothedBridge, "fit", lambda *args, **options: 1 / 0)
+    x, path = wide(), tmp_path / "bridge.pt"
+    as_it_was = {"pretrain": x + 100, "weights": torch.arange(200) + 1, "codec_options": {}}
+
+    def fit(codec=None, **changed):
+        codec = PCACodec(2) if codec is None else codec
+        LatentBridge(small(), codec).fit(x, progress=False, checkpoint=path, **(as_it_was | changed))
+        return codec
+
+    def refused(codec=None, **changed):
+        with pytest.raises(ValueError, match="other data, codec or codec options"):
+            fit(codec, **changed)
+
+    def goes_on(codec=None, **changed):
+        with pytest.raises(ZeroDivisionError):
+            fit(codec, **changed)
+
+    goes_on(), goes_on()
+    for changed in ({"pretrain": x - 100}, {"pretrain": None}, {"weights": None}, {"refit_codec": True}):
+        refused(**changed)
+    refused(weights=torch.arange(200).flip(0) + 1)
+    refused(PCACodec(2, whiten=False))
+    refused(AutoencoderCodec(2))
+    refused(codec_options={"num_steps": 3})
+    path.with_name("bridge.pt.codec").unlink()
+    codecs = [PCACodec(2), PCACodec(2)]
+    for codec, rows in zip(codecs, (x, x + 1)):
+        codec.fit(rows)
+    goes_on(codecs[0], pretrain=None), goes_on(codecs[0], pretrain=None)
+    refused(codecs[1], pretrain=None)  # fitted already, and another
+    refused(PairCodec(lambda x: x[:, :2], lambda z: z.repeat(1, 3), 6, 2), pretrain=None)
+    torch.testing.assert_close(codecs[1].location, x.mean(0) + 1)
