@@ -12,11 +12,11 @@ from pyro_sb.bridges.base import Bridge, as_draws, as_weights, class_named
 from pyro_sb.bridges.codec_autoencoder import AutoencoderCodec
 from pyro_sb.bridges.codec_pca import PCACodec
 from pyro_sb.bridges.codec_transform import CodecTransform, encoded
-from pyro_sb.bridges.codecs import Codec, PairCodec, check_pair, shaped
-from pyro_sb.bridges.ends import read_context, read_source
+from pyro_sb.bridges.codecs import Codec, PairCodec, shaped
+from pyro_sb.bridges.ends import read_context
 from pyro_sb.bridges.held_law import MappedLaw
 from pyro_sb.bridges.latent_checkpoint import Parts
-from pyro_sb.bridges.mixture_checks import check_law
+from pyro_sb.bridges.latent_data import latent_rows, latent_source, target_rows
 from pyro_sb.bridges.smoothed import SmoothedBridge
 from pyro_sb.distributions import Draws, PathLaw
 from pyro_sb.training import FitHistory
@@ -161,7 +161,7 @@ class LatentBridge(Bridge):
         if isinstance(target, Distribution):
             parts.begin()
         size = self.codec.data_dim if pretrain is None and not refit_codec else None
-        draws = self._rows(target, size, num_draws)
+        draws = target_rows(target, size, num_draws)
         if isinstance(target, Distribution) and (weights is not None or self.context_dim):
             raise ValueError(
                 "weights and contexts go with draws, got a distribution as target. Pass target.sample((n,))."
@@ -179,12 +179,12 @@ class LatentBridge(Bridge):
                 )
                 seconds = fitted.seconds
             parts.keep(self.codec)
-        z = check_pair(self.codec, shaped("target", draws, self.codec.data_dim))
+        z = latent_rows(self.codec, draws)
         inner = self._inner(int(z.shape[1]))
         inner_options = options | ({} if parts.inner is None else {"checkpoint": parts.inner})
         history = inner.fit(
             z,
-            self._to_latent(source, draws, num_draws),
+            latent_source(self.codec, source, draws, num_draws),
             context=context,
             weights=normalised,
             progress=progress,
@@ -318,16 +318,6 @@ class LatentBridge(Bridge):
             raise RuntimeError(f"{type(self).__name__} must be fitted first: call bridge.fit(draws).")
         return self.bridge
 
-    def _rows(self, target: Any, size: int | None, num_draws: int) -> Tensor:
-        """The target's draws; of the size of the data, where that is known."""
-        if isinstance(target, Distribution):
-            size = size or (target.event_shape[0] if len(target.event_shape) == 1 else 1)
-            check_law("target", target, size)
-        elif size is None:
-            shape = torch.as_tensor(target).shape
-            size = int(shape[1]) if len(shape) == 2 else 1
-        return as_draws("target", target, size, num_draws=num_draws)
-
     def _inner(self, latent_dim: int) -> Bridge:
         """The inner bridge to fit: a new one where it was omitted and the size is another."""
         if self.bridge is not None and not (self.makes_inner and self.bridge.dim != latent_dim):
@@ -370,18 +360,6 @@ class LatentBridge(Bridge):
                 "The inner bridge draws latents that the decoder cannot take: fit it longer, or mend the decoder."
             )
         return x
-
-    def _to_latent(self, source: Any, like: Tensor, num_draws: int) -> Any:
-        """The source in the latent space: None, a point, draws, or a distribution that keeps its density."""
-        if source is None:
-            return None
-        if isinstance(source, Distribution):
-            check_law("source", source, self.dim)
-            if self.codec.bijective:
-                return encoded(source, self.codec)
-            source = source.sample((num_draws,))
-        points = self.codec.encode(read_source(source, self.dim, like)).detach()
-        return points[0] if len(points) == 1 else points
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         sizes = state_dict.get(prefix + "codec._extra_state")

@@ -260,6 +260,11 @@ def test_what_does_not_fit_together_is_refused():
         fitted(LatentBridge(light(), PairCodec(nn.Linear(6, 4), nn.Linear(2, 6), 6, 2)), wide().float())
     with pytest.raises(ValueError, match="finite, got NaN"):
         fitted(LatentBridge(light(), PairCodec(torch.log, torch.exp, 2, 2)), rows())
+    x = torch.rand(300, 2, **F64) + 0.1
+    with pytest.raises(ValueError, match=r"constant latents \[1\] of 2.*Lower latent_dim"):
+        fitted(LatentBridge(light(), PairCodec(lambda x: x * x.new_tensor([1, 0]), lambda z: z, 2, 2)), x)
+    with pytest.raises(ValueError, match=r"NaN or infinity in 300 of 300 rows of the source\. Fit the codec on"):
+        fitted(LatentBridge(light(), PairCodec(torch.log, torch.exp, 2, 2)), x, source=-x)
     with pytest.raises(ValueError, match="go with draws"):
         law = MultivariateNormal(torch.zeros(2), torch.eye(2))
         fitted(LatentBridge(light(), PCACodec(2)), law, weights=torch.ones(3))
