@@ -32,7 +32,7 @@ bands under .05. An exact posterior should give .05, .05, .05, .01, .05."""
 LOCAL_NOTE = """
 Local C2ST at y = (0, 0), P = 2, {sets} data sets, 300 draws at y, 19 null classifiers: shares of {reps} repetitions.
 score: median of 1/2 + root mean square of d - 1/2; floor: the same of the null."""
-MODES_NOTE = """Two unit normals 10 sds apart with weights .3 and .7; {chains} chains of {draws} draws (of {thin} steps
+MODES_NOTE = """Two unit normals 16 sds apart with weights .3 and .7; {chains} chains of {draws} draws (of {thin} steps
 each) by a random walk, all started in the heavier mode ("stuck"), and independent draws of the target ("exact").
 R-hat < 1.01: share of runs whose largest rank-normalised split R-hat is. found: verdict "bad", the missing mode named,
 among the runs that R-hat passes. alarm: verdict "bad"; look: verdict "look". {reps} repetitions, 95 % interval of a
@@ -102,7 +102,7 @@ def local_rates(what: str, sets: int, reps: int) -> list[object]:
 def two_modes(dim: int) -> tuple[LogJoint, Tensor]:
     """The target, and where its heavier mode lies; the other lies opposite."""
     centre = torch.zeros(dim, dtype=F64)
-    centre[0] = 5.0
+    centre[0] = 8.0
     logs = torch.tensor([0.7, 0.3], dtype=F64).log()[:, None]
 
     def log_prob(z: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from pyro_sb.infer.population import POOR_SHARE, Population
 __all__ = ["ModeAudit", "effective_size"]
 
 LOOK = 3.0  # standard errors
+VAGUE = 0.1  # standard error of a share of the draws above which it says nothing
 LEAST_SHARE = 1e-3  # of a population in a mode that chains are asked for
 
 
@@ -161,6 +162,10 @@ class ModeAudit:
             )
         if z > threshold:
             return Line("draws", value, "look", "the draws' shares differ: run longer and look again")
+        assert self.chain_errors is not None
+        error = float(self.chain_errors.max())
+        if error > VAGUE:
+            return Line("draws", value, "look", f"their own error is {error:.2f}, too large to tell: draw more")
         return Line("draws", value, "ok", "shares as among the populations")
 
     def _crossing_line(self) -> Line:

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_sb.diagnostics import Calibration, calibration_draws, coverage, sbc, sbc_ranks, tarp
+from pyro_sb.diagnostics import Calibration, Regions, calibration_draws, coverage, sbc, sbc_ranks, tarp
 from pyro_sb.infer import AmortizedPosterior
 
 F64 = torch.float64
@@ -116,6 +116,16 @@ def test_the_ecdfs_difference_has_the_shape_of_the_error():
 
 
 # ---- TARP ----
+
+
+def test_a_ball_grows_from_its_point_and_an_interval_from_the_middle():
+    ranks = torch.tensor([[0], [10], [90], [99]])
+    uniforms = (ranks + 0.5).double() / 100
+    balls, intervals = (cls(ranks, ("a",), 99, uniforms) for cls in (Regions, Calibration))
+    assert balls.coverage([0.5]).item() == 0.5 and intervals.coverage([0.5]).item() == 0.0
+    assert balls.coverage([0.95]).item() == 0.75 and intervals.coverage([0.85]).item() == 0.5
+    torch.testing.assert_close(balls.credibility, uniforms)
+    torch.testing.assert_close(intervals.credibility[:, 0], torch.tensor([0.99, 0.79, 0.81, 0.99], dtype=F64))
 
 
 def test_balls_cover_as_they_claim_for_an_exact_posterior():

@@ -86,6 +86,14 @@ def test_chains_that_never_cross_are_told_apart_from_chains_that_do():
     assert crossing.verdict == "bad" and crossing.value.startswith("0%")
 
 
+def test_chains_that_hardly_cross_cannot_tell():
+    labels = torch.zeros(8, 200, 1, dtype=F64)
+    labels[0, 40:], labels[1, 100:], labels[2, :20] = 1.0, 1.0, 1.0
+    audit = mode_audit(two(), (2 * (labels < 1).to(F64) - 1) * CENTRE + torch.randn(8, 200, 2, dtype=F64))
+    line = [line for line in audit.lines if line.name == "draws"][0]
+    assert line.verdict == "look" and "too large to tell" in line.note
+
+
 def test_a_mode_of_the_draws_alone_is_asked_about():
     def log_prob(z):  # the second mode is so far that no search from near 0 goes there
         return torch.logsumexp(torch.stack([-z.square().sum(-1), -(z - 300).square().sum(-1)]) / 2, 0)
