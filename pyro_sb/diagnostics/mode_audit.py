@@ -39,7 +39,8 @@ def mode_audit(
     of them that agree have shares with standard errors that the draws can be held against.
 
     **Modes** are Gaussian-mixture clusters (scikit-learn, number by BIC) of both populations and the draws, joined
-    wherever the log joint between two clusters' middles falls less than two nats below the lower of them.
+    wherever the log joint falls less than two nats below the lower of two clusters' middles on the way between them:
+    straight, or by where the clusters come closest.
 
     **Shares** of a population are self-normalised importance estimates. What both populations and the draws miss stays
     unseen: "ok" is not a proof.

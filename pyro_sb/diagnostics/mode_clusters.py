@@ -20,6 +20,7 @@ BARRIER = 2.0  # nats below the lower middle that separate two modes
 STEPS = 21  # points between two middles
 FULL_DIM = 30  # largest dimension in which clusters have full covariances
 LEAST = 8  # draws a cluster
+NEAREST = 16  # draws of a cluster that a pass to its neighbour is taken from
 Candidate = tuple[float, GaussianMixture, Tensor]
 
 
@@ -64,7 +65,8 @@ def find_modes(log_joint: LogJoint, points: Tensor, max_modes: int, hints: Seque
     cluster = mixture.predict(rows)
     present = np.flatnonzero(np.bincount(cluster, minlength=mixture.n_components))
     middles = _middles(log_joint, points, cluster, present)
-    num, joined = connected_components(_open(log_joint, middles), directed=False)
+    passes = _passes((points - location) / scale, cluster, present) * scale + location
+    num, joined = connected_components(_open(log_joint, middles, passes), directed=False)
     mode_of_cluster = np.zeros(mixture.n_components, dtype=int)
     mode_of_cluster[present] = joined
     for empty in set(range(mixture.n_components)) - set(present.tolist()):  # no point: whichever is nearest
@@ -114,14 +116,33 @@ def _middles(log_joint: LogJoint, points: Tensor, cluster: np.ndarray, present: 
     return torch.stack(found)
 
 
-def _open(log_joint: LogJoint, middles: Tensor) -> np.ndarray:
-    """Whether two middles see each other over no barrier. Shape ``(K, K)``, boolean."""
+def _passes(rows: Tensor, cluster: np.ndarray, present: np.ndarray) -> Tensor:
+    """Where each pair of clusters comes closest: the mean of both sides' nearest points. Shape ``(pairs, dim)``."""
+    members = [rows[torch.from_numpy(cluster == k)] for k in present]
+    found = [rows[:0]]
+    for i, j in torch.triu_indices(len(present), len(present), 1).T.tolist():
+        gaps = torch.cdist(members[i], members[j])
+        a, b = divmod(int(gaps.argmin()), gaps.shape[1])
+        between = 0.5 * (members[i][a] + members[j][b])
+        sides = [
+            side[(side - between).square().sum(1).argsort()[:NEAREST]].mean(0) for side in (members[i], members[j])
+        ]
+        found.append(0.5 * (sides[0] + sides[1])[None])
+    return torch.cat(found)
+
+
+def _open(log_joint: LogJoint, middles: Tensor, passes: Tensor) -> np.ndarray:
+    """Whether two middles see each other over no barrier, straight or by their pass. Shape ``(K, K)``, boolean."""
     num = len(middles)
     first, second = torch.triu_indices(num, num, 1)
     share = torch.linspace(0, 1, STEPS, dtype=middles.dtype)[:, None, None]
-    line = (1 - share) * middles[first] + share * middles[second]
-    values = log_joint.log_prob(line.reshape(-1, middles.shape[1]).to(log_joint.device)).reshape(STEPS, -1).cpu()
-    dip = torch.minimum(values[0], values[-1]) - values.amin(0)
+    a, b = middles[first], middles[second]
+    legs = torch.stack([torch.lerp(start, end, share) for start, end in ((a, b), (a, passes), (passes, b))])
+    flat = legs.reshape(-1, middles.shape[1]).to(log_joint.device)
+    values = log_joint.log_prob(flat).reshape(3, STEPS, -1).cpu()
+    lowest = values.amin(1)
+    highest_way = torch.maximum(lowest[0], torch.minimum(lowest[1], lowest[2]))
+    dip = torch.minimum(values[0, 0], values[0, -1]) - highest_way
     seen = np.eye(num, dtype=bool)
     seen[first.numpy(), second.numpy()] = (dip <= BARRIER).numpy()
     return seen | seen.T

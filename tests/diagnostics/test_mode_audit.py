@@ -112,11 +112,15 @@ def banana(z):
     return -z[:, 0].square() / 8 - (z[:, 1] - z[:, 0].square() + 4).square()
 
 
-@pytest.mark.parametrize("name", ["normal", "banana", "close pair"])
+@pytest.mark.parametrize("name", ["normal", "banana", "ring", "close pair"])
 def test_what_no_barrier_parts_is_one_mode(name):
     x = torch.randn(3000, 2, dtype=F64)
     bent = torch.stack([2 * x[:, 0], 4 * x[:, 0].square() - 4 + x[:, 1] / math.sqrt(2)], 1)
+    angle = 6.28319 * torch.rand(3000, dtype=F64)
+    ring = (6 + 0.5 * x[:, :1]) * torch.stack([angle.cos(), angle.sin()], 1)
+    on_ring = LogJoint.from_batched(lambda z: -2 * (z.norm(dim=1) - 6).square(), 2)
     target, points = {
+        "ring": (on_ring, ring),
         "normal": (LogJoint.from_batched(lambda z: -z.square().sum(-1) / 2, 2), x),
         "banana": (LogJoint.from_batched(banana, 2), bent),
         "close pair": (two(0.5, CENTRE / 5), x + CENTRE / 5 * (torch.rand(3000, 1).round() * 2 - 1)),
