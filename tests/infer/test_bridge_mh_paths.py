@@ -36,7 +36,10 @@ BRIDGES = {
     "latent, VSDM": (lambda: LatentBridge(small(VSDM), PCACodec(2)), {"num_steps": 100}),
     "VSDM": (lambda **kw: small(VSDM, **kw), {"num_steps": 100}),
     "SGM": (lambda **kw: small(SGM, **kw), {"num_steps": 100}),
-    "DSB": (lambda **kw: DSB(2, hidden=(16, 16), **kw), {"num_steps": 50, "num_iterations": 2}),
+    "DSB": (
+        lambda **kw: DSB(2, hidden=(16, 16), chain_steps=20, schedule="constant", **kw),
+        {"num_steps": 50, "num_iterations": 2},
+    ),
     "plain": (lambda **kw: KernelLangevinBridge(2, scheme="plain", num_steps=3, **kw), {}),
     "plain, variable": (
         lambda **kw: KernelLangevinBridge(2, scheme="plain", num_steps=3, bandwidth_exponent=-0.3, **kw),
