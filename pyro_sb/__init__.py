@@ -13,7 +13,19 @@ from pyro_sb.bridges.light_bass import LightSBBM
 from pyro_sb.bridges.smoothed import SmoothedBridge
 from pyro_sb.bridges.tails import TailMatched
 from pyro_sb.bridges.vsdm import SGM, VSDM
-from pyro_sb.diagnostics import Calibration, coverage, sbc, sbc_ranks, to_arviz
+from pyro_sb.diagnostics import (
+    Calibration,
+    bridge_report,
+    coverage,
+    local_c2st,
+    mode_audit,
+    psis,
+    report,
+    sbc,
+    sbc_ranks,
+    tarp,
+    to_arviz,
+)
 from pyro_sb.distributions import BridgeDistribution, Draws
 from pyro_sb.infer.amortized import AmortizedPosterior
 from pyro_sb.infer.bridge_mh import BridgeMH
@@ -49,4 +61,10 @@ __all__ = [
     "sbc",
     "sbc_ranks",
     "to_arviz",
+    "bridge_report",
+    "local_c2st",
+    "mode_audit",
+    "psis",
+    "report",
+    "tarp",
 ]
