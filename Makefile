@@ -67,6 +67,7 @@ bench: setup bench-env
 # sbi's estimators, once: an hour and a half; what is in the cache folder is not run again.
 sbi-peers: bench-env
 	.venv-bench/bin/python -m benchmarks.sbi_peers
+	.venv-bench/bin/python -m benchmarks.training_time
 
 # ArviZ 1.x needs Python 3.12 and no torch: the tests run its half of the converter there, where a python3.12 is found.
 arviz1-env:

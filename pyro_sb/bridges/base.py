@@ -189,6 +189,16 @@ class Bridge(Fitted):
         bridge.load_state_dict(saved["state"])
         return bridge
 
+    def flat_rows(self, x: Any, context: Any) -> tuple[Tensor, Tensor | None, torch.Size]:
+        """Points and contexts, checked and broadcast, as flat rows; the points' shape before."""
+        x, context = torch.as_tensor(x).to(self.like()), self.check_context(context)
+        check_points("x", x, self.dim)
+        if context is None:
+            return x.reshape(-1, self.dim), None, x.shape
+        shape = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+        x, context = x.expand(*shape, self.dim), context.expand(*shape, self.context_dim)
+        return x.reshape(-1, self.dim), context.reshape(-1, self.context_dim), x.shape
+
     def check_context(self, context: Any) -> Tensor | None:
         """The context as a tensor ``(*batch, context_dim)``; an error where it is missing, superfluous or misshapen."""
         if self.context_dim == 0:
@@ -211,6 +221,12 @@ class Bridge(Fitted):
         if not bool(torch.isfinite(context).all()):
             raise ValueError("context must be finite, got NaN or infinity. Drop or impute those entries.")
         return context
+
+
+def check_points(name: str, x: Tensor, dim: int) -> None:
+    """Refuse points of another size."""
+    if x.dim() == 0 or x.shape[-1] != dim:
+        raise ValueError(f"{name} must have shape (*, {dim}), got {tuple(x.shape)}. Put coordinates in the last axis.")
 
 
 def class_named(name: str, cls: type[Bridge], path: str) -> type[Bridge]:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_sb.bridges.base import as_weights
+from pyro_sb.bridges.base import Fitted, as_weights
 from pyro_sb.training import FitHistory
 
 ROUND_TRIP = 1e-3  # largest error of a bijection's round trip, in standard deviations of each column
@@ -14,7 +14,7 @@ LOG_DET = 0.01  # largest error of a bijection's log determinant, at NUM_CHECKED
 NUM_CHECKED, LARGEST_JACOBIAN = 4, 50
 
 
-class Codec(nn.Module):
+class Codec(Fitted):
     r"""An encoder and a decoder between data ``(*, data_dim)`` and latents ``(*, latent_dim)``.
 
     **A new codec** supplies `encode`, `decode`, `_fit` and `config`; a bijective one also `log_abs_det`. What was
@@ -124,10 +124,6 @@ class Codec(nn.Module):
             self.set_extra_state(sizes)
             self._build()
             self.to(saved)
-        for name, buffer in self._buffers.items():
-            kept = state_dict.get(prefix + name)
-            if buffer is not None and isinstance(kept, Tensor):
-                self._buffers[name] = torch.empty_like(kept)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -12,7 +12,6 @@ from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.dsb_chain import Chain
 from pyro_sb.bridges.dsb_half import Given, Guide, HalfBridge
 from pyro_sb.bridges.dsb_source import SourceReading
-from pyro_sb.bridges.mixture_state import check_points
 from pyro_sb.bridges.vsdm_data import Reading, summarise
 from pyro_sb.bridges.vsdm_state import check_choice
 from pyro_sb.nn import embedding_config, embedding_from_config
@@ -169,10 +168,5 @@ class DSBState(Bridge):
 
     def _rows(self, x: Any, context: Any) -> tuple[Tensor, Tensor | None, torch.Size]:
         """Points and standardised contexts, broadcast, as flat rows; the points' shape before."""
-        x, context = torch.as_tensor(x).to(self.like()), self.check_context(context)
-        check_points("x", x, self.dim)
-        if context is None:
-            return x.reshape(-1, self.dim), None, x.shape
-        shape = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
-        x, context = x.expand(*shape, self.dim), context.expand(*shape, self.context_dim)
-        return x.reshape(-1, self.dim), self._context_rows(context.reshape(-1, self.context_dim)), x.shape
+        x, context, shape = self.flat_rows(x, context)
+        return x, self._context_rows(context), shape

@@ -7,10 +7,11 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
+from pyro_sb.bridges.base import check_points
 from pyro_sb.bridges.conditioning import condition_mixture
 from pyro_sb.bridges.fixed_mixture import FixedMixture
 from pyro_sb.bridges.held_law import HeldSources
-from pyro_sb.bridges.mixture_state import MixtureState, check_points
+from pyro_sb.bridges.mixture_state import MixtureState
 from pyro_sb.bridges.plan import Plan, chunked
 from pyro_sb.distributions import BridgeDistribution, Draws, PathLaw
 from pyro_sb.ops.bass import DENSE_DIM

@@ -220,11 +220,8 @@ class MixtureState(Bridge):
 
     def _rows(self, x: Any, context: Any, t: float) -> tuple[Tensor, Tensor | None, torch.Size]:
         """Points at time t and contexts, broadcast, as flat rows in the bridge's units; the points' shape before."""
-        x, context = torch.as_tensor(x).to(self.like()), self.check_context(context)
-        check_points("x", x, self.dim)
-        x, context = self._broadcast(x, context)
-        flat = None if context is None else context.reshape(-1, self.context_dim)
-        return self._units(t).to(x).reshape(-1, self.dim), self._context_rows(flat), x.shape
+        x, context, shape = self.flat_rows(x, context)
+        return self._units(t).to(x), self._context_rows(context), shape
 
     @property
     def _width(self) -> int:
@@ -259,9 +256,3 @@ class MixtureState(Bridge):
         if isinstance(saved, Tensor):
             self.to(saved)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def check_points(name: str, x: Tensor, dim: int) -> None:
-    """Refuse points of another size."""
-    if x.dim() == 0 or x.shape[-1] != dim:
-        raise ValueError(f"{name} must have shape (*, {dim}), got {tuple(x.shape)}. Put coordinates in the last axis.")

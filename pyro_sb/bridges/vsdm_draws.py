@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.mixture_state import check_points
 from pyro_sb.bridges.vsdm_density import flow_change
 from pyro_sb.bridges.vsdm_state import SOLVERS, DiffusionState, check_choice
 from pyro_sb.distributions import Draws
@@ -66,7 +65,7 @@ class DiffusionDraws(DiffusionState):
 
         Within the first noise level of the target the score is that of its noisy edge.
         """
-        x, rows, shape = self._rows(x, context)
+        x, rows, shape = self.flat_rows(x, context)
         tau = (1 - torch.as_tensor(t, dtype=x.dtype, device=x.device)).clamp(max=1.0).maximum(self.first_time)
         if tau.dim():
             raise ValueError(f"t must be one time in [0, 1], got shape {tuple(tau.shape)}.")
@@ -104,7 +103,7 @@ class DiffusionDraws(DiffusionState):
         """
         if num_paths < 1:
             raise ValueError(f"num_paths must be at least 1, got {num_paths}. Omit it for 16.")
-        x, rows, shape = self._rows(x, context)
+        x, rows, shape = self.flat_rows(x, context)
         with torch.no_grad():
             mean, features = self._features(rows)
             z, times = self._inward(x, mean, torch.zeros_like(self.first_time)), self._times(self.sampler.path_steps)
@@ -128,7 +127,7 @@ class DiffusionDraws(DiffusionState):
 
     def _carry(self, x0: Tensor, context: Any, num_steps: int, solver: str) -> Tensor:
         """Source points to draws of the target."""
-        x0, rows, shape = self._rows(x0, context)
+        x0, rows, shape = self.flat_rows(x0, context)
         with torch.no_grad():
             mean, features = self._features(rows)
             one = torch.ones_like(self.first_time)
@@ -183,13 +182,3 @@ class DiffusionDraws(DiffusionState):
             like = self.like()
             return Draws(like.new_empty(0, self.dim), like.new_empty(0))
         return Draws(*(torch.cat(each) for each in zip(*parts)))
-
-    def _rows(self, x: Any, context: Any) -> tuple[Tensor, Tensor | None, torch.Size]:
-        """Points and contexts, broadcast, as flat rows; the points' shape before."""
-        x, context = torch.as_tensor(x).to(self.like()), self.check_context(context)
-        check_points("x", x, self.dim)
-        if context is None:
-            return x.reshape(-1, self.dim), None, x.shape
-        shape = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
-        x, context = x.expand(*shape, self.dim), context.expand(*shape, self.context_dim)
-        return x.reshape(-1, self.dim), context.reshape(-1, self.context_dim), x.shape
