@@ -201,6 +201,19 @@ def test_a_known_schroedinger_plan_is_found():
     assert (exact[-1] - exact[0]) > 1.5  # the coupling is far from independent
 
 
+@pytest.mark.slow
+def test_what_a_regression_cannot_see_is_learnt_from_the_context():
+    # the mean is |c|, whose regression on c is flat; a context that left its row would leave the flat law
+    context = 4 * torch.rand(4000, 1) - 2
+    target = context.abs() + 0.2 * torch.randn(4000, 1)
+    for method in ("imf", "ipf"):
+        bridge = DSB(1, 1, epsilon=1.0, method=method, hidden=(64, 64), chain_steps=20)
+        bridge.fit(target, context=context, num_iterations=2, num_steps=300, num_pairs=4000, progress=False)
+        place = torch.tensor([[-1.5], [-0.75], [0.75], [1.5]])
+        means = bridge(place).sample((1000,)).mean(0)
+        assert (means - place.abs()).abs().max() < (0.15 if method == "imf" else 0.3)
+
+
 def test_sinkhorn_pairs_have_the_bridge_s_correlation():
     x, y = torch.randn(8192, 1, **F64), torch.randn(8192, 1, **F64)
     index = sinkhorn_pairs(x, y, epsilon=1.0)
