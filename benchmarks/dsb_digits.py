@@ -257,10 +257,10 @@ fit).
   back: even       share of held-out odds, carried back, that is read as even"""
 READING = """
 Reading (seed 0). IMF has 94 % of the held-out evens read as odd from its first iteration on; a real odd digit is read
-so always. Further iterations do not raise that: they shorten the way (moved 16.9 to 13.6 to 14.2), and the
-classifiers tell the ends from real odds a little better (network .66 to .68, linear .52 to .57): errors add up. IPF
+so always. Further iterations do not raise that: they shorten the way (moved 17.1 to 12.6), and the
+classifiers tell the ends from real odds a little better (network .68 to .69, linear .54 to .60): errors add up. IPF
 at this epsilon is slow: its first chain reverses a noising that reaches nowhere near the evens, so it hardly moves,
-and after six iterations 73 % are read as odd; the published runs have twenty. The identity is kept: no other pairing
+and after six iterations 67 % are read as odd; the published runs have twenty. The identity is kept: no other pairing
 of evens and ends is shorter than the transport's own ("moved" is "optimal"), a third of what pairing at random costs.
 In the picture strokes move where a digit can be mended into an odd one: 0 to 9, 6 to 5, 4 to 1.
 """
