@@ -32,8 +32,8 @@ from pyro_sb.ops.gaussian_ipf import GaussianPlan, gaussian_ipf
 EPSILON, ITERATIONS, NUM_DRAWS, STEPS, GOAL = 1.0, 6, 20_000, 20, 0.06
 DIMS, SEEDS = (5, 20, 50), 3
 TRIAL: dict[str, Any] = {"num_steps": 500, "batch_size": 256, "num_pairs": 4096}
-SETTINGS: dict[str, dict[str, Any]] = {"trial": TRIAL, "defaults": {}, "large cache": TRIAL | {"num_pairs": 32_768}}
-NETS = {"trial": (128, 128), "defaults": (128, 128, 128), "large cache": (128, 128)}
+SETTINGS: dict[str, dict[str, Any]] = {"defaults": {}, "trial": TRIAL}
+SHAPES: dict[str, dict[str, Any]] = {"defaults": {}, "trial": {"hidden": (128, 128), "chain_steps": STEPS}}
 PUBLISHED = {"DSBM-IPF": "8.75 +- 0.87", "DSBM-IMF": "9.76 +- 1.67", "DSB": "32.8 +- 1.3", "SB-CFM": "49.4 +- 3.9"}
 F64 = torch.float64
 
@@ -184,7 +184,7 @@ def fit(ends: Ends, dim: int, method: str, setting: str, seed: int) -> dict[str,
     source, target = ends.laws(dim)
     oracle = ends.oracle(dim)
     kind, name = METHODS[method]
-    bridge = kind(dim, epsilon=EPSILON, method=name, chain_steps=STEPS, hidden=NETS[setting])
+    bridge = kind(dim, epsilon=EPSILON, method=name, **SHAPES[setting])
     rows: list[dict[str, float]] = []
     begun, spent = time.process_time(), 0.0
 
@@ -206,15 +206,15 @@ def key(ends: Ends, dim: int, method: str, setting: str, seed: int) -> str:
 
 def cells(seeds: int) -> list[tuple[Ends, int, str, str, int]]:
     """In the order of what a partial table misses least."""
-    every = [
-        (pair, dim, method, "trial", seed) for seed, dim, pair, method in product(range(seeds), DIMS, PAIRS, METHODS)
+    own = [(pair, dim, "IMF", "defaults", seed) for seed, dim, pair in product(range(seeds), DIMS, PAIRS)]
+    trial = [
+        (pair, dim, method, "trial", seed)
+        for seed, dim, pair, method in product(range(seeds), DIMS, PAIRS, ("IMF", "IPF"))
     ]
-    order = [cell for cell in every if cell[2] != "IPF, no guide" or cell[1] == DIMS[0]]
-    late = [cell for cell in order if cell[0].rotated and cell[1] > DIMS[0] and cell[2] == "IMF, no guide"]
-    order = [cell for cell in order if cell not in late] + late
-    more = [(PAIRS[0], dim, method, "defaults", 0) for dim in (5, 50) for method in ("IMF", "IMF, no guide", "IPF")]
-    more = [(pair, 50, "IMF", "large cache", 0) for pair in PAIRS] + more
-    return order + more
+    unguided = [
+        (pair, DIMS[0], method, "trial", 0) for pair, method in product(PAIRS, ("IMF, no guide", "IPF, no guide"))
+    ]
+    return own[:6] + trial[:12] + unguided + own[6:] + trial[12:]
 
 
 class Report:
@@ -244,7 +244,7 @@ class Report:
             runs = self.runs(ends, dim, method, setting)
             if not runs:
                 continue
-            name = method if setting == "trial" else f"{method}, {setting}"
+            name = f"{method}, {setting}"
             for score, label, factor in (
                 ("kl", "KL", 1e3),
                 ("kl_axes", "KL of the axes", 1e3),
@@ -274,7 +274,7 @@ class Report:
         return [
             ends.name,
             dim,
-            method if setting == "trial" else f"{method}, {setting}",
+            f"{method}, {setting}",
             len(runs),
             f"{float(raw.mean()):.3f}",
             f"{error:.3f}",
@@ -306,10 +306,11 @@ def picture(report: Report) -> None:
             exact = [max(r["error"], 1e-4) for r in exact_ipf(ends, dim)]
             ax.plot(steps, exact, color="k", ls=":", lw=1, label="exact IPF")
             for color, method in enumerate(METHODS):
-                runs = report.runs(ends, dim, method, "trial")
-                if runs:
-                    free = [max(root(mean(run[i]["square"] for run in runs)), 5e-3) for i in range(ITERATIONS)]
-                    ax.plot(steps, free, "o-", ms=3, color=f"C{color}", label=f"{method}")
+                for setting, style in (("trial", "o:"), ("defaults", "s-")):
+                    runs = report.runs(ends, dim, method, setting)
+                    if runs:
+                        free = [max(root(mean(run[i]["square"] for run in runs)), 5e-3) for i in range(ITERATIONS)]
+                        ax.plot(steps, free, style, ms=3, color=f"C{color}", label=f"{method}, {setting}")
             ax.axhline(GOAL, color="0.4", lw=0.8, dashes=(4, 4))
             ax.axhline(report.floors(ends, dim)["error"], color="0.75", lw=3, zorder=0, label="noise of 20,000 draws")
             ax.set_yscale("log")
@@ -324,12 +325,12 @@ def picture(report: Report) -> None:
     fig.savefig(RESULTS / "dsb_gaussian.png", dpi=90)
 
 
-NOTE = f"""epsilon = {EPSILON:g}, {ITERATIONS} iterations, {STEPS} steps, float32, fresh draws of both laws;
-{TRIAL["num_steps"]} updates a half iteration, batch {TRIAL["batch_size"]}, two layers of 128,
-caches of {TRIAL["num_pairs"]:,} ("defaults": the library's own settings, 1,000 updates, batch 512, three layers, caches
-of 10,000; "large cache": 32,768 pairs at a time). All figures are of the forward chain, from {NUM_DRAWS:,} draws;
-mean +- sd over seeds.
-KL, x 1e-3 nats: from the Gaussian fitted to the draws at each of the chain's {STEPS + 1} times to the closed form's
+NOTE = f"""epsilon = {EPSILON:g}, {ITERATIONS} iterations, float32, fresh draws of both laws.
+"Defaults": the library's own settings, 1,000 updates a half iteration, batch 512, three layers of 128,
+max(10,000, 500 d) pairs at a time, 50 steps. "Trial": {TRIAL["num_steps"]} updates, batch {TRIAL["batch_size"]},
+two layers of 128, {TRIAL["num_pairs"]:,} pairs or paths at a time, {STEPS} steps.
+All figures are of the forward chain, from {NUM_DRAWS:,} draws; mean +- sd over seeds.
+KL, x 1e-3 nats: from the Gaussian fitted to the draws at each of the chain's times to the closed form's
 marginal, mean over times. KL of the axes: of each coordinate alone, summed. Both beside what exact draws score.
 coupling: relative Frobenius error of Cov(x0, x1). Its floor grows with d, beyond the goal of {GOAL:.0%} at d = 50,
 so it is also given with the noise taken out: the product of the errors of two independent halves of the draws has

@@ -32,7 +32,8 @@ from pyro_sb.weights import effective_sample_size, pareto_k
 OBSERVED = torch.tensor([0.18, 0.32, 0.42, 0.49, 0.54])
 TIMES, VARIANCE = torch.arange(1.0, 6.0), 1e-3
 NUM_PAIRS, FEWER, NUM_DRAWS, BATCHES = 50_000, 5_000, 20_000, 50
-CHAINS, CHAIN_DRAWS, GRID, EDGE, FINE = 200, 4000, 2401, 6.0, 50
+CHAINS, CHAIN_DRAWS, GRID, EDGE = 200, 4000, 2401, 6.0
+CHAIN = {"coarse": (20, "constant"), "fine": (50, "triangular")}
 SEEDS, SHOWN = 3, 800
 MOMENTS = ("mean", "variance", "skewness", "kurtosis")
 F64 = torch.float64
@@ -140,8 +141,8 @@ class Conditional:
             bridge.fit(theta, context=y, progress=False, **self.options)
         row: dict[str, Any] = {"seconds": time.process_time() - begun}
         for kind in ["coarse", "fine"] if self.method == "imf" else ["coarse"]:
-            if kind == "fine":
-                bridge.chain_steps, bridge.schedule = FINE, "triangular"
+            if self.method == "imf":
+                bridge.chain_steps, bridge.schedule = CHAIN[kind]
             torch.manual_seed(100 + seed)
             draws = bridge(OBSERVED).draws((NUM_DRAWS,))
             row[kind] = weighed(draws.value.reshape(-1, 2), draws.log_q.reshape(-1))
@@ -237,7 +238,13 @@ def report(store: Store) -> str:
             continue
         found = [row[steps] for row in runs]
         for kind in ("raw", "corrected"):
-            label = "  weighted" if kind == "corrected" else name if steps == "coarse" else f"{name}, {FINE} steps"
+            label = (
+                "  weighted"
+                if kind == "corrected"
+                else name
+                if steps == "coarse"
+                else f"{name}, {CHAIN[steps][0]} steps"
+            )
             rows.append([label, *cells_of([row[kind] for row in found])])
             last: list[object] = ["", "", ""]
             if kind == "corrected":
@@ -271,7 +278,7 @@ def picture(store: Store) -> None:
     panels = [("MCMC", store.rows["chains"]["draws"])]
     for one, steps in ((MODELS[0], "coarse"), (MODELS[0], "fine"), (MODELS[1], "fine"), (MODELS[2], "coarse")):
         for row in seeded(store, one.name)[:1]:
-            panels.append((f"{one.name}, {FINE if steps == 'fine' else 20} steps", row[steps]["draws"]))
+            panels.append((f"{one.name}, {CHAIN[steps][0]} steps", row[steps]["draws"]))
     panels += [(LIGHT, row["coarse"]["draws"]) for row in seeded(store, LIGHT)[:1]]
     axis = torch.linspace(-3, 3, 301)
     logs = log_joint(torch.cartesian_prod(axis, axis)).reshape(301, 301)
