@@ -53,7 +53,8 @@ class DSB(DSBState):
         context_dim: Size of the context, 0 for none. The context is carried along both chains.
         epsilon: The reference's variance over [0, 1], in squared units of the data.
         method: ``"imf"`` or ``"ipf"``.
-        chain_steps: K. Free to change after an IMF fit; IPF learns its K steps. Omitted: 50, for IPF the published 20.
+        chain_steps: K. Free to change after an IMF fit; IPF learns its K steps, and refuses others until it is fitted
+            again. Omitted: 50, for IPF the published 20.
         schedule: ``"constant"`` or ``"triangular"`` steps (`pyro_sb.ops.brownian.step_times`). Omitted: triangular, for
             IPF constant.
         variance: :math:`\rho` of IMF's steps: ``"measured"``, per direction and time, of what the network leaves; or
@@ -180,7 +181,7 @@ class DSB(DSBState):
 
         Args:
             num_paths: How many, for each context.
-            num_steps: Steps of each.
+            num_steps: Steps of each; between the times of its K steps IPF's drift is interpolated by the network.
             context: Shape ``(*batch_shape, context_dim)``.
         """
         self.like()

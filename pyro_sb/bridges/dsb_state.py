@@ -65,6 +65,7 @@ class DSBState(Bridge):
             self.register_buffer(name, torch.empty(0))
         self.source: Distribution | None = None
         self._source_kind = "moments"
+        self._learnt_steps: tuple[int, str] | None = None  # of IPF, whose networks know no other times
         self.eval()
 
     @property
@@ -95,12 +96,12 @@ class DSBState(Bridge):
         return cls(**(config | {"embedding": embedding_from_config(config["embedding"])}))
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What the source was."""
-        return {"source_kind": self._source_kind}
+        """What the source was, and the steps that IPF learnt."""
+        return {"source_kind": self._source_kind, "learnt_steps": self._learnt_steps}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take a saved kind of source; a distribution must be given again."""
-        self._source_kind = state["source_kind"]
+        """Take a saved kind of source and steps; a distribution must be given again."""
+        self._source_kind, self._learnt_steps = state["source_kind"], state.get("learnt_steps")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         saved = state_dict.get(prefix + "ahead.gain")
@@ -114,6 +115,7 @@ class DSBState(Bridge):
         self.to(read.affine.location)
         self.source_deviations, self.source_points = source.deviations, source.points
         self.source, self._source_kind = source.law, source.kind
+        self._learnt_steps = (self.chain_steps, self.schedule) if self.method == "ipf" else None
         self.context_location, self.context_scale = read.contexts
         self.ahead.adopt(source.guide, target, self.epsilon)
         self.back.adopt(target, source.guide, self.epsilon)
@@ -131,7 +133,14 @@ class DSBState(Bridge):
         return Chain(self.ahead if forward else self.back, self._times(num_steps), self.epsilon)
 
     def _times(self, num_steps: int | None = None) -> Tensor:
-        """Times of the chain, from 0 to 1."""
+        """Times of the chain, from 0 to 1; refused where IPF has learnt others."""
+        steps = self.chain_steps, self.schedule
+        if self._learnt_steps is not None and steps != self._learnt_steps:
+            raise ValueError(
+                "IPF learns its own steps: chain_steps and schedule must stay as in fit, "
+                f"{self._learnt_steps}, got {steps}. Set them back, fit again, or "
+                'take method="imf", whose steps are free after the fit.'
+            )
         return step_times(num_steps or self.chain_steps, self.schedule).to(self.like())
 
     def _given(self, half: HalfBridge, rows: Tensor | None) -> Given:

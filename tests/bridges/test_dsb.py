@@ -321,6 +321,28 @@ def test_draws_to_draws_has_no_density_and_says_so():
     assert bridge.transport_back(x1).shape == (50, 2)
 
 
+@pytest.mark.parametrize("change", [{"chain_steps": 5}, {"schedule": "triangular"}])
+def test_ipf_s_steps_are_its_own_and_imf_s_are_free(change, tmp_path):
+    for method in ("imf", "ipf"):
+        bridge = DSB(2, hidden=(8,), chain_steps=4, schedule="constant", method=method)
+        bridge.fit(torch.randn(100, 2), **QUICK)
+        for name, value in change.items():
+            setattr(bridge, name, value)
+        bridge.save(tmp_path / "a.pt")
+        for each in (bridge, DSB.load(tmp_path / "a.pt")):
+            for ask in (lambda: each().draws((3,)), lambda: each().sample((3,)), lambda: each.coupling(3),
+                        lambda: each.transport_back(torch.zeros(1, 2)), lambda: each.path_log_prob(torch.zeros(2)),
+                        lambda: each.redraw_rows(torch.zeros(1, 2), None)):  # fmt: skip
+                if method == "imf":
+                    ask()
+                else:
+                    with pytest.raises(ValueError, match=r"IPF learns its own.*as in fit, \(4, 'constant'\).*\"imf\""):
+                        ask()
+    bridge.fit(torch.randn(100, 2), **QUICK)  # the new steps are learnt
+    assert bridge().draws((3,)).log_q.shape == (3,)
+    bridge.paths(3, 7)
+
+
 def test_a_loaded_bridge_asks_for_a_source_that_was_a_distribution(tmp_path):
     bridge, law = DSB(2, hidden=(8,), chain_steps=3), MultivariateNormal(torch.zeros(2), torch.eye(2))
     bridge.fit(torch.randn(100, 2), law, **QUICK)
