@@ -2,7 +2,7 @@
 
 Exact posteriors in closed form and the same spoilt on purpose, many repetitions each; then chains that all miss a mode
 of their target, with R-hat under 1.01, and chains that do not. Run as `python -m benchmarks.calibration_rates`;
-`--short` tries the script.
+`--short` tries the script, `--only` runs one half.
 """
 
 import argparse
@@ -194,7 +194,8 @@ def main() -> None:
     """Run both halves, write a table each."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--short", action="store_true")
-    short = parser.parse_args().short
+    parser.add_argument("--only", choices=("mode_audit_rates", "calibration_rates"), help="one half")
+    short, only = vars(parser.parse_args()).values()
     torch.set_num_threads(1)
     for name, title, parts in (
         ("mode_audit_rates", "How often the mode audit is right", lambda: modes_table(2 if short else 100)),
@@ -204,6 +205,8 @@ def main() -> None:
             lambda: calibration_tables(*((50, 2, 200, 2) if short else (1000, 100, 500, 30))),
         ),
     ):
+        if only not in (None, name):
+            continue
         pyro.set_rng_seed(SEED)
         text = "\n".join([header(title, SEED), *parts()])
         print(text) if short else write(name, text)

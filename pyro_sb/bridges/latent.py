@@ -102,8 +102,10 @@ class LatentBridge(Bridge):
 
     @property
     def density(self) -> str | None:  # type: ignore[override]
-        """The inner bridge's through a bijective codec, else None."""
-        return self.bridge.density if self.bridge is not None and self.codec.bijective else None
+        """The inner bridge's through a bijective codec, else None; before the codec's fit, what that may make of it."""
+        inner = SmoothedBridge if self.bridge is None else self.bridge
+        may = type(self.codec).bijective is not Codec.bijective  # its class answers for itself
+        return inner.density if (self.codec.bijective if self.codec.fitted else may) else None
 
     @property
     def density_hint(self) -> str:  # type: ignore[override]
@@ -111,6 +113,12 @@ class LatentBridge(Bridge):
         if self.bridge is not None and self.codec.bijective:
             return self.bridge.density_hint
         return f"Its {self.codec.describe()} is lossy. {self.codec.cure()}"
+
+    @property
+    def whole_dim(self) -> int | None:
+        """`dim`, or before the codec's fit the size of the data that it would keep whole; None where it may be any."""
+        inner = None if self.bridge is None else self.bridge.dim
+        return self.codec.data_dim or self.codec.latent_dim or inner
 
     @property
     def approximate_log_prob(self) -> bool:  # type: ignore[override]

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_sb.bridges.base import Bridge
+from pyro_sb.bridges.latent import LatentBridge
 from pyro_sb.infer.posterior import Posterior
 from pyro_sb.infer.potential import LogJoint
 
@@ -69,12 +70,14 @@ def check_context(bridge: Bridge, context: Any) -> Tensor | None:
 
 
 def check_dim(bridge: Bridge, log_joint: LogJoint) -> None:
-    """Refuse a bridge of another dimension than the model's."""
-    if bridge.dim != log_joint.dim:
+    """Refuse a bridge of another dimension than the model's; a codec that is not fitted yet must keep it whole."""
+    latent, dim = isinstance(bridge, LatentBridge), log_joint.dim
+    size = bridge.whole_dim if isinstance(bridge, LatentBridge) else bridge.dim
+    if size not in (None, dim):
+        name = f"LatentBridge(LightSB({dim}), PCACodec({dim}))" if latent else f"{type(bridge).__name__}({dim}, ...)"
         raise ValueError(
-            f"bridge must have the dimension of the model's unconstrained vector, got dim {bridge.dim} for a model of "
-            f"{log_joint.dim}: {_sites(log_joint.site_shapes)}. Write {type(bridge).__name__}({log_joint.dim}, ...), "
-            "fitted on that vector, sites sorted by name."
+            f"bridge must have the dimension of the model's unconstrained vector, got dim {size} for a model of "
+            f"{dim}: {_sites(log_joint.site_shapes)}. Write {name}, fitted on that vector, sites sorted by name."
         )
 
 

@@ -57,8 +57,8 @@ class BridgeMH(WalkingKernel):
     The bridge may be
 
     - fitted: used as it is, in the model's unconstrained coordinates (sites sorted by name);
-    - not fitted yet: warm-up builds the weighted population of `KernelLangevin`, fits a copy of the bridge to it, and
-      freezes it;
+    - not fitted yet: warm-up builds the weighted population of `KernelLangevin`, fits a copy of the bridge to it (of a
+      `LatentBridge` its codec too, if that is not fitted; it must keep all dimensions), and freezes it;
     - a function from the dimension to a bridge that is not fitted, such as ``LightSB``; None is a `LightSB` with full
       covariances, one a component of the population's mixture;
     - a conditional bridge, with ``context``;

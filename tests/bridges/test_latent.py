@@ -91,6 +91,20 @@ def test_path_weights_pass_through_a_bijective_codec():
     assert abs(weights.mean() - 1) < 4 * weights.std() / math.sqrt(20_000)
 
 
+def test_before_its_fit_it_says_what_density_that_may_give():
+    path, marginal = VSDM(2), light()
+    split = KernelLangevinBridge(2, scheme="split-step")
+    assert (
+        LatentBridge(marginal, PCACodec(2)).density == "marginal" and LatentBridge(path, PCACodec(2)).density == "path"
+    )
+    assert LatentBridge(codec=PCACodec(2)).density == LatentBridge(codec=PCACodec()).density == "path"
+    assert LatentBridge(split, PCACodec(2)).density is LatentBridge(codec=AutoencoderCodec(2)).density is None
+    assert [LatentBridge(codec=codec).whole_dim for codec in (PCACodec(2), PCACodec())] == [2, None]
+    assert LatentBridge(marginal, PCACodec()).whole_dim == 2
+    lossy = fitted(LatentBridge(marginal, PCACodec(2)), wide())
+    assert lossy.density is None and lossy.whole_dim == lossy.dim == 6
+
+
 def test_its_drift_is_the_push_forward_of_the_inner_one():
     bridge, x = fitted(LatentBridge(light(), PCACodec(2)), rows()), rows(5)
     z = bridge.codec.encode(x)

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
@@ -10,9 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges import VSDM, KernelLangevinBridge, LightSB, Sampler
+from pyro_sb.bridges import (
+    VSDM,
+    AutoencoderCodec,
+    KernelLangevinBridge,
+    LatentBridge,
+    LightSB,
+    PairCodec,
+    PCACodec,
+    Sampler,
+    SmoothedBridge,
+)
+from pyro_sb.bridges.codecs import Codec
 from pyro_sb.infer import MCMC, AmortizedPosterior, BridgeMH
 from pyro_sb.infer.bridge_mh import BridgeMH as Defined
+from pyro_sb.infer.bridge_warmup import Start
+from pyro_sb.training import FitHistory
 from tests.infer import open_models
 from tests.infer.test_kernels import Y, conjugate, posterior, share_of_first_mode, two_modes_potential
 
@@ -74,6 +88,61 @@ def test_a_bridge_that_is_not_fitted_is_fitted_to_the_population(which: str) -> 
     mcmc.run(Y + 3.0)  # other data: fitted anew
     assert kernel.proposals.bridge is not first
     assert abs(float(mcmc.get_samples()["mu"].mean()) - posterior()[0] - 12 / 4.25) < 0.1
+
+
+def pca() -> PCACodec:
+    """Fitted to other rows than any posterior's."""
+    codec = PCACodec(1)
+    codec.fit(5 + 3 * torch.randn(50, 1, dtype=F64))
+    return codec
+
+
+def sinh() -> PairCodec:
+    """A bijection that stretches: its determinant is another at each point."""
+    return PairCodec(torch.asinh, torch.sinh, 1, 1, bijective=True, log_abs_det=lambda z: z.cosh().log().sum(-1))
+
+
+def latent(codec: Codec) -> LatentBridge:
+    return LatentBridge(LightSB(codec.latent_dim or 1, 2), codec)
+
+
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        (lambda: latent(PCACodec(1)), {"num_steps": 30}),
+        (lambda: latent(PCACodec()), {"num_steps": 30}),
+        (lambda: latent(pca()), {"num_steps": 30}),
+        (lambda: latent(sinh()), {"num_steps": 30}),
+        (lambda: lambda dim: latent(PCACodec(dim)), {"num_steps": 30}),
+        (lambda: LatentBridge(KernelLangevinBridge(1, scheme="plain", num_steps=3), PCACodec(1)), {}),
+        (lambda: LatentBridge(KernelLangevinBridge(1, scheme="plain", num_steps=3), sinh()), {}),
+    ],
+    ids=["codec unfitted", "no size", "codec fitted", "a pair", "function", "paths", "paths, a pair"],
+)
+def test_a_latent_bridge_is_fitted_to_the_weighted_population_its_codec_too(make: Callable, options: dict) -> None:
+    given = make()
+    kernel = BridgeMH(conjugate, given, fit_options=options, num_particles=400)
+    mcmc = run(kernel, Y)
+    check_posterior_of_conjugate(mcmc)
+    used, (mean, sd) = kernel.proposals.bridge, posterior()
+    assert kernel.frozen.acceptance["bridge"] > 0.6 and kernel.population is not None
+    if isinstance(given, LatentBridge):
+        assert used is not given and not given.fitted and given.codec.fitted == (given.codec.location.numel() > 0)
+    if isinstance(used.codec, PCACodec):  # its mean is the weighted population's, or stays that of its own rows
+        own = given.codec.location if isinstance(given, LatentBridge) and given.codec.fitted else None
+        expected = mean if own is None else float(own)
+        assert abs(float(used.codec.location) - expected) < 0.2 * sd
+
+
+def test_a_codec_learns_from_the_population_s_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    points, weights = torch.tensor([[0.0], [1.0], [5.0]], dtype=F64).repeat(100, 1), torch.tensor([0.5, 0.4, 0.1])
+    begin = Start(points, (weights / 100).double().repeat(100), None)
+    monkeypatch.setattr("pyro_sb.infer.bridge_mh.start_of_population", lambda population: begin)
+    kernel = BridgeMH(conjugate, latent(PCACodec(1)), local=None, fit_options={"num_steps": 2}, num_particles=100)
+    run(kernel, Y, num_samples=2)
+    codec = kernel.proposals.bridge.codec
+    torch.testing.assert_close(codec.location, torch.tensor([0.9], dtype=F64))
+    torch.testing.assert_close(codec.scales, torch.tensor([(2.9 - 0.81) ** 0.5], dtype=F64))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_proposals": 4}, {"local": None}])
@@ -189,6 +258,28 @@ def test_a_bridge_of_another_dimension_is_refused_with_both_numbers_and_the_site
         run(BridgeMH(two_sites, off()))
     with pytest.raises(ValueError, match="got dim 5 for a model of 2"):
         run(BridgeMH(two_sites, lambda dim: LightSB(5)))
+
+
+def test_a_latent_bridge_that_cannot_keep_the_model_whole_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for made in (latent(PCACodec(3)), LatentBridge(LightSB(3), PCACodec())):
+        with pytest.raises(
+            ValueError, match=r"dim 3 for a model of 2: a 1, b 1. Write LatentBridge\(LightSB\(2\), PCA"
+        ):
+            run(BridgeMH(two_sites, made))
+    codec = PCACodec(1)
+    codec.fit(torch.randn(50, 2, dtype=F64))
+    for lossy in (LatentBridge(LightSB(1), codec), LatentBridge(LightSB(2), AutoencoderCodec(2)), LatentBridge()):
+        with pytest.raises(NotImplementedError, match=r"Codec \(.*lossy.*PCACodec\(.*Bridges that have one: LightSB"):
+            BridgeMH(two_sites, lossy)
+    monkeypatch.setattr(SmoothedBridge, "fit", lambda *args, **options: FitHistory())
+    unscaled = LatentBridge(codec=PCACodec())  # keeps one direction of two, which only its fit can tell
+    with pytest.raises(NotImplementedError, match=r"PCACodec \(2 to 1 dimensions\) is lossy.*: PCACodec\(2\)"):
+        run(BridgeMH(uneven, unscaled, num_particles=100))
+
+
+def uneven() -> None:
+    pyro.sample("a", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+    pyro.sample("b", dist.Normal(torch.zeros((), dtype=F64), 100.0))
 
 
 def test_bridges_without_a_density_are_refused_by_names_of_those_with_one() -> None:
