@@ -49,12 +49,14 @@ class Recorder:
         self.deadline = time.perf_counter() + limit
         self.draws: list[dict[str, Tensor]] = []
         self.steps = 0
+        self.warm = 0.0  # the processor's time when warm-up was over
         self.transforms: dict = {}
 
     def __call__(self, kernel: NUTS, params: dict[str, Tensor], stage: str, i: int) -> None:
         self.steps += 1
         self.transforms = kernel.transforms
         if stage == "Sample":
+            self.warm = self.warm or time.process_time()
             self.draws.append({name: value.detach().clone() for name, value in params.items()})
         if time.perf_counter() > self.deadline:
             raise OutOfTimeError
