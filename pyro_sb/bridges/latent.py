@@ -104,15 +104,15 @@ class LatentBridge(Bridge):
     def density(self) -> str | None:  # type: ignore[override]
         """The inner bridge's through a bijective codec, else None; before the codec's fit, what that may make of it."""
         inner = SmoothedBridge if self.bridge is None else self.bridge
-        may = type(self.codec).bijective is not Codec.bijective  # its class answers for itself
-        return inner.density if (self.codec.bijective if self.codec.fitted else may) else None
+        return inner.density if self._keeps_all else None
 
     @property
     def density_hint(self) -> str:  # type: ignore[override]
         """What has a density."""
-        if self.bridge is not None and self.codec.bijective:
+        if self.bridge is not None and self._keeps_all:
             return self.bridge.density_hint
-        return f"Its {self.codec.describe()} is lossy. {self.codec.cure()}"
+        codec = self.codec.describe() if self.codec.fitted else type(self.codec).__name__
+        return f"Its {codec} is lossy. {self.codec.cure()}"
 
     @property
     def whole_dim(self) -> int | None:
@@ -320,6 +320,11 @@ class LatentBridge(Bridge):
         super().save(path)
 
     # Parts
+
+    @property
+    def _keeps_all(self) -> bool:
+        """Whether the codec is bijective; before its fit, whether its class answers that for itself, and may be."""
+        return self.codec.bijective if self.codec.fitted else type(self.codec).bijective is not Codec.bijective
 
     def _fitted(self) -> Bridge:
         if self.bridge is None:

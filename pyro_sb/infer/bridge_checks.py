@@ -10,8 +10,8 @@ from pyro_sb.infer.posterior import Posterior
 from pyro_sb.infer.potential import LogJoint
 
 HAVE_DENSITY = (
-    "LightSB, LightSBM and LightSBBM (source omitted or a distribution), TailMatched around them, VSDM, SGM, DSB, "
-    'LatentBridge with a bijective codec, KernelLangevinBridge with scheme="plain"'
+    "LightSB, LightSBM, LightSBBM and DSB (source omitted or a distribution), TailMatched around them, VSDM, SGM, "
+    'SmoothedBridge, LatentBridge with a bijective codec, KernelLangevinBridge with scheme="plain"'
 )
 
 

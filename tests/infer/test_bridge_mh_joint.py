@@ -37,7 +37,8 @@ def test_the_test_simulates_and_scores_one_model() -> None:
 
 
 @pytest.mark.parametrize("name, fit, num_proposals", [("LightSB", "too narrow", 1), ("VSDM", "untrained", 1),
-                                                      ("LightSB", "well", 3)])  # fmt: skip
+                                                      ("LightSB", "well", 3),
+                                                      ("Latent, LightSB, sinh", "too wide", 1)])  # fmt: skip
 def test_invariance_does_not_depend_on_the_fit(name: str, fit: str, num_proposals: int) -> None:
     bridge = fitted(CASES[name], fit)
     kernel = warmed(bridge, "hmc", bridge_probability=0.5, num_proposals=num_proposals)
@@ -53,7 +54,7 @@ def test_a_stale_path_is_found(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fit", ["well", "a mode thinned"])
-@pytest.mark.parametrize("name", ["DSB", "KernelLangevin, plain", "posterior, light"])
+@pytest.mark.parametrize("name", ["DSB", "KernelLangevin, plain", "posterior, light", "Latent, VSDM, sinh"])
 def test_more_of_the_matrix(name: str, fit: str) -> None:
     for score in scores(name, fit, 400):
         assert largest(score) < 4

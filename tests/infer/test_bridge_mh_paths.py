@@ -9,6 +9,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 from pyro_sb.bridges import DSB, SGM, VSDM, KernelLangevinBridge, LightSB, LightSBBM, LightSBM, Sampler, TailMatched
 from pyro_sb.bridges.codec_pca import PCACodec
+from pyro_sb.bridges.codecs import PairCodec
 from pyro_sb.bridges.held_law import HeldSources, MappedLaw
 from pyro_sb.bridges.latent import LatentBridge
 from pyro_sb.infer.bridge_moves import ProposalMove, choose
@@ -25,6 +26,13 @@ def small(kind, **options):
     return bridge
 
 
+def asinh():
+    """A bijection x = asinh(z), whose determinant is another at each point."""
+    return PairCodec(
+        torch.sinh, torch.asinh, 2, 2, bijective=True, log_abs_det=lambda z: -0.5 * z.square().log1p().sum(-1)
+    )
+
+
 BRIDGES = {
     "LightSB": (lambda **kw: LightSB(2, 3, covariance="full", **kw), {"num_steps": 30}),
     "LightSB, source": (lambda **kw: LightSB(2, 3, covariance="full", **kw), {"num_steps": 30, "source": SOURCE}),
@@ -34,6 +42,8 @@ BRIDGES = {
     "tails around a source": (lambda: TailMatched(LightSB(2, 3), df=20.0), {"num_steps": 30, "source": SOURCE}),
     "latent, source": (lambda: LatentBridge(LightSB(2, 3), PCACodec(2)), {"num_steps": 30, "source": SOURCE}),
     "latent, VSDM": (lambda: LatentBridge(small(VSDM), PCACodec(2)), {"num_steps": 100}),
+    "latent, asinh": (lambda: LatentBridge(LightSB(2, 3), asinh()), {"num_steps": 30}),
+    "latent, VSDM, asinh": (lambda: LatentBridge(small(VSDM), asinh()), {"num_steps": 100}),
     "VSDM": (lambda **kw: small(VSDM, **kw), {"num_steps": 100}),
     "SGM": (lambda **kw: small(SGM, **kw), {"num_steps": 100}),
     "DSB": (
