@@ -1,6 +1,7 @@
 """Algebra of log weights: effective sample size, evidence and its error, resampling."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from pyro.ops.stats import fit_generalized_pareto
@@ -60,6 +61,57 @@ def systematic_resample(weights: Tensor, num: int) -> Tensor:
     return torch.searchsorted(weights.cumsum(0), positions).clamp_max(weights.numel() - 1)
 
 
+class ParetoTail(NamedTuple):
+    """The largest weights, and the generalised Pareto law of their excesses over a threshold.
+
+    Attributes:
+        k: Its shape, k-hat; infinite where there is no tail to fit (`pareto_tail`).
+        sigma: Its scale, in units of the largest weight; NaN where k is infinite.
+        index: Places of the weights that entered the fit, the smallest first. Shape ``(M,)``.
+        log_threshold: Log of the largest weight below the tail, less that of the largest weight.
+    """
+
+    k: float
+    sigma: float
+    index: Tensor
+    log_threshold: float
+
+
+def pareto_tail(log_weights: Tensor) -> ParetoTail:
+    r"""The tail of weights: the largest :math:`\min(N / 5, 3 \sqrt N)`, those that tie with the threshold left out.
+
+    Weights of zero, and equal ones under 1e-14 of the largest, have no place in a tail: where it cannot be filled without
+    them, a few draws carry everything, and k is infinity. Where all of it ties, k is minus infinity.
+
+    Args:
+        log_weights: As for `pareto_k`.
+
+    Example:
+        >>> log_weights = torch.full((1000,), -math.inf)
+        >>> log_weights[:10] = 0.0  # ten draws in the support
+        >>> pareto_tail(log_weights).k
+        inf
+    """
+    num = log_weights.numel()
+    if num < 25:
+        raise ValueError(f"k-hat needs at least 25 weights, got {num}. Draw more.")
+    size = min(num // 5, math.ceil(3 * math.sqrt(num)))
+    ordered, order = log_weights.detach().double().sort()
+    threshold, top = float(ordered[-size - 1] - ordered[-1]), ordered[-size:] - ordered[-1]
+    nothing = order[:0]
+    if not bool(torch.isfinite(top).all()):
+        return ParetoTail(math.inf, math.nan, nothing, -math.inf)
+    excess = top.exp() - math.exp(threshold)
+    inside = excess > 1e-14 * math.exp(
+        max(threshold, -600.0)
+    )  # above the threshold, or it is zero, by more than rounding
+    least = size if threshold < math.log(1e-14) else 5  # where nothing is left below it, a tail must be whole
+    if int(inside.sum()) < least:
+        return ParetoTail(-math.inf if threshold > -1e-6 else math.inf, math.nan, nothing, threshold)
+    k, sigma = fit_generalized_pareto(excess[inside])
+    return ParetoTail(float(k), float(sigma), order[-size:][inside], threshold)
+
+
 def pareto_k(log_weights: Tensor) -> float:
     r"""Shape of the generalised Pareto law of the largest weights: the k-hat of Pareto-smoothed importance sampling.
 
@@ -69,7 +121,8 @@ def pareto_k(log_weights: Tensor) -> float:
         log_weights: At draws of the proposal. Shape ``(N,)``, N at least 25; entries of ``-inf`` are weights of zero.
 
     Returns:
-        k-hat; infinity if fewer than five weights are positive.
+        k-hat; infinity if fewer weights are positive than the tail has, :math:`\min(N / 5, 3 \sqrt N)`; minus infinity
+        if all of the tail is equal.
 
     References:
         Pareto Smoothed Importance Sampling (Vehtari et al., 2024), https://arxiv.org/abs/1507.02646
@@ -78,16 +131,4 @@ def pareto_k(log_weights: Tensor) -> float:
         >>> pareto_k(torch.zeros(100)) <= 0.0
         True
     """
-    num = log_weights.numel()
-    if num < 25:
-        raise ValueError(f"k-hat needs at least 25 weights, got {num}. Draw more.")
-    ordered = log_weights.detach().double().sort().values
-    tail = min(num // 5, math.ceil(3 * math.sqrt(num)))
-    threshold, top = ordered[-tail - 1], ordered[-tail:]
-    if not bool(torch.isfinite(top[-5:]).all()):
-        return math.inf
-    excess = (top - top[-1]).exp() - (threshold - top[-1]).exp()
-    excess = excess[excess > 1e-14]
-    if len(excess) < 5:  # equal weights, or nearly
-        return -math.inf if float(top[-1] - threshold) < 1e-6 else math.inf
-    return float(fit_generalized_pareto(excess)[0])
+    return pareto_tail(log_weights).k

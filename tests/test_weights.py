@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyro_sb.weights import effective_sample_size, log_evidence, normalise, pareto_k, systematic_resample
+from pyro_sb.weights import effective_sample_size, log_evidence, normalise, pareto_k, pareto_tail, systematic_resample
 
 F64 = {"dtype": torch.float64}
 log_weight_lists = st.lists(st.one_of(st.floats(-700, 700), st.just(-math.inf)), min_size=1, max_size=40)
@@ -134,3 +134,28 @@ def test_k_hat_at_its_ends():
     assert pareto_k(single) == math.inf  # one weight carries all
     with pytest.raises(ValueError, match="at least 25 weights, got 24"):
         pareto_k(torch.zeros(24, **F64))
+
+
+@pytest.mark.parametrize("rest", [-math.inf, -60.0, -800.0], ids=["zero", "nothing beside", "underflows"])
+@pytest.mark.parametrize("positive", [10, 94])
+def test_a_tail_that_few_draws_carry_has_no_shape(rest, positive):  # of 1000 weights 95 are the tail
+    log_weights = torch.full((1000,), rest, **F64)
+    log_weights[:positive] = 0.3 * torch.randn(positive, **F64)
+    assert pareto_k(log_weights) == math.inf
+    log_weights[:positive] = 0.0
+    assert pareto_k(log_weights) == math.inf
+
+
+def test_zeros_below_the_tail_do_not_count():
+    log_weights = -torch.rand(1000, **F64).log() / 3  # k is 1/3 above every threshold
+    log_weights[log_weights.argsort()[:500]] = -math.inf
+    most = log_weights.clone()
+    most[most.argsort()[:905]] = -math.inf  # the 95 that are the tail, alone
+    tail = pareto_tail(log_weights)
+    assert tail.k == pareto_k(log_weights.clamp_min(0.01)) and len(tail.index) == 95
+    assert bool((log_weights[tail.index] > tail.log_threshold + log_weights.max()).all())
+    assert math.isfinite(pareto_k(most)) and len(pareto_tail(most).index) == 95
+
+
+def test_a_very_heavy_tail_keeps_its_k():
+    assert 5 < pareto_k(-10 * torch.rand(20_000, **F64).log()) < 15  # its threshold is 1e-26 of the largest

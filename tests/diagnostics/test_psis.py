@@ -63,6 +63,36 @@ def test_one_weight_that_has_it_all_is_unreliable():
     assert found.verdict == "bad" and found.ess == pytest.approx(1)
 
 
+@pytest.mark.parametrize("value", [0.0, None], ids=["equal", "normal"])
+def test_zero_weights_stay_zero_and_few_positive_ones_are_unreliable(value):
+    log_weights = torch.full((1000,), -math.inf, dtype=F64)
+    log_weights[:10] = torch.randn(10, dtype=F64) if value is None else value
+    found = psis(log_weights)
+    assert found.k_hat == math.inf and found.verdict == "bad" and found.ess <= 10 + 1e-9
+    assert float(found.weights[10:].sum()) == 0 and float(found.weights[:10].sum()) == pytest.approx(1)
+    assert "k-hat inf of 1000 weights, unreliable" in str(found)
+
+
+@pytest.mark.parametrize("positive", [95, 96, 300])
+def test_only_what_entered_the_fit_is_smoothed(positive):
+    log_weights = torch.full((1000,), -math.inf, dtype=F64)
+    log_weights[:positive] = pareto(4.0, positive)
+    found = psis(log_weights)
+    assert found.tail_size == 95 and float(found.weights[positive:].sum()) == 0 and 1 <= found.ess <= positive
+    below = log_weights[:positive].sort().values[:-95]
+    kept = (found.smoothed[:positive].sort().values[:-95] + found.log_weights.logsumexp(0) - below).diff()
+    assert bool((kept.abs() < 1e-9).all())  # the rest keep their ratios
+
+
+@pytest.mark.parametrize("shape", [1.5, 4.0])
+def test_k_hats_error_is_its_standard_deviation(shape):
+    found = [psis(pareto(shape, 4000)) for _ in range(200)]
+    k, error = (torch.tensor([getattr(one, name) for one in found], dtype=F64) for name in ("k_hat", "k_hat_error"))
+    ratio = float(k.std() / error.mean()) * (190 + 10) / 190  # the prior counts for ten
+    assert abs(ratio - 1) < 4 / math.sqrt(2 * 200)
+    assert psis(torch.zeros(100)).k_hat_error == 0
+
+
 def test_a_bridge_judges_itself_as_exact():
     bridge = LightSB(2, num_components=2)
     bridge.fit(torch.randn(300, 2, dtype=F64), solver="em", progress=False)
