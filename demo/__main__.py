@@ -1,8 +1,8 @@
 """The main job on two real data sets, each beside its reference: `make demo`, or `python -m demo [--out FOLDER]`.
 
 Eight schools, and a mixture of two Gaussians whose posterior has two separated modes, with Pyro's NUTS beside it.
-Prints ArviZ's summaries; writes the draws (netCDF) and two pictures. The environment variable PYRO_SB_SHORT makes it
-short, for the tests.
+Prints ArviZ's summaries and the report of both samplers on the two modes; writes the draws (netCDF) and three
+pictures. The environment variable PYRO_SB_SHORT makes it short, for the tests.
 """
 
 import argparse
@@ -19,9 +19,9 @@ import torch
 from pyro.infer import MCMC as PyroMCMC  # noqa: N811
 from pyro.infer import NUTS
 
-from demo.pictures import draw_modes, draw_schools
+from demo.pictures import draw_modes, draw_reports, draw_schools
 from pyro_sb.datasets import PosteriorTask, posterior_task
-from pyro_sb.diagnostics import to_arviz
+from pyro_sb.diagnostics import report, to_arviz
 from pyro_sb.infer import MCMC, KernelLangevin
 
 SHORT = "PYRO_SB_SHORT" in os.environ
@@ -92,6 +92,11 @@ def separated_modes(out: Path) -> None:
         print(f"{name:>26}   {float((mu[..., 0] < mu[..., 1]).double().mean()):11.3f}")
     draw_modes(task, ours, theirs, out / "modes.png")
 
+    reports = {"KernelLangevin": report(mcmc), "Pyro's NUTS": report(nuts)}
+    for name, found in reports.items():
+        print(f"\nThe report of {name}\n{found}")
+    draw_reports(reports, out / "report.png")
+
 
 def main() -> None:
     """Run both and say what was written."""
@@ -105,7 +110,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="overflow encountered in exp", category=RuntimeWarning)  # inside az.loo
     eight_schools(out)
     separated_modes(out)
-    written = ("eight_schools.nc", "eight_schools.png", "modes.nc", "modes.png")
+    written = ("eight_schools.nc", "eight_schools.png", "modes.nc", "modes.png", "report.png")
     print("\nWritten:", *(f"{out.name}/{name}" for name in written))
 
 

@@ -1,6 +1,8 @@
-"""The demo's two pictures."""
+"""The demo's three pictures."""
 
 from pathlib import Path
+from textwrap import fill
+from typing import Any
 
 import matplotlib
 
@@ -11,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_sb.datasets import PosteriorTask
+from pyro_sb.diagnostics.lines import COLOURS, Report
 
 OURS, NUTS, TRUTH = "tab:blue", "tab:orange", "black"
 
@@ -70,3 +73,32 @@ def draw_modes(task: PosteriorTask, ours: Tensor, nuts: Tensor, path: Path) -> N
     )
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def draw_reports(reports: dict[str, Report], path: Path) -> None:
+    """Each sampler's report: its lines with their verdicts, and the modes that its audit found."""
+    rows = max(len(report.lines) for report in reports.values())
+    size = (11.0, (0.9 + 0.23 * rows) * len(reports))
+    figure, axes = plt.subplots(len(reports), 2, figsize=size, width_ratios=[3.3, 1], layout="constrained")
+    for (name, report), (table, modes) in zip(reports.items(), axes):
+        draw_lines(f"{name}, {report.title}: {report.verdict}", report, rows, table)
+        report.details["modes"].plot(modes)
+        modes.get_legend().remove()
+        modes.set(xlabel="", ylim=(0, 1.15))
+        modes.tick_params(labelsize=8)
+        modes.set_title("mode audit: shares", fontsize=9)
+    figure.legend(*modes.get_legend_handles_labels(), fontsize=8, loc="outside lower right", ncols=3, frameon=False)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def draw_lines(title: str, report: Report, rows: int, axes: Any) -> None:
+    """A report's table as text with room for some rows, each verdict in its colour."""
+    axes.set_axis_off()
+    axes.set(xlim=(0, 1), ylim=(rows - 0.5, -0.8))
+    axes.set_title(title, loc="left", fontsize=10, color=COLOURS[report.verdict], weight="bold")
+    for row, line in enumerate(report.lines):
+        axes.text(0.0, row, line.verdict, color=COLOURS[line.verdict], weight="bold", fontsize=9, va="center")
+        note = fill(line.note, 64)
+        for column, text, shade in ((0.055, line.name, "black"), (0.2, line.value, "black"), (0.47, note, "0.35")):
+            axes.text(column, row, text, color=shade, fontsize=8, va="center", linespacing=1.0)

@@ -16,7 +16,11 @@ def test_the_demo_writes_draws_and_pictures(tmp_path):
     run = subprocess.run(command, cwd=ROOT, env=os.environ | short, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     assert "reference" in run.stdout and "truth 0.500" in run.stdout
-    for name in ("eight_schools.png", "modes.png"):
+    ours, theirs = run.stdout.split("The report of ")[1:]
+    for name, printed in (("KernelLangevin", ours), ("Pyro's NUTS", theirs)):
+        assert printed.startswith(name) and "\nverdict  what" in printed and "R-hat" in printed and "modes: " in printed
+    assert "bad      modes: " in theirs  # one chain stays in one of the two modes
+    for name in ("eight_schools.png", "modes.png", "report.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     idata = az.from_netcdf(str(tmp_path / "eight_schools.nc"))
     assert idata.posterior["theta"].dims == ("chain", "draw", "schools")
