@@ -80,8 +80,8 @@ class ParetoTail(NamedTuple):
 def pareto_tail(log_weights: Tensor) -> ParetoTail:
     r"""The tail of weights: the largest :math:`\min(N / 5, 3 \sqrt N)`, those that tie with the threshold left out.
 
-    Weights of zero, and equal ones under 1e-14 of the largest, have no place in a tail: where it cannot be filled without
-    them, a few draws carry everything, and k is infinity. Where all of it ties, k is minus infinity.
+    Weights of zero, and equal ones under 1e-14 of the largest, have no place in a tail: where it cannot be filled
+    without them, a few draws carry everything, and k is infinity. Where all of it ties, k is minus infinity.
 
     Args:
         log_weights: As for `pareto_k`.
@@ -102,9 +102,7 @@ def pareto_tail(log_weights: Tensor) -> ParetoTail:
     if not bool(torch.isfinite(top).all()):
         return ParetoTail(math.inf, math.nan, nothing, -math.inf)
     excess = top.exp() - math.exp(threshold)
-    inside = excess > 1e-14 * math.exp(
-        max(threshold, -600.0)
-    )  # above the threshold, or it is zero, by more than rounding
+    inside = excess > 1e-14 * math.exp(max(threshold, -600.0))  # more than rounding
     least = size if threshold < math.log(1e-14) else 5  # where nothing is left below it, a tail must be whole
     if int(inside.sum()) < least:
         return ParetoTail(-math.inf if threshold > -1e-6 else math.inf, math.nan, nothing, threshold)

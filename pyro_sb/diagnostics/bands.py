@@ -76,10 +76,13 @@ def ecdf_p_values(uniforms: Tensor, *, num_points: int = POINTS, num_simulations
     grid, so that a column's p is under 1 - level just where it leaves the bands of that level. Tails count as much as
     the middle: a posterior too narrow is found sooner than by Kolmogorov and Smirnov's test.
 
+    Beyond all M null samples p is K times the statistic where that is smaller: by Bonferroni, at least the true p. So p
+    can be as small as the smallest of many columns asks for.
+
     Args:
         uniforms: Numbers in [0, 1]. Shape ``(N, P)``.
         num_points: As in `ecdf_bands`.
-        num_simulations: Null samples M: the smallest p is :math:`1 / (M + 1)`.
+        num_simulations: Null samples M: a p from :math:`1 / (M + 1)` on is their share.
 
     Returns:
         Shape ``(P,)``.
@@ -93,7 +96,8 @@ def ecdf_p_values(uniforms: Tensor, *, num_points: int = POINTS, num_simulations
     found = _least(_counts(uniforms.double().T, num_points), table)
     null = _null(len(uniforms), num_points, num_simulations, table).sort().values
     rarer = torch.searchsorted(null, found, right=True)  # null samples that are as far off or more
-    return (rarer + 1) / (num_simulations + 1.0)
+    p = (rarer + 1) / (num_simulations + 1.0)
+    return torch.where(rarer == 0, torch.minimum(p, (num_points * found).clamp_min(1e-300)), p)
 
 
 def ecdf(uniforms: Tensor, points: Tensor) -> Tensor:

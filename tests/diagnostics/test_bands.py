@@ -55,6 +55,24 @@ def test_a_small_p_is_what_leaves_the_bands():
     assert torch.equal(outside[clear], (p < 0.1)[clear])
 
 
+def test_beyond_the_null_p_falls_on_and_stays_above_the_true_one():
+    # at one point, 1/2, the count is binomial, and its probability known
+    for below, num_points in ((60, 1), (90, 1), (90, 100)):
+        column = torch.cat([torch.linspace(0.01, 0.49, below), torch.linspace(0.51, 0.99, 100 - below)]).to(F64)
+        p = float(ecdf_p_values(column[:, None], num_points=num_points, num_simulations=1000))
+        exact = 2 * stats.binom(100, 0.5).sf(below - 1)
+        if below == 60:
+            assert abs(p - exact) < 4 * (exact / 1000) ** 0.5  # within the null samples' reach
+        else:
+            assert exact * 0.999 <= p <= 1.001 * num_points * exact < 1e-12
+
+
+def test_p_does_not_grow_where_the_departure_does():
+    scale = torch.linspace(1.0, 0.3, 15, dtype=F64)
+    column = (torch.arange(200, dtype=F64)[:, None] + 0.5) / 200 * scale
+    assert bool((ecdf_p_values(column, num_simulations=1000).diff() <= 0).all())
+
+
 def test_tails_are_seen_sooner_than_by_kolmogorov():
     normal = torch.distributions.Normal(0.0, 1.0)
     wide = normal.cdf(torch.randn(400, 50, dtype=F64) / 0.8)

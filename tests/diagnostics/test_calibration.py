@@ -106,6 +106,15 @@ def test_too_narrow_is_seen_in_the_bands_and_named():
     assert Calibration.of(theta, posterior_draws(y)).verdict == "ok"
 
 
+@pytest.mark.parametrize("dim", [150, 600])
+def test_many_parameters_that_are_wrong_are_bad_and_exact_ones_are_not(dim):
+    truths, noise = torch.randn(200, dim, dtype=F64), torch.randn(L, 200, dim, dtype=F64)
+    assert Calibration.of(truths, 0.3 * noise).verdict == "bad"
+    assert Calibration.of(truths, noise).verdict == "ok"
+    noise[..., 0] *= 0.3  # one of many
+    assert Calibration.of(truths, noise).verdict == "bad"
+
+
 def test_the_ecdfs_difference_has_the_shape_of_the_error():
     theta, y = conjugate(dim=1, num=2000)
     points = torch.tensor([0.1, 0.5, 0.9], dtype=F64)
