@@ -6,6 +6,17 @@ from pyro_sb.infer.importance_draws import ImportanceDraws
 from pyro_sb.infer.kernels import KernelLangevin
 from pyro_sb.infer.mcmc import MCMC
 from pyro_sb.infer.posterior import Posterior
+from pyro_sb.infer.potential import LogJoint, log_joint
 from pyro_sb.infer.simulate import Simulations
 
-__all__ = ["MCMC", "AmortizedPosterior", "BridgeMH", "ImportanceDraws", "KernelLangevin", "Posterior", "Simulations"]
+__all__ = [
+    "MCMC",
+    "AmortizedPosterior",
+    "BridgeMH",
+    "ImportanceDraws",
+    "KernelLangevin",
+    "LogJoint",
+    "Posterior",
+    "Simulations",
+    "log_joint",
+]
