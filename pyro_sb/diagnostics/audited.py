@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from scipy.stats import binom
 from torch import Tensor
 
 from pyro_sb.diagnostics.lines import Line, as_html, as_text, worst
@@ -13,8 +14,12 @@ from pyro_sb.infer.population import POOR_SHARE, Population
 __all__ = ["ModeAudit", "effective_size"]
 
 LOOK = 3.0  # standard errors
+FAR = 99  # standard errors, beyond which a figure says no more
 VAGUE = 0.1  # standard error of a share of the draws above which it says nothing
 LEAST_SHARE = 1e-3  # of a population in a mode that chains are asked for
+UNLIKELY = 0.01  # probability of so few crossings below which they are called too few
+MORE = "raise num_particles"  # what a report says in other words
+GLOBAL = "use a global move"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,6 +37,10 @@ class ModeAudit:
         by_chain: Each chain's shares. Shape ``(C, K)``; None without draws.
         populations: The two populations.
         evaluations: Rows of the log joint that it cost.
+        places: The centres as `where` shows them: in the sites' own space where that has as many numbers. Shape
+            ``(K, dim)``; None for ``centres``.
+        place_names: Their names.
+        chain_sizes: Effective number of draws of each chain by itself. Shape ``(C,)``; None without draws.
     """
 
     shares: Tensor
@@ -43,6 +52,9 @@ class ModeAudit:
     by_chain: Tensor | None
     populations: tuple[Population, Population]
     evaluations: int
+    places: Tensor | None = None
+    place_names: tuple[str, ...] = ()
+    chain_sizes: Tensor | None = None
 
     @property
     def num_modes(self) -> int:
@@ -53,7 +65,7 @@ class ModeAudit:
     def pooled(self) -> Tensor:
         """Shares of both populations together, by precision. Shape ``(K,)``."""
         size = torch.tensor([effective_size(population) for population in self.populations], dtype=torch.float64)
-        return (size[:, None] * self.shares).sum(0) / size.sum()
+        return ((size[:, None] * self.shares).sum(0) / size.sum()).clamp(0, 1)
 
     @property
     def z(self) -> Tensor:
@@ -101,9 +113,9 @@ class ModeAudit:
         where = self.where
         for k in range(self.num_modes):
             row = [str(k), *(f"{s:.4f} +- {e:.4f}" for s, e in zip(self.shares[:, k], self.errors[:, k]))]
-            row.append(f"{self.z[k]:.1f}")
+            row.append(_shown(float(self.z[k])))
             if self.chain_shares is not None and self.chain_errors is not None and self.chain_z is not None:
-                row += [f"{self.chain_shares[k]:.4f} +- {self.chain_errors[k]:.4f}", f"{self.chain_z[k]:.1f}"]
+                row += [f"{self.chain_shares[k]:.4f} +- {self.chain_errors[k]:.4f}", _shown(float(self.chain_z[k]))]
             rows.append([*row, where[k]])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
@@ -124,58 +136,87 @@ class ModeAudit:
     def _population_line(self) -> Line:
         share = min(population.ess_share for population in self.populations)
         z, found = float(self.z.abs().max()), f"{self.num_modes} mode{'s' * (self.num_modes > 1)}"
-        value = f"{found}, |z| <= {z:.1f}" if self.num_modes > 1 else found
+        shown = f"<= {z:.1f}" if z <= FAR else f"> {FAR}"
+        value = f"{found}, |z| {shown}" if self.num_modes > 1 else found
         alone = ((self.shares > 0).sum(0) == 1) & (self.pooled > LEAST_SHARE)
         threshold = _threshold(self.num_modes)
         if share < POOR_SHARE:
-            note = f"a population is poor (effective share {share:.3f}): raise num_particles"
+            note = f"a population is poor (effective share {share:.3f}): {MORE}"
             return Line("populations", value, "look", note)
-        if z > threshold + 1:
-            note = "they disagree on the shares: trust neither, raise num_particles"
-            return Line("populations", value, "bad", note)
+        if not z <= threshold + 1:
+            return Line("populations", value, "bad", f"they disagree on the shares: trust neither, {MORE}")
         if bool(alone.any()):
             modes = alone.nonzero().flatten().tolist()
-            note = f"mode {modes} was found by one alone, so there may be more: raise num_particles"
+            note = f"mode {modes} was found by one alone, so there may be more: {MORE}"
             return Line("populations", value, "look", note)
         if z > threshold:
-            return Line("populations", value, "look", "the shares differ: raise num_particles and look again")
+            return Line("populations", value, "look", f"the shares differ: {MORE} and look again")
         return Line("populations", value, "ok", "two agree; what both miss stays unseen")
 
     def _chain_line(self) -> Line:
-        chain_z = self.chain_z
-        assert chain_z is not None and self.chain_shares is not None
-        worst_mode, threshold = int(chain_z.abs().argmax()), _threshold(self.num_modes)
-        z = float(chain_z[worst_mode].abs())
-        pair = f"{float(self.chain_shares[worst_mode]):.3f} for {float(self.pooled[worst_mode]):.3f}"
-        value = f"mode {worst_mode}: {pair}, z {float(chain_z[worst_mode]):.1f}" if self.num_modes > 1 else "one mode"
+        value = self._worst_share()
         if self.missing:
             lost = ", ".join(f"{k} (share {float(self.pooled[k]):.3f})" for k in self.missing)
-            note = f"no draw in mode {lost}, which both populations see: use KernelLangevin or BridgeMH"
-            return Line("draws", value, "bad", note)
+            return Line(
+                "draws",
+                value,
+                "bad",
+                f"no draw in mode {lost}, which both populations see: use KernelLangevin or BridgeMH",
+            )
+        assert self.chain_z is not None and self.chain_shares is not None and self.chain_errors is not None
         strange = (self.shares == 0).all(0) & (self.chain_shares > LEAST_SHARE)
         if bool(strange.any()):
-            note = f"mode {strange.nonzero().flatten().tolist()} is theirs alone: raise num_particles, or pass start="
+            note = f"mode {strange.nonzero().flatten().tolist()} is theirs alone: {MORE}, or pass start="
             return Line("draws", value, "look", note)
-        if z > threshold + 1:
-            return Line(
-                "draws", value, "bad", "their shares are wrong: use a global move, or start chains from a population"
-            )
+        z, threshold, error = (
+            float(self.chain_z.abs().max()),
+            _threshold(self.num_modes),
+            float(self.chain_errors.max()),
+        )
+        if not z <= threshold + 1:
+            return Line("draws", value, "bad", f"their shares are wrong: {GLOBAL}, or start chains from a population")
         if z > threshold:
             return Line("draws", value, "look", "the draws' shares differ: run longer and look again")
-        assert self.chain_errors is not None
-        error = float(self.chain_errors.max())
         if error > VAGUE:
-            return Line("draws", value, "look", f"their own error is {error:.2f}, too large to tell: draw more")
-        return Line("draws", value, "ok", "shares as among the populations")
+            cure = (
+                "draw more" if self._crossed > 0 else f"no chain left its mode, so more draws would not help: {GLOBAL}"
+            )
+            return Line("draws", value, "look", f"their own error is {error:.2f}, too large to tell: {cure}")
+        alike = "shares as among the populations" if self.num_modes > 1 else "all in the mode that the populations see"
+        return Line("draws", value, "ok", alike)
+
+    def _worst_share(self) -> str:
+        """The share of the draws that is farthest from the populations'."""
+        if self.num_modes == 1:
+            return "one mode"
+        assert self.chain_z is not None and self.chain_shares is not None
+        k = int(self.chain_z.abs().argmax())
+        ours, theirs, z = float(self.chain_shares[k]), float(self.pooled[k]), _shown(float(self.chain_z[k]))
+        return f"mode {k}: share {ours:.3f}, populations {theirs:.3f}, z {z}"
+
+    @property
+    def _crossed(self) -> float:
+        """Share of the chains that saw two modes."""
+        assert self.by_chain is not None
+        return float((self.by_chain.max(1).values < 1).double().mean())
 
     def _crossing_line(self) -> Line:
-        assert self.by_chain is not None
-        crossed = float((self.by_chain.max(1).values < 1).double().mean())
-        value = f"{crossed:.0%} of {len(self.by_chain)} chains saw two modes"
+        """Crossings are held against what independent draws, as many as each chain is worth, would have made."""
+        assert self.by_chain is not None and self.chain_sizes is not None
+        num, crossed = len(self.by_chain), self._crossed
+        due = float((1 - self.pooled.pow(self.chain_sizes[:, None]).sum(1)).clamp(0, 1).mean())
+        value = f"{crossed:.0%} of {num} chains saw two modes"
+        if crossed > 0.2:
+            return Line("crossing", value, "ok", "chains cross between modes")
+        few = float(binom.cdf(round(crossed * num), num, due)) < UNLIKELY
+        if crossed == 0.0 and few:
+            note = f"no chain left its mode, so starts decide the shares: {GLOBAL}"
+            return Line("crossing", value, "bad" if num < 20 else "look", note)
+        if few:
+            return Line("crossing", value, "look", f"chains hardly cross between modes, {due:.0%} should: {GLOBAL}")
         if crossed == 0.0:
-            note = "no chain left its mode, so starts decide the shares: use a global move"
-            return Line("crossing", value, "bad" if len(self.by_chain) < 20 else "look", note)
-        return Line("crossing", value, "ok" if crossed > 0.2 else "look", "chains cross between modes")
+            return Line("crossing", value, "-", f"too few draws to tell: about {due * num:.1f} of {num} chains should")
+        return Line("crossing", value, "ok", "as many as draws by the populations' shares would")
 
     @property
     def where(self) -> list[str]:
@@ -183,7 +224,8 @@ class ModeAudit:
         spread = self.centres.amax(0) - self.centres.amin(0)
         wanted = 1 if self.num_modes < 3 else min(2, len(self.names))
         axes = spread.argsort(descending=True)[:wanted].tolist()
-        return [", ".join(f"{self.names[i]} = {float(centre[i]):.3g}" for i in axes) for centre in self.centres]
+        places, names = (self.centres, self.names) if self.places is None else (self.places, self.place_names)
+        return [", ".join(f"{names[i]} = {float(place[i]):.3g}" for i in axes) for place in places]
 
 
 def effective_size(population: Population) -> float:
@@ -192,7 +234,12 @@ def effective_size(population: Population) -> float:
 
 
 def _z(difference: Tensor, variance: Tensor) -> Tensor:
-    return torch.where(difference.abs() < 1e-9, 0.0, difference / variance.clamp_min(1e-300).sqrt())
+    same = (difference.abs() < 1e-9) & ~variance.isnan()
+    return torch.where(same, 0.0, difference / variance.clamp_min(1e-300).sqrt())
+
+
+def _shown(z: float) -> str:
+    return f"{z:.1f}" if not abs(z) > FAR else f"> {FAR}" if z > 0 else f"< -{FAR}"
 
 
 def _threshold(num_modes: int) -> float:

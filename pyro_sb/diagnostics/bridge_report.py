@@ -12,15 +12,16 @@ from pyro_sb.bridges.base import Bridge, as_draws
 from pyro_sb.bridges.dsb import DSB
 from pyro_sb.bridges.latent import LatentBridge
 from pyro_sb.bridges.light_bass import LightSBBM
+from pyro_sb.bridges.smoothed import SmoothedBridge
 from pyro_sb.bridges.tails import TailMatched
+from pyro_sb.bridges.vsdm_draws import DiffusionDraws
+from pyro_sb.diagnostics.bridge_weights import density_line, paths_line
 from pyro_sb.diagnostics.lines import Line, Panel, Report, graded
 from pyro_sb.metrics.transport import sliced_wasserstein2
-from pyro_sb.weights import effective_sample_size, log_evidence
 
 __all__ = ["bridge_report"]
 
 MOMENT_OK, MOMENT_LOOK = 0.1, 0.3  # standard deviations of a mean; relative, of a deviation
-REDRAWS = 32  # paths drawn backwards from each end
 BLOCK = 1024  # rows of an affinity matrix held at a time
 KEPT = 4000  # draws compared at most
 
@@ -85,7 +86,7 @@ def bridge_report(
         lines = _marginal(draws, target, context)
         lines += _source(bridge, source, context, num)
         lines += [_sinkhorn(bridge), _inverse(bridge, draws, context), _both_ways(bridge, target, context)]
-        lines += [_density(bridge, context, num), _paths(bridge, context, num)]
+        lines += [density_line(bridge, context, num), paths_line(bridge, context, num)]
     title = f"{bridge.describe()}: dim {bridge.dim}, context_dim {bridge.context_dim}, {num} draws"
     return Report(title, lines, _panels(bridge, draws, target, context), {"draws": draws, "target": target})
 
@@ -149,6 +150,13 @@ def _distance(name: str, x: Tensor, y: Tensor, note: str, cure: str) -> Line:
 def _source(bridge: Bridge, source: Any, context: Tensor | None, num: int) -> list[Line]:
     if source is None:
         return [Line("source residual", "not computed", "-", "pass source, or it is the bridge's own")]
+    inner = _inner(bridge)
+    if isinstance(inner, DiffusionDraws):
+        leaves = (
+            "the target, smoothed" if isinstance(inner, SmoothedBridge) else "the Gaussian that its noising ends in"
+        )
+        note = f"{bridge.describe()} leaves from {leaves}; for two free ends take LightSB or DSB"
+        return [Line("source residual", "does not apply", "-", note)]
     wanted = as_draws("source", source, bridge.dim, num_draws=num, like=bridge.like())
     start = _starts(bridge, num, context)
     if bool((start == start[0]).all()):
@@ -218,65 +226,6 @@ def _both_ways(bridge: Bridge, target: Tensor | None, context: Tensor | None) ->
     return _distance(
         name, ahead, back, "of pairs of both ends", "the chains are not each other's reverse: iterate more"
     )
-
-
-def _density(bridge: Bridge, context: Tensor | None, num: int) -> Line:
-    name = "density"
-    if bridge.density is None:
-        return Line(name, "has none", "-", f"no correction by weights or MCMC: {bridge.density_hint}")
-    if context is not None:
-        context = context[:1].expand(num, -1)  # one law
-    value, log_q = bridge.draws_rows(num, context)
-    half = num // 2
-    middle, factor = _inside(value[:half].double())
-    value, log_q, num = value[half:].double(), log_q[half:].double(), num - half
-    log_r = torch.distributions.MultivariateNormal(middle, scale_tril=factor).log_prob(value)
-    log_mean, error = log_evidence(log_r - log_q)
-    share = effective_sample_size(log_r - log_q) / num
-    gap = abs(log_mean) / max(error, 1e-12)
-    shown = f"log E[r/q] = {log_mean:.3f} +- {error:.3f}"
-    if share < 0.02:
-        return Line(name, shown, "look", f"effective share {share:.3f}: too poor to tell; the weights will be poor too")
-    verdict = graded(gap, 4.0, 6.0) if abs(log_mean) > 1e-4 else "ok"
-    note = f"{bridge.density}, normalised" if verdict == "ok" else "log_q is not the draws' density: report it as a bug"
-    return Line(name, shown, verdict, note)
-
-
-def _inside(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Middle and factor of a normal law within the draws: their densest eighth about a draw, by distance."""
-    covariance = torch.cov(value.T).reshape(value.shape[1], value.shape[1])
-    covariance = covariance + 1e-9 * covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
-    factor = torch.linalg.cholesky(covariance)
-    white = torch.linalg.solve_triangular(factor, value.T, upper=False).T
-    near = max(2 * value.shape[1] + 2, len(value) // 8)
-    seeds = white[:: max(1, len(white) // 64)]
-    far = torch.cdist(seeds, white).sort(1)
-    best = int(far.values[:, near - 1].argmin())
-    members = value[far.indices[best, :near]]
-    inner = torch.cov(members.T).reshape(factor.shape)
-    inner = inner + 1e-6 * inner.diagonal().mean() * torch.eye(len(inner)).to(inner)
-    return members.mean(0), torch.linalg.cholesky(inner)
-
-
-def _paths(bridge: Bridge, context: Tensor | None, num: int) -> Line:
-    name = "path-weight ESS"
-    if bridge.density != "path":
-        why = "its density is that of the draw" if bridge.density else "it has no density"
-        return Line(name, "does not apply", "-", why)
-    num = min(num, 500)
-    context = None if context is None else context[torch.arange(num) % len(context)]
-    value, log_q = bridge.draws_rows(num, context)
-    try:
-        back = torch.stack([bridge.redraw_rows(value, context) for _ in range(REDRAWS)])
-    except NotImplementedError:
-        return Line(name, "not computed", "-", f"{bridge.describe()} does not draw its paths backwards")
-    log_w = (back.logsumexp(0) - math.log(REDRAWS) - log_q).double()
-    share = effective_sample_size(log_w) / num
-    verdict = graded(share, 0.5, 0.1, high_is_good=True)
-    note = (
-        "what paths alone leave of an importance sample" if verdict == "ok" else "use more steps, or average num_paths"
-    )
-    return Line(name, f"{share:.0%}", verdict, note)
 
 
 def _inner(bridge: Bridge) -> Bridge | None:

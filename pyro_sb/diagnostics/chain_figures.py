@@ -15,12 +15,15 @@ class ChainFigures(NamedTuple):
 
     Attributes:
         names: ``"mu"``, ``"theta[3]"``.
-        r_hat: Rank-normalised split R-hat, NaN of a constant; of a single chain, between its halves.
+        r_hat: Rank-normalised split R-hat; of a single chain, between its halves of at least four draws, else NaN. NaN
+            of a constant and of a number with a draw that is not finite, as are both effective sizes.
         ess_bulk: Bulk effective sample size.
         ess_tail: Tail effective sample size: the smaller of those of the 5 % and the 95 % quantile.
         num_chains: Chains.
         num_draws: Draws a chain.
         diverging: Divergent draws; None where the container does not tell.
+        not_finite: Draws of each number that are NaN or infinite.
+        constant: Whether a number has one finite value in all chains.
     """
 
     names: list[str]
@@ -30,6 +33,8 @@ class ChainFigures(NamedTuple):
     num_chains: int
     num_draws: int
     diverging: int | None
+    not_finite: np.ndarray | None = None
+    constant: np.ndarray | None = None
 
 
 def chain_figures(container: Any) -> ChainFigures:
@@ -60,17 +65,21 @@ def chain_figures(container: Any) -> ChainFigures:
     group = container["posterior"]
     names: list[str] = []
     columns: list[list[np.ndarray]] = [[], [], []]
-    bulk, tail = az.ess(container, method="bulk"), az.ess(container, method="tail", prob=(0.05, 0.95))
-    with np.errstate(invalid="ignore", divide="ignore"):  # constant numbers have no R-hat: NaN
+    with np.errstate(invalid="ignore", divide="ignore"):  # of constants and of what is not finite
+        bulk, tail = az.ess(container, method="bulk"), az.ess(container, method="tail", prob=(0.05, 0.95))
         r_hat = None if num_chains == 1 else az.rhat(container, method="rank")
     for name in group.data_vars:
         array = arrays[str(name)]
         names += _names(str(name), array.shape[2:])
         between = _halves(az, array) if r_hat is None else r_hat[name].values
         for column, figure in zip(columns, (between, bulk[name].values, tail[name].values)):
-            column.append(np.asarray(figure, dtype=float).reshape(-1))
-    r_hats, bulks, tails = (np.concatenate(column) for column in columns)
-    return ChainFigures(names, r_hats, bulks, tails, num_chains, num_draws, _diverging(container))
+            column.append(np.array(figure, dtype=float).reshape(-1))
+    draws = np.concatenate([array.reshape(num_chains * num_draws, -1) for array in arrays.values()], 1)
+    not_finite = (~np.isfinite(draws)).sum(0)
+    constant = (draws == draws[0]).all(0) & (not_finite == 0)
+    judged = (not_finite == 0) & ~constant
+    r_hats, bulks, tails = (np.where(judged, np.concatenate(column), np.nan) for column in columns)
+    return ChainFigures(names, r_hats, bulks, tails, num_chains, num_draws, _diverging(container), not_finite, constant)
 
 
 def container_arrays(container: Any) -> dict[str, np.ndarray]:

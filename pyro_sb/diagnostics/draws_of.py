@@ -10,7 +10,7 @@ from pyro_sb.diagnostics.chain_figures import container_arrays
 from pyro_sb.infer.joint import LogJoint
 from pyro_sb.infer.potential import log_joint
 
-__all__ = ["is_container", "is_run", "target_of", "unconstrained_draws"]
+__all__ = ["draws_by_chain", "is_container", "is_run", "target_of", "unconstrained_draws"]
 
 Sites = dict[str, Tensor]
 
@@ -25,6 +25,22 @@ def is_container(x: Any) -> bool:
     return type(x).__name__ in ("InferenceData", "DataTree")
 
 
+def draws_by_chain(run: Any) -> Sites:
+    """Its draws by site, ``(chain, draw, *site)``.
+
+    Raises:
+        RuntimeError: It has not run.
+    """
+    _check_has_run(run)
+    return run.get_samples(group_by_chain=True)
+
+
+def _check_has_run(run: Any) -> None:
+    """Pyro's MCMC answers with an AttributeError."""
+    if getattr(run, "_samples", run) is None:
+        raise RuntimeError(f"the {type(run).__name__} must have run, but has no draws yet. Call run(...) first.")
+
+
 def target_of(
     target: Any,
     potential_fn: Callable[[Sites], Tensor] | None = None,
@@ -35,14 +51,16 @@ def target_of(
     """The log joint of a model, a run or a potential; and the run, if it was one.
 
     Raises:
+        RuntimeError: A run that has not run.
         TypeError: What has neither.
-        ValueError: A run without a model whose log joint is gone too.
+        ValueError: A run that knows no target.
     """
     if isinstance(target, LogJoint):
         return target, None
     if potential_fn is not None:
         return log_joint(None, potential_fn, initial_params=initial_params), target
     if is_run(target):
+        _check_has_run(target)
         kernel = getattr(target, "kernel", None)
         found = getattr(kernel, "log_joint", None)
         if isinstance(found, LogJoint):
@@ -51,12 +69,12 @@ def target_of(
         if model is not None:
             return log_joint(model, args=target._args, kwargs=target._kwargs), target
         potential = getattr(kernel, "potential_fn", None)
-        if potential is not None and kernel is not None and getattr(kernel, "initial_params", None):
-            return log_joint(None, potential, initial_params=kernel.initial_params), target
+        if potential is not None:
+            return _from_potential(target, potential), target
         raise ValueError(
-            "the run must know one model whose log joint can be evaluated, got none (a potential_fn, a batch of "
-            "observations, missing entries, or a black-box simulator). Pass the model, and the run as x: "
-            "mode_audit(model, mcmc, args=(y,))."
+            "the run must know one model whose log joint can be evaluated, got none (a batch of observations, missing "
+            "entries, or a black-box simulator). Pass the model, and the run as x: mode_audit(model, mcmc, args=(y,)); "
+            "or mode_audit(potential_fn=..., initial_params=..., x=mcmc). report takes either as modes=."
         )
     if not callable(target):
         raise TypeError(
@@ -64,6 +82,14 @@ def target_of(
             "Write mode_audit(model, draws, args=(y,))."
         )
     return log_joint(target, args=args, kwargs=kwargs, initial_params=initial_params), None
+
+
+def _from_potential(run: Any, potential: Callable[[Sites], Tensor]) -> LogJoint:
+    """Of a run by potential_fn, whose kernel has forgotten its start: the first draws have the sites' shapes."""
+    transforms = dict(getattr(run, "transforms", None) or {})
+    first = {name: value[0, 0] for name, value in draws_by_chain(run).items()}
+    free = {name: transforms[name](value) if name in transforms else value for name, value in first.items()}
+    return log_joint(None, potential, initial_params=free, transforms=transforms or None)
 
 
 def unconstrained_draws(x: Any, joint: LogJoint) -> Tensor:
@@ -104,7 +130,7 @@ def _sites(x: Any) -> Mapping[str, Any]:
     if isinstance(x, Mapping):
         return x
     if is_run(x):
-        return x.get_samples(group_by_chain=True)
+        return draws_by_chain(x)
     raise TypeError(
         f"x must be a finished run, a Posterior, an ArviZ container, a dict of sites or a tensor, got "
         f"{type(x).__name__}."

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_sb.diagnostics.draws_of import draws_by_chain
 from pyro_sb.diagnostics.runs import ModelRuns
 
 __all__ = ["Groups", "to_groups"]
@@ -47,12 +48,13 @@ def to_groups(
         The groups, and dimension names from the model's plates.
 
     Raises:
-        TypeError: ``x`` is no finished run.
+        RuntimeError: ``x`` has not run.
+        TypeError: ``x`` is no run.
         ValueError: A group was asked for that cannot be made: no model, dropped latents, an improper prior.
     """
     if not callable(getattr(x, "get_samples", None)):
         raise TypeError(f"x must be a finished MCMC (ours or Pyro's), got {type(x).__name__}. Call run() and pass it.")
-    posterior = x.get_samples(group_by_chain=True)
+    posterior = draws_by_chain(x)
     num_chains, num_draws = next(iter(posterior.values())).shape[:2]
     runs = _model_runs(x, posterior)
     if runs is None and (log_likelihood or prior is not None or posterior_predictive):
@@ -84,13 +86,23 @@ def _sample_stats(x: Any, num_chains: int, num_draws: int) -> Arrays:
     statistics = getattr(x, "sample_stats", None)
     if statistics is not None:
         return _numpy(statistics)
-    divergences = x.diagnostics().get("divergences")
+    divergences = _divergences(x)
     if divergences is None:
         return {}
     diverging = np.zeros((num_chains, num_draws), dtype=bool)
     for key, draws in divergences.items():
         diverging[int(key.split()[-1]), draws] = True  # "chain 10" is chain 10, wherever it sorts
     return {"diverging": diverging}
+
+
+def _divergences(x: Any) -> Mapping[str, Any] | None:
+    """By chain; from where Pyro's MCMC keeps them, as its ``diagnostics()`` fails under four draws a chain."""
+    kept = getattr(x, "_diagnostics", None)
+    if not kept:
+        return x.diagnostics().get("divergences")
+    if any("divergences" not in chain for chain in kept):
+        return None
+    return {f"chain {i}": chain["divergences"] for i, chain in enumerate(kept)}
 
 
 def _every_latent(x: Any, runs: ModelRuns, posterior: Draws) -> Draws:

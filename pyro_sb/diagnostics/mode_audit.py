@@ -112,32 +112,57 @@ def _made(
 ) -> ModeAudit:
     inside = [modes.labels(population.points)[:, None] == torch.arange(modes.num) for population in populations]
     weights = [population.weights.double().cpu() for population in populations]
-    shares = torch.stack([w @ member.double() for w, member in zip(weights, inside)])
+    shares = torch.stack([w @ member.double() for w, member in zip(weights, inside)]).clamp(0, 1)  # they round
     sizes = torch.tensor([effective_size(population) for population in populations], dtype=torch.float64)
-    pooled = (sizes[:, None] * shares).sum(0) / sizes.sum()
+    pooled = ((sizes[:, None] * shares).sum(0) / sizes.sum()).clamp(0, 1)
     spread = torch.stack([w.square() @ (member.double() - pooled).square() for w, member in zip(weights, inside)])
     binomial = pooled * (1 - pooled) / sizes[:, None]  # the first is blind to a mode that the population missed
     errors = torch.maximum(spread, binomial).sqrt()
-    by_chain = chain_shares = chain_errors = None
+    by_chain = chain_shares = chain_errors = chain_sizes = None
     if draws is not None:
         labels = modes.labels(draws.flatten(0, 1)).reshape(draws.shape[:2])
         by_chain = torch.stack([(labels == k).double().mean(1) for k in range(modes.num)], 1)
         chain_shares = by_chain.mean(0)
         chain_errors = _chain_errors(draws, by_chain, labels, pooled)
+        chain_sizes = _chain_sizes(draws)
     order = pooled.argsort(descending=True)
-    names = number_names(joint.site_shapes)
+    centres = modes.centres[order]
+    places, place_names = _places(joint, centres)
     given = [None if value is None else value[..., order] for value in (chain_shares, chain_errors, by_chain)]
     return ModeAudit(
         shares=shares[:, order],
         errors=errors[:, order],
-        centres=modes.centres[order],
-        names=names,
+        centres=centres,
+        names=number_names(joint.site_shapes),
         chain_shares=given[0],
         chain_errors=given[1],
         by_chain=given[2],
         populations=populations,
         evaluations=evaluations,
+        places=places,
+        place_names=place_names,
+        chain_sizes=chain_sizes,
     )
+
+
+def _places(joint: LogJoint, centres: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+    """Centres in the sites' own space, where each site has as many numbers there; and what they are called."""
+    own, columns, names = joint.constrain(centres), [], list[str]()
+    for name, free in joint.unpack(centres).items():
+        same = own[name].shape == free.shape
+        columns.append((own[name] if same else free).double().cpu().reshape(len(centres), -1))
+        names += number_names({name if same else f"unconstrained {name}": free.shape[1:]})
+    return torch.cat(columns, 1), tuple(names)
+
+
+def _chain_sizes(draws: Tensor) -> Tensor:
+    """Effective draws of each chain by itself, of its slowest coordinate. Shape ``(C,)``."""
+    num_chains, num_draws, dim = draws.shape
+    if num_draws < 4:
+        return draws.new_full((num_chains,), num_draws).double().cpu()
+    alone = draws.double().transpose(0, 1).reshape(1, num_draws, num_chains * dim)
+    sizes = site_diagnostics(alone)["n_eff"].reshape(num_chains, dim)
+    return sizes.nan_to_num(1.0).amin(1).clamp(1, num_draws).cpu()
 
 
 def _chain_errors(draws: Tensor, by_chain: Tensor, labels: Tensor, pooled: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from pyro_sb.bridges import DSB, KernelLangevinBridge, LatentBridge, LightSB, LightSBBM, PCACodec
+from pyro_sb.bridges import DSB, SGM, KernelLangevinBridge, LatentBridge, LightSB, LightSBBM, PCACodec
 from pyro_sb.diagnostics import bridge_report
 from pyro_sb.distributions import Draws
 
@@ -174,3 +174,11 @@ def test_bad_input_is_refused():
         bridge_report(conditional, bimodal(100))
     with pytest.raises(ValueError, match="a row for each of 100 draws of the target, got 50"):
         bridge_report(conditional, bimodal(100), context=torch.zeros(50, 1))
+
+
+def test_a_source_that_cannot_be_chosen_is_not_asked_for():
+    sgm = SGM(2, hidden=(16,))
+    with quiet():
+        sgm.fit(bimodal(200), num_steps=10, progress=False)
+    line = bridge_report(sgm, source=torch.randn(200, 2) + 3)["source residual"]
+    assert line.verdict == "-" and "pass source" not in line.note and "LightSB or DSB" in line.note
