@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor
@@ -16,6 +17,8 @@ from pyro_sb.metrics.score import Score
 
 __all__ = ["LocalC2ST", "local_c2st"]
 
+LOOK, BAD = 0.05, 0.01
+ENOUGH = 99  # null classifiers whose shares can be .01
 FEWEST = 100  # data sets that a classifier learns from
 PENALTY, EPOCHS = 1.0, 60  # ridge: in trials early stopping saw less, and its null was five times as far from 1/2
 
@@ -62,7 +65,8 @@ class LocalC2ST:
             observations: The data sets, or features of them. Shape ``(S, data_dim)``.
             y: The observation, or its features. Shape ``(data_dim,)``.
             draws_at_y: Posterior draws there. Shape ``(n, parameters)``.
-            num_null: Classifiers that learn swapped labels, at least 9: the smallest p is 1 / (num_null + 1).
+            num_null: Classifiers that learn swapped labels, at least 9. From 99 on their shares alone decide,
+                under that their spread does.
             hidden: Widths of the classifier. Omitted: two layers of ten times its inputs, at most 100.
             generator: Swaps labels and starts networks. Omitted: torch's global generator.
         """
@@ -99,14 +103,31 @@ class LocalC2ST:
         return Score(0.5 + self.statistic**0.5, floor=0.5 + float(self.null.median()) ** 0.5)
 
     @property
+    def tail_p_value(self) -> float:
+        r"""Probability that the next classifier on swapped labels sees as much, by Student's law: small ones too.
+
+        The null's r.m.s. of :math:`d - \tfrac12` is skewed, its square root nearly normal; so of its mean and standard
+        deviation over m null classifiers, :math:`\sqrt{1 + 1/m}` standard deviations make the unit of a t with m - 1
+        degrees of freedom. For classifiers of an exact posterior, p under .01 was as rare as .01 to .02.
+        """
+        null, num = self.null**0.25, len(self.null)
+        unit = float(null.std()) * (1 + 1 / num) ** 0.5
+        return float(stats.t.sf((self.statistic**0.25 - float(null.mean())) / max(unit, 1e-300), num - 1))
+
+    @property
     def verdict(self) -> str:
-        """``"bad"`` where no classifier of the null sees as much, ``"look"`` under p = .1, else ``"ok"``."""
-        if self.statistic > float(self.null.max()):
-            return "bad"
-        return "look" if self.p_value < 0.1 else "ok"
+        """``"ok"``, ``"look"`` (p up to .05) or ``"bad"`` (up to .01).
+
+        By `p_value` where there are 99 null classifiers or more, else by `tail_p_value`.
+        """
+        p = self.p_value if len(self.null) >= ENOUGH else self.tail_p_value
+        return "ok" if p > LOOK else "look" if p > BAD else "bad"
 
     def __repr__(self) -> str:
-        return f"LocalC2ST: {self.score.describe()}, p = {self.p_value:.2g} of {len(self.null)} null classifiers"
+        return (
+            f"LocalC2ST: {self.score.describe()}, p = {self.p_value:.2g} of {len(self.null)} null classifiers, "
+            f"{self.tail_p_value:.2g} by their spread: {self.verdict}"
+        )
 
 
 def local_c2st(
@@ -134,7 +155,7 @@ def local_c2st(
         num_data_sets: Pairs that the classifiers learn from, at least 100.
         num_draws: Draws at y.
         corrected: As in `sbc`, for the draws at the pairs and at y.
-        num_null: Classifiers with swapped labels, at least 9.
+        num_null: Classifiers with swapped labels, at least 9. From 99 on their shares alone decide, else their spread.
         generator: Swaps labels and starts networks. Omitted: torch's global generator.
 
     Returns:
@@ -209,4 +230,4 @@ def _check(truths: Tensor, draws: Tensor, observations: Tensor, y: Tensor, draws
     if len(truths) < FEWEST:
         raise ValueError(f"a classifier needs at least {FEWEST} data sets, got {len(truths)}. Write 1000.")
     if num_null < 9:
-        raise ValueError(f"num_null must be at least 9, got {num_null}: p could not be under .1.")
+        raise ValueError(f"num_null must be at least 9, got {num_null}: fewer have no spread. Write 20.")

@@ -33,8 +33,39 @@ def test_an_exact_posterior_scores_near_a_half():
 
 def test_a_posterior_that_is_wrong_here_is_caught_here_alone():
     here, there = judged(1.0, 1.5), judged(1.0, -1.5)
-    assert here.verdict == "bad" and here.p_value == 1 / 10
+    assert here.verdict == "bad" and here.p_value == 1 / 10 and here.tail_p_value < 0.01
     assert here.statistic > 4 * there.statistic
+
+
+def of_null(statistic, null):
+    return LocalC2ST(statistic, torch.as_tensor(null, dtype=F64), torch.zeros(1, dtype=F64))
+
+
+def test_more_than_every_null_classifier_is_not_bad_by_itself():
+    null = (torch.randn(20, dtype=F64).abs() * 0.02) ** 2
+    assert of_null(1.01 * float(null.max()), null).p_value == 1 / 21
+    assert of_null(1.01 * float(null.max()), null).verdict == "look"
+    assert of_null(100 * float(null.max()), null).verdict == "bad"
+    assert of_null(float(null.median()), null).verdict == "ok"
+
+
+@pytest.mark.parametrize(("above", "verdict"), [(0, "bad"), (1, "look"), (3, "look"), (5, "ok")])
+def test_ninety_nine_null_classifiers_decide_by_their_shares(above, verdict):
+    null = torch.cat([torch.full((99 - above,), 1e-9, dtype=F64), torch.full((above,), 0.25, dtype=F64)])
+    assert of_null(1e-3, null).verdict == verdict
+
+
+@pytest.mark.parametrize("num", [9, 20])
+def test_verdicts_are_as_rare_as_they_say_where_the_null_is_what_it_is_taken_for(num):
+    reps = 4000
+    seen = (0.1 + 0.03 * torch.randn(reps, num + 1, dtype=F64)).clamp_min(0) ** 4  # fourth roots are normal
+    p = torch.tensor([of_null(float(row[0]), row[1:]).tail_p_value for row in seen], dtype=F64)
+    for level in (0.01, 0.05, 0.5):
+        assert abs(float((p < level).double().mean()) - level) < 4 * (level * (1 - level) / reps) ** 0.5
+
+
+def test_equal_null_classifiers_are_told_from_one_that_sees_more():
+    assert of_null(0.1, torch.full((20,), 1e-4)).verdict == "bad"
 
 
 def test_draws_that_the_posterior_adds_have_the_larger_probability():
@@ -62,7 +93,7 @@ def test_an_amortised_posterior_is_judged_at_an_observation():
     amortized.fit(num_simulations=300, num_steps=50, num_copies=2, progress=False)
     found = local_c2st(amortized, torch.tensor([0.5, -0.5]), 100, 100, num_null=9)
     assert found.probabilities.shape == (100,) and float(found.score) < 0.65
-    assert "LocalC2ST" in repr(found) and "floor" in repr(found)
+    assert "LocalC2ST" in repr(found) and "floor" in repr(found) and found.verdict in repr(found)
     with pytest.raises(ValueError, match="one complete observation, got a batch"):
         local_c2st(amortized, torch.zeros(3, 2), 100, 50, num_null=9)
 
