@@ -151,7 +151,7 @@ def sbc(
             last states of independent chains (`Posterior.mcmc`).
         sampler: Of a model: from an observation (a dict, for several observed sites) to draws ``(n, *site)`` by site,
             n at least L, or to a finished MCMC. Evenly spaced draws are taken; ranks ask for independent ones, so let
-            it draw so many more that L of them are.
+            it draw so many more that their effective number is L.
         observed: A model's observed sites.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
@@ -161,6 +161,10 @@ def sbc(
         TypeError: ``x`` is neither.
         ValueError: Too few data sets or draws; an unknown correction; a model without observed sites, or without a
             sampler.
+
+    Warns:
+        RuntimeWarning: The draws of ``sampler`` are autocorrelated: at the typical data set fewer than L / 2 effective
+            ones of some number (by chain, where it returns a finished MCMC).
 
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts et al., 2018), algorithm 1,

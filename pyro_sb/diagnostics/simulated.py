@@ -6,12 +6,15 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
 from pyro_sb.infer.amortized import AmortizedPosterior
 from pyro_sb.infer.posterior import Posterior
+from pyro_sb.infer.prototype import Start, first_float, run
 from pyro_sb.infer.read_simulator import simulator
 from pyro_sb.infer.simulate import Simulator
+from pyro_sb.infer.sites import is_deterministic, is_sample
 
 __all__ = ["JointDraws", "calibration_draws", "number_names"]
 
@@ -98,7 +101,10 @@ def number_names(shapes: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
 
 def _fitted_simulator(amortized: AmortizedPosterior) -> Simulator:
     if amortized.bridge is None:
-        raise RuntimeError("sbc needs a fitted posterior: call amortized.fit(*model_args, num_simulations=...) first.")
+        raise RuntimeError(
+            "an AmortizedPosterior must be fitted before it can be judged, got one that is not: call "
+            "amortized.fit(*model_args, num_simulations=...) first."
+        )
     return amortized.simulator
 
 
@@ -111,13 +117,30 @@ def _read_model(
             f"x must be an AmortizedPosterior, or a Pyro model with a sampler, got {type(model).__name__}: calibration "
             "is over data sets, and one posterior has one. Write sbc(amortized)."
         )
-    source = simulator(model, observed, args, dict(kwargs or {}))
+    try:
+        source = simulator(model, observed, args, dict(kwargs or {}))
+    except ValueError as error:
+        _refuse_latent_alone(model, observed, args, dict(kwargs or {}), error)
+        raise
     if sampler is None:
         raise ValueError(
             "a model needs the sampler that is to be judged: a function from the observation to posterior draws. "
             "Write sbc(model, sampler=lambda y: run_my_mcmc(y).get_samples()), or sbc(AmortizedPosterior(...))."
         )
     return source
+
+
+def _refuse_latent_alone(
+    model: Any, observed: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], error: ValueError
+) -> None:
+    """One site has no data beside it: to name it in ``observed``, as the reader proposes, would leave no latent."""
+    nodes = run(model, args, kwargs, Start(like=first_float(args, kwargs))).nodes
+    sites = [name for name, site in nodes.items() if is_sample(site) and not is_deterministic(site)]
+    if len(sites) == 1 and sites[0] not in observed:
+        raise ValueError(
+            f"The model must have the observed sites {list(observed)}, got {sites} alone, a latent: it makes no data "
+            f'that a posterior could be calibrated on. Write pyro.sample("{observed[0]}", ...) in it.'
+        ) from error
 
 
 def _amortised_draws(
@@ -147,27 +170,60 @@ def _sampled_draws(
     sampler: Callable[[Any], Any], source: Simulator, observations: Tensor, num: int, truths: Sites
 ) -> Tensor:
     """The user's sampler at one data set after the other, its draws thinned to ``num``."""
-    columns = []
+    columns, effective = [], []
     for row in observations:
         sites = source.data.unpack(row)
         given = next(iter(sites.values())) if len(sites) == 1 else sites
         found = sampler(given)
-        found = found.get_samples() if callable(getattr(found, "get_samples", None)) else found
-        _check_sites(found, truths, num)
-        kept = {}
-        for name in truths:
-            value = torch.as_tensor(found[name])
-            kept[name] = value[torch.linspace(0, len(value) - 1, num).round().long().to(value.device)]
-        columns.append(_flat(kept, lead=1))
+        chains = callable(getattr(found, "get_samples", None))
+        found = found.get_samples(group_by_chain=True) if chains else found
+        draws = _by_chain(found, truths, num, chains)
+        effective.append(_effective_sizes(draws))
+        draws = draws.flatten(0, 1)
+        columns.append(draws[torch.linspace(0, len(draws) - 1, num).round().long().to(draws.device)])
+    _warn_of_autocorrelation(torch.stack(effective).cpu(), num, truths)
     return torch.stack(columns, 1)
 
 
-def _check_sites(found: Any, truths: Sites, num: int) -> None:
+def _by_chain(found: Any, truths: Sites, num: int, chains: bool) -> Tensor:
+    """A sampler's draws of the latents. Shape ``(chain, draw, numbers)``."""
+    _check_sites(found, truths, num, chains)
+    kept = {name: torch.as_tensor(found[name]) for name in truths}
+    return _flat(kept if chains else {name: value[None] for name, value in kept.items()}, lead=2)
+
+
+def _effective_sizes(draws: Tensor) -> Tensor:
+    """Effective number of draws ``(chain, draw, numbers)`` of each number: 1 of a constant, NaN of chains too short."""
+    if draws.shape[1] < 4:
+        return torch.full(draws.shape[2:], torch.nan, dtype=torch.float64, device=draws.device)
+    found: Tensor = effective_sample_size(draws.double())
+    return torch.where((draws == draws[:1, :1]).all(0).all(0), 1.0, found)
+
+
+def _warn_of_autocorrelation(effective: Tensor, num: int, truths: Sites) -> None:
+    """Where the typical data set has fewer than ``num / 2`` effective draws. ``(S, numbers)``."""
+    typical = effective.nanmedian(0).values.nan_to_num(num)
+    i = int(typical.argmin())
+    least = float(typical[i])
+    if least < num / 2:
+        name = number_names({name: value.shape[1:] for name, value in truths.items()})[i]
+        warnings.warn(
+            f"the sampler's draws are autocorrelated: {least:.1f} effective ones of {name!r} (median over "
+            f"{len(effective)} data sets), where ranks among {num} ask for {num} independent ones, else a correct "
+            f"sampler looks too narrow. Let the sampler draw {num / max(least, 1.0):.0f} times as many, or lower "
+            f"num_draws (now {num}).",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def _check_sites(found: Any, truths: Sites, num: int, chains: bool) -> None:
     if not isinstance(found, Mapping) or not truths.keys() <= found.keys():
         got = sorted(found) if isinstance(found, Mapping) else type(found).__name__
         raise ValueError(f"sampler(y) must return draws by site, {sorted(truths)}, or a finished MCMC, got {got}.")
     for name, truth in truths.items():
         shape = tuple(torch.as_tensor(found[name]).shape)
+        shape = (shape[0] * shape[1], *shape[2:]) if chains else shape
         if shape[1:] != tuple(truth.shape[1:]) or shape[0] < num:
             raise ValueError(
                 f"sampler(y) must return at least {num} draws of {name!r}, shape {(num, *truth.shape[1:])}, got "

@@ -302,18 +302,64 @@ def test_a_users_sampler_is_judged_on_data_sets_of_the_model(scale, verdict):
 
 
 def test_a_samplers_draws_are_thinned_evenly_and_belong_to_their_data():
-    joint = calibration_draws(one_number, 20, 20, sampler=lambda y: {"mu": y + torch.arange(39, dtype=F64)})
-    torch.testing.assert_close(
-        joint.draws[:, :, 0], joint.observations[:, 0] + 2 * torch.arange(20.0, dtype=F64)[:, None]
-    )
+    offset = torch.randn(39, dtype=F64)
+    joint = calibration_draws(one_number, 20, 20, sampler=lambda y: {"mu": y + offset})
+    torch.testing.assert_close(joint.draws[:, :, 0], joint.observations[:, 0] + offset[::2, None])
+
+
+def walk(y, num, rho=0.98):
+    """A stationary chain of the exact posterior: right, and as slow as rho."""
+    noise, states = torch.randn(num, *y.shape, dtype=F64), [torch.randn(y.shape, dtype=F64)]
+    for step in noise[1:]:
+        states.append(rho * states[-1] + math.sqrt(1 - rho**2) * step)
+    return y / 2 + math.sqrt(0.5) * torch.stack(states)
+
+
+def test_a_sampler_of_few_effective_draws_is_named_with_their_number():
+    with pytest.warns(RuntimeWarning, match=r"autocorrelated: \d\.\d effective ones of 'mu' .*num_draws \(now 50\)"):
+        sbc(one_number, 20, 50, sampler=lambda y: {"mu": walk(y, 100)})
+    sbc(one_number, 20, 20, sampler=lambda y: {"mu": walk(y, 200, rho=0.7)})  # 35 effective ones
+
+
+class Chains:
+    """Like a finished MCMC: draws by chain."""
+
+    def __init__(self, draws):
+        self.draws = draws
+
+    def get_samples(self, num_samples=None, group_by_chain=False):
+        return {"mu": self.draws if group_by_chain else self.draws.flatten(0, 1)}
+
+
+def test_the_chains_of_a_finished_mcmc_are_judged_as_chains():
+    far = torch.tensor([-5.0, 5.0], dtype=F64)[:, None]
+    with pytest.warns(RuntimeWarning, match="effective ones of 'mu'"):  # each moves, none reaches the other
+        stuck = calibration_draws(one_number, 20, 20, sampler=lambda y: Chains(far + torch.randn(2, 50, dtype=F64)))
+    torch.testing.assert_close(stuck.draws[:10].mean(), torch.tensor(-5.0, dtype=F64), rtol=0, atol=0.5)
+    with pytest.warns(RuntimeWarning, match=r"1\.0 effective ones"):
+        sbc(one_number, 20, 20, sampler=lambda y: {"mu": y.expand(50)})
+    sbc(one_number, 20, 20, sampler=lambda y: Chains(walk(y.expand(50), 2).T))  # two draws of 50 chains tell nothing
 
 
 def test_a_model_without_observed_sites_is_refused_by_name():
     def prior_alone():
         pyro.sample("mu", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match=r"must have the observed sites \['y'\], got \['mu'\].*Name them in observed="):
-        sbc(prior_alone, sampler=lambda y: {})
+    def returned():
+        return pyro.sample("mu", dist.Normal(0.0, 1.0))
+
+    def two():
+        pyro.sample("nu", dist.Normal(0.0, 1.0))
+        prior_alone()
+
+    for alone in (prior_alone, returned):  # observed=("mu",) would leave no latent
+        with pytest.raises(
+            ValueError, match=r"must have the observed sites \['y'\], got \['mu'\] alone.*pyro.sample\(.y., "
+        ) as caught:
+            sbc(alone, sampler=lambda y: {})
+        assert "observed=(" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"got \['mu', 'nu'\].*Name them in observed="):
+        sbc(two, sampler=lambda y: {})
     with pytest.raises(ValueError, match=r"got \['mu'\]"):
         sbc(prior_alone)
     with pytest.raises(ValueError, match="must be open to be simulated, got data at"):
@@ -338,7 +384,7 @@ def test_a_sampler_that_gives_something_else_is_refused(sampler, message):
 
 
 def test_bad_input_is_refused(fitted):
-    with pytest.raises(RuntimeError, match="call amortized.fit"):
+    with pytest.raises(RuntimeError, match="must be fitted before it can be judged.*: call amortized.fit"):
         sbc(AmortizedPosterior(model))
     with pytest.raises(ValueError, match="num_draws must be at least 20, got 5"):
         sbc(fitted, num_draws=5)
