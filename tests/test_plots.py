@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,25 +60,23 @@ def calibration(scale=1.0):
     return Calibration.of(theta, draws, ("a", "b")), tarp(draws, theta)
 
 
-def draw(ax=None):
+def draw(ax=None, **options):
     """Every picture by name."""
     torch.manual_seed(0)
     bridge = LightSB(2, num_components=2)
     bridge.fit(torch.randn(100, 2, dtype=F64), solver="em", progress=False)
     ranks, regions = calibration()
     audit = mode_audit(LogJoint.from_batched(lambda z: -(z.abs() - 5).square().sum(-1) / 2, 1), num_particles=200)
-    import numpy as np
-
     figures = ChainFigures(["a"], np.array([1.0]), np.array([500.0]), np.array([400.0]), 4, 100, 0)
     return {
-        "paths": lambda: plot_paths(bridge, 5, 10, ax=ax),
-        "marginal": lambda: plot_marginal(torch.randn(50, 1), torch.randn(50, 1), ax=ax),
-        "history": lambda: plot_history(FitHistory(losses=[2.0, 1.0], iterations=10), ax=ax),
-        "sbc": lambda: plot_sbc(ranks, ax=ax),
-        "coverage": lambda: plot_coverage(ranks, regions, ax=ax),
-        "modes": lambda: plot_modes(audit, ax=ax),
-        "weights": lambda: plot_weights(psis(torch.randn(100)), ax=ax),
-        "chains": lambda: plot_chains(figures, ax=ax),
+        "paths": lambda: plot_paths(bridge, 5, 10, ax=ax, **options),
+        "marginal": lambda: plot_marginal(torch.randn(50, 1), torch.randn(50, 1), ax=ax, **options),
+        "history": lambda: plot_history(FitHistory(losses=[2.0, 1.0], iterations=10), ax=ax, **options),
+        "sbc": lambda: plot_sbc(ranks, ax=ax, **options),
+        "coverage": lambda: plot_coverage(ranks, regions, ax=ax, **options),
+        "modes": lambda: plot_modes(audit, ax=ax, **options),
+        "weights": lambda: plot_weights(psis(torch.randn(100)), ax=ax, **options),
+        "chains": lambda: plot_chains(figures, ax=ax, **options),
     }
 
 
@@ -156,6 +155,115 @@ def test_bars_are_the_shares_and_a_missing_mode_is_marked(ax):
     heights = [bar.get_height() for bar in ax.patches]
     assert heights[:2] == audit.shares[0].tolist() and heights[4:] == audit.chain_shares.tolist()
     assert "no draw" in [text.get_text() for text in ax.texts]
+
+
+def test_the_word_for_a_missing_mode_stands_on_the_axis_and_no_share_is_over_one(ax):
+    joint = LogJoint.from_batched(lambda z: -(z.abs() - 5).square().sum(-1) / 2, 1)
+    audit = mode_audit(joint, 5 + torch.randn(4, 200, 1, dtype=F64), num_particles=200)
+    plot_modes(audit, ax=ax)
+    ax.figure.canvas.draw()
+    frame = ax.get_window_extent()
+    for text in ax.texts:
+        box = text.get_window_extent()
+        assert frame.y0 <= box.y0 and box.y1 <= frame.y1 and frame.x0 <= box.x0 and box.x1 <= frame.x1
+    assert max(ax.get_yticks()) <= 1
+    legend = ax.get_legend().get_window_extent()
+    assert frame.x0 <= legend.x0 and legend.x1 <= frame.x1
+
+
+@pytest.mark.parametrize(("low", "high"), [(410, 900), (300, 4000), (20, 60000)])
+def test_labels_of_chains_stay_apart_and_inside(low, high):
+    names = [f"theta[{i}]" for i in range(8)]
+    ess = np.geomspace(low, high, 8)
+    ax = plot_chains(ChainFigures(names, np.linspace(1.0, 1.02, 8), ess, ess, 4, 100, 0), figsize=(4.6, 3.6))
+    ax.figure.canvas.draw()
+    left, right = ax.get_xlim()
+    boxes = [
+        label.get_window_extent()
+        for value, label in zip(ax.get_xticks(), ax.get_xticklabels())
+        if label.get_text() and left <= value <= right
+    ]
+    assert len(boxes) >= 2 and all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:]))
+    assert all(not label.get_text() for label in ax.get_xticklabels(minor=True))
+    word, frame = ax.texts[0].get_window_extent(), ax.get_window_extent()
+    assert ax.texts[0].get_text() == "theta[7]" and frame.x0 <= word.x0 and word.x1 <= frame.x1
+
+
+# ---- options ----
+
+OPTIONS = [name for name in NAMES if name not in ("sbc", "coverage")]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_size_is_the_new_figures(name, ax):
+    made = draw(figsize=(3, 2))[name]()
+    assert made.figure.get_size_inches().tolist() == [3, 2]
+    with pytest.raises(ValueError, match="figsize is a new figure's, got ax too"):
+        draw(ax, figsize=(3, 2))[name]()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_keywords_reach_the_main_artist_however_they_are_spelt(name):
+    ax = draw(color="red", lw=3)[name]()
+    artists = [*ax.get_lines(), *ax.patches, *ax.collections]
+    found = [any(matplotlib.colors.same_color(one, "red") for one in _colours(artist)) for artist in artists]
+    widths = {float(np.max(one.get_linewidth())) for one, red in zip(artists, found) if red}
+    assert any(found) and widths == {3.0}
+
+
+def _colours(artist):
+    """Of a line, or of a shape's face and edge, without their transparency."""
+    asked = ("get_color",) if hasattr(artist, "get_color") else ("get_facecolor", "get_edgecolor")
+    rows = [row for ask in asked for row in matplotlib.colors.to_rgba_array(getattr(artist, ask)())]
+    return [tuple(row[:3]) for row in rows]
+
+
+# ---- what is none ----
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: plot_marginals(torch.randn(50)), ValueError, r"draws must have shape \(draws, 1\).*\[:, None\]"),
+        (lambda: plot_marginals(torch.randn(50, 2), torch.randn(50, 3)), ValueError, r"target must have shape"),
+        (lambda: plot_marginals(torch.randn(50, 2), coords=[2]), ValueError, r"coords must be.*0 to 1, got \[2\]"),
+        (lambda: plot_marginals(torch.randn(50, 2), coords=[]), ValueError, "coords must be"),
+        (lambda: plot_marginal(torch.randn(50, 2), coord=5), ValueError, r"coord must be.*got \[5\]"),
+        (lambda: plot_marginal(torch.full((50, 1), torch.nan)), ValueError, "draws must be finite"),
+        (lambda: plot_marginals("draws"), TypeError, "draws must be draws .*got str"),
+        (lambda: plot_marginals(None), TypeError, "got NoneType"),
+        (lambda: plot_marginals(torch.randn(50, 2), context=torch.zeros(1)), ValueError, "context is a conditional"),
+        (lambda: plot_paths(torch.randn(50, 2)), TypeError, "bridge must be a Bridge, got Tensor"),
+        (lambda: plot_history([1.0]), TypeError, "history must be a FitHistory, got list"),
+        (lambda: plot_modes(3), TypeError, r"audit must be a ModeAudit, got int. Write mode_audit\("),
+        (lambda: plot_weights(torch.randn(100)), TypeError, r"result must be a PSIS.*psis\("),
+        (lambda: plot_chains({}), TypeError, "figures must be a ChainFigures"),
+        (lambda: plot_report(3), TypeError, "report must be a Report"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_words(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_coordinate_that_a_bridge_has_not_is_refused(bridge):
+    for axis in (2, (0, 3), (0, 1, 1)):
+        with pytest.raises(ValueError, match="axis must be"):
+            plot_paths(bridge, axis=axis)
+    conditional = KernelLangevinBridge(2, context_dim=1)
+    conditional.fit(torch.randn(50, 2), context=torch.randn(50, 1), progress=False)
+    with pytest.raises(ValueError, match="context must be one"):
+        plot_marginals(conditional, context=torch.zeros(4, 1))
+
+
+def test_arrays_distributions_points_and_constants_are_drawn():
+    law = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
+    axes = plot_marginals(np.random.default_rng(0).normal(size=(50, 2)), law, np.full((5, 2), 9.0))
+    assert len(axes) == 2 and all(one.get_xlim()[1] > 9 for one in axes)  # the point is in the picture
+    assert plot_marginal(np.ones((50, 1)), np.ones((20, 1))).has_data()
+    far = plot_marginal(torch.randn(3, 1), 1e4 + torch.randn(50000, 1))
+    low, high = far.get_xlim()
+    assert low < 3 and high > 1e4
 
 
 def test_a_history_shows_losses_and_residuals(ax):

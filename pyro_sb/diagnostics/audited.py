@@ -127,11 +127,11 @@ class ModeAudit:
     def _repr_html_(self) -> str:
         return as_html("Mode audit", self.lines) + f"<pre>{self.table()}</pre>"
 
-    def plot(self, ax: Any = None) -> Any:
-        """Shares side by side: `pyro_sb.plots.plot_modes`."""
+    def plot(self, ax: Any = None, **kwargs: Any) -> Any:
+        """Shares side by side: `pyro_sb.plots.plot_modes`, with its ``figsize`` and keyword arguments."""
         from pyro_sb.plots import plot_modes
 
-        return plot_modes(self, ax=ax)
+        return plot_modes(self, ax=ax, **kwargs)
 
     def _population_line(self) -> Line:
         share = min(population.ess_share for population in self.populations)

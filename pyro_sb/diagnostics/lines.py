@@ -136,8 +136,8 @@ class Report:
     def _repr_html_(self) -> str:
         return as_html(f"{self.title}: {self.verdict}, {WORDS[self.verdict]}", self.lines)
 
-    def plot(self, axes: Any = None) -> Any:
-        """The panels side by side: `pyro_sb.plots.plot_report`. Returns the axes."""
+    def plot(self, axes: Any = None, **kwargs: Any) -> Any:
+        """The panels side by side: `pyro_sb.plots.plot_report`, with its ``figsize``. Returns the axes."""
         from pyro_sb.plots import plot_report
 
-        return plot_report(self, axes=axes)
+        return plot_report(self, axes=axes, **kwargs)

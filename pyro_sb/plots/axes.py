@@ -1,32 +1,71 @@
 """What every picture needs: axes, and numbers for them."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["OURS", "SOURCE", "TARGET", "WARN", "array", "one_axes", "row_of_axes"]
+__all__ = [
+    "OURS",
+    "SOURCE",
+    "TARGET",
+    "WARN",
+    "Size",
+    "array",
+    "check_coords",
+    "check_is",
+    "one_axes",
+    "row_of_axes",
+    "styled",
+]
 
 TARGET, OURS, SOURCE, WARN = "0.35", "C0", "C1", "C3"
 
 
-def one_axes(ax: Any) -> Any:
-    """The axes given, or new ones."""
-    if ax is not None:
-        return ax
-    return pyplot().subplots(layout="constrained")[1]
+Size = tuple[float, float] | None
 
 
-def row_of_axes(axes: Any, num: int, *, height: float = 2.8, width: float = 3.4) -> np.ndarray:
+def one_axes(ax: Any, figsize: Size = None) -> Any:
+    """The axes given, or new ones of this size in inches."""
+    if ax is None:
+        return pyplot().subplots(figsize=figsize, layout="constrained")[1]
+    _check_no_size(figsize, "ax")
+    return ax
+
+
+def row_of_axes(axes: Any, num: int, *, figsize: Size = None, height: float = 2.8, width: float = 3.4) -> np.ndarray:
     """An array of as many axes as asked for."""
     if axes is None:
-        return np.atleast_1d(pyplot().subplots(1, num, figsize=(width * num, height), layout="constrained")[1])
+        size = (width * num, height) if figsize is None else figsize
+        return np.atleast_1d(pyplot().subplots(1, num, figsize=size, layout="constrained")[1])
+    _check_no_size(figsize, "axes")
     axes = np.atleast_1d(np.asarray(axes, dtype=object)).ravel()
     if len(axes) < num:
         raise ValueError(
             f"axes must hold at least {num}, one a picture, got {len(axes)}. Write plt.subplots(1, {num})."
         )
     return axes
+
+
+def _check_no_size(figsize: Size, given: str) -> None:
+    if figsize is not None:
+        raise ValueError(f"figsize is a new figure's, got {given} too, which have theirs. Leave one of them out.")
+
+
+def styled(kwargs: Mapping[str, Any], artist: str, **defaults: Any) -> dict[str, Any]:
+    """Keyword arguments of an artist, the user's before our own whichever way they are spelt (``lw``, ``c``)."""
+    pyplot()
+    from matplotlib import cbook, collections, lines, patches
+
+    kinds = {"line": lines.Line2D, "patch": patches.Patch, "points": collections.PathCollection}
+    return defaults | cbook.normalize_kwargs(dict(kwargs), kinds[artist])
+
+
+def check_is(name: str, value: Any, kind: type, maker: str) -> None:
+    """A TypeError that says where such a thing comes from."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}. Write {maker}.")
 
 
 def pyplot() -> Any:
@@ -41,3 +80,10 @@ def pyplot() -> Any:
 def array(value: Any) -> np.ndarray:
     """Numbers for Matplotlib."""
     return torch.as_tensor(value).detach().cpu().numpy()
+
+
+def check_coords(name: str, coords: Sequence[int], dim: int) -> None:
+    """Coordinates that draws of this many have."""
+    bad = [coord for coord in coords if not isinstance(coord, (int, np.integer)) or not -dim <= coord < dim]
+    if bad or not coords:
+        raise ValueError(f"{name} must be coordinates from 0 to {dim - 1}, got {list(coords)}. Omit it for the first.")

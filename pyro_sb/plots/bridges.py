@@ -1,17 +1,15 @@
-"""Pictures of bridges: their paths, their draws, and the history of a fit."""
+"""Pictures of bridges: their paths, and the history of a fit."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pyro_sb.bridges.base import Bridge
-from pyro_sb.plots.axes import OURS, SOURCE, TARGET, array, one_axes, row_of_axes
+from pyro_sb.plots.axes import OURS, SOURCE, Size, array, check_coords, check_is, one_axes, styled
 from pyro_sb.training import FitHistory
 
-__all__ = ["plot_history", "plot_marginal", "plot_marginals", "plot_paths"]
+__all__ = ["plot_history", "plot_paths"]
 
 
 def plot_paths(
@@ -22,6 +20,8 @@ def plot_paths(
     *,
     axis: int | tuple[int, int] | None = None,
     ax: Any = None,
+    figsize: Size = None,
+    **kwargs: Any,
 ) -> Any:
     r"""Paths of a bridge from source to target.
 
@@ -33,25 +33,36 @@ def plot_paths(
         axis: A coordinate, drawn against time; or two, drawn against each other with the ends marked. Omitted: the
             first two, or time where there is one.
         ax: Matplotlib axes. Omitted: new ones.
+        figsize: Of the new figure, in inches.
+        **kwargs: Of the paths, for ``ax.plot``.
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: ``bridge`` is none.
+        ValueError: A coordinate that the bridge has not; a batch of contexts.
     """
-    ax = one_axes(ax)
-    if axis is None:
-        axis = (0, 1) if bridge.dim > 1 else 0
+    check_is("bridge", bridge, Bridge, "bridge.fit(draws), then plot_paths(bridge)")
+    axis = ((0, 1) if bridge.dim > 1 else 0) if axis is None else axis
+    pair = [axis] if isinstance(axis, int) else list(axis)
+    if len(pair) > 2:
+        raise ValueError(f"axis must be one coordinate or two, got {axis}. Write axis=(0, 1).")
+    check_coords("axis", pair, bridge.dim)
+    ax = one_axes(ax, figsize)
     if getattr(bridge, "method", None) == "ipf":
         num_steps = int(bridge.chain_steps)  # type: ignore[arg-type]
     with torch.no_grad():
         times, states = map(array, bridge.paths(num_paths, num_steps, context))
     if states.ndim != 3:
         raise ValueError(f"context must be one, shape ({bridge.context_dim},), got a batch. Write context[i].")
-    if isinstance(axis, int):
-        ax.plot(times, states[..., axis], color=OURS, alpha=0.35, lw=0.8)
-        ax.set(xlabel="time", ylabel=f"x[{axis}]", xlim=(0, 1))
+    if len(pair) == 1:
+        ax.plot(times, states[..., pair[0]], **styled(kwargs, "line", color=OURS, alpha=0.35, linewidth=0.8))
+        ax.set(xlabel="time", ylabel=f"x[{pair[0]}]", xlim=(0, 1))
         return ax
-    i, j = axis
-    ax.plot(states[..., i], states[..., j], color="0.6", alpha=0.5, lw=0.6, zorder=1)
+    i, j = pair
+    style = styled(kwargs, "line", color="0.6", alpha=0.5, linewidth=0.6, zorder=1)
+    ax.plot(states[..., i], states[..., j], **style)
     ax.scatter(states[0, :, i], states[0, :, j], s=12, color=SOURCE, label="source, t = 0", zorder=2)
     ax.scatter(states[-1, :, i], states[-1, :, j], s=12, color=OURS, label="target, t = 1", zorder=3)
     ax.set(xlabel=f"x[{i}]", ylabel=f"x[{j}]")
@@ -59,81 +70,24 @@ def plot_paths(
     return ax
 
 
-def plot_marginals(
-    bridge: Bridge | Tensor,
-    target: Any = None,
-    source: Any = None,
-    context: Any = None,
-    *,
-    coords: Sequence[int] | None = None,
-    num_draws: int = 5000,
-    axes: Any = None,
-) -> Any:
-    r"""Histograms of source, target and generated draws, one picture a coordinate.
-
-    Args:
-        bridge: A fitted bridge, of which ``num_draws`` are drawn; or draws ``(n, dim)``.
-        target: Draws of the target ``(N, dim)``.
-        source: Draws of the source ``(M, dim)``.
-        context: Of a conditional bridge: one ``(context_dim,)``.
-        coords: Which coordinates. Omitted: the first four.
-        num_draws: Draws of the bridge.
-        axes: Axes, one a coordinate. Omitted: a row of new ones.
-
-    Returns:
-        An array of axes.
-    """
-    draws = bridge
-    if isinstance(bridge, Bridge):
-        draws = bridge(context).sample((num_draws,))
-    assert isinstance(draws, Tensor)
-    coords = list(range(min(4, draws.shape[-1]))) if coords is None else list(coords)
-    axes = row_of_axes(axes, len(coords))
-    for ax, coord in zip(axes, coords):
-        plot_marginal(draws, target, source, coord=coord, ax=ax)
-    axes[0].legend(fontsize="small")
-    return axes
-
-
-def plot_marginal(draws: Any, target: Any = None, source: Any = None, *, coord: int = 0, ax: Any = None) -> Any:
-    """One coordinate of generated draws, the target's and the source's, each ``(n, dim)``; see `plot_marginals`."""
-    ax = one_axes(ax)
-    columns = [None if law is None else array(law)[:, coord] for law in (draws, target, source)]
-    shown = [column for column in columns[:2] if column is not None]
-    low, high = np.quantile(np.concatenate(shown), [0.001, 0.999])
-    if columns[2] is not None and np.ptp(columns[2]) > 0:
-        low, high = min(low, np.quantile(columns[2], 0.005)), max(high, np.quantile(columns[2], 0.995))
-    bins = np.linspace(low, high, 60)
-    styles: list[dict[str, Any]] = [
-        {"histtype": "step", "color": OURS, "lw": 1.6, "label": "generated"},
-        {"histtype": "stepfilled", "color": TARGET, "alpha": 0.35, "label": "target"},
-        {"histtype": "step", "color": SOURCE, "ls": "--", "label": "source"},
-    ]
-    for i in (1, 2, 0):
-        if columns[i] is not None:
-            ax.hist(columns[i], bins, density=True, **styles[i])
-    ax.set(xlabel=f"x[{coord}]", yticks=[])
-    if len(shown) > 1:
-        ax.legend(fontsize="small")
-    return ax
-
-
-def plot_history(history: FitHistory, *, ax: Any = None) -> Any:
+def plot_history(history: FitHistory, *, ax: Any = None, figsize: Size = None, **kwargs: Any) -> Any:
     r"""Losses of a fit, its residuals on an axis of their own.
 
     Args:
         history: What ``fit`` returned.
         ax: Matplotlib axes. Omitted: new ones.
+        figsize: Of the new figure, in inches.
+        **kwargs: Of the losses, for ``ax.plot``.
     """
-    ax = one_axes(ax)
+    check_is("history", history, FitHistory, "plot_history(bridge.fit(draws))")
     curves = [("training loss", history.losses, OURS), ("held-out loss", history.validation_losses, SOURCE)]
     curves = [curve for curve in curves if curve[1]]
     if not curves and not history.residuals:
         raise ValueError("history must hold losses or residuals, got neither: the fit was in closed form.")
+    ax = one_axes(ax, figsize)
     for name, values, colour in curves:
-        ax.plot(
-            _updates(history, len(values)), values, color=colour, label=name, marker="." if len(values) < 40 else ""
-        )
+        style = styled(kwargs, "line", color=colour, label=name, marker="." if len(values) < 40 else "")
+        ax.plot(_updates(history, len(values)), values, **style)
     if history.residuals:
         side = ax.twinx() if curves else ax
         steps = _updates(history, len(history.residuals))
