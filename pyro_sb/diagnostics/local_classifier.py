@@ -108,7 +108,7 @@ class LocalC2ST:
 
         The null's r.m.s. of :math:`d - \tfrac12` is skewed, its square root nearly normal; so of its mean and standard
         deviation over m null classifiers, :math:`\sqrt{1 + 1/m}` standard deviations make the unit of a t with m - 1
-        degrees of freedom. For classifiers of an exact posterior, p under .01 was as rare as .01 to .02.
+        degrees of freedom. Where the posterior was exact, p was up to .01 in 1.4 % and up to .05 in 6.9 % of trials.
         """
         null, num = self.null**0.25, len(self.null)
         unit = float(null.std()) * (1 + 1 / num) ** 0.5
