@@ -67,13 +67,13 @@ class ParetoTail(NamedTuple):
     Attributes:
         k: Its shape, k-hat; infinite where there is no tail to fit (`pareto_tail`).
         sigma: Its scale, in units of the largest weight; NaN where k is infinite.
-        index: Places of the weights that entered the fit, the smallest first. Shape ``(M,)``.
+        places: Of the weights that entered the fit, the smallest first. Shape ``(M,)``.
         log_threshold: Log of the largest weight below the tail, less that of the largest weight.
     """
 
     k: float
     sigma: float
-    index: Tensor
+    places: Tensor
     log_threshold: float
 
 

@@ -152,9 +152,9 @@ def test_zeros_below_the_tail_do_not_count():
     most = log_weights.clone()
     most[most.argsort()[:905]] = -math.inf  # the 95 that are the tail, alone
     tail = pareto_tail(log_weights)
-    assert tail.k == pareto_k(log_weights.clamp_min(0.01)) and len(tail.index) == 95
-    assert bool((log_weights[tail.index] > tail.log_threshold + log_weights.max()).all())
-    assert math.isfinite(pareto_k(most)) and len(pareto_tail(most).index) == 95
+    assert tail.k == pareto_k(log_weights.clamp_min(0.01)) and len(tail.places) == 95
+    assert bool((log_weights[tail.places] > tail.log_threshold + log_weights.max()).all())
+    assert math.isfinite(pareto_k(most)) and len(pareto_tail(most).places) == 95
 
 
 def test_a_very_heavy_tail_keeps_its_k():

@@ -138,7 +138,7 @@ def psis(x: Any, log_prob: Callable[[Tensor], Tensor] | None = None) -> PSIS:
     smoothed = _smoothed(log_weights, tail) if math.isfinite(tail.k) else log_weights
     smoothed = torch.log_softmax(smoothed, 0) if bool(torch.isfinite(smoothed).any()) else smoothed
     value, error = log_evidence(log_weights)
-    return PSIS(log_weights, smoothed, tail.k, effective_sample_size(smoothed), value, error, len(tail.index))
+    return PSIS(log_weights, smoothed, tail.k, effective_sample_size(smoothed), value, error, len(tail.places))
 
 
 def _log_weights(x: Any, log_prob: Callable[[Tensor], Tensor] | None) -> Tensor:
@@ -166,9 +166,9 @@ def _log_weights(x: Any, log_prob: Callable[[Tensor], Tensor] | None) -> Tensor:
 
 def _smoothed(log_weights: Tensor, tail: ParetoTail) -> Tensor:
     """Log weights with those of the tail replaced, up to a constant. Shape kept; a weight of zero stays zero."""
-    k, num = tail.k, len(tail.index)
+    k, num = tail.k, len(tail.places)
     p = (torch.arange(num, dtype=log_weights.dtype, device=log_weights.device) + 0.5) / num
     quantiles = tail.sigma * (-torch.log1p(-p) if abs(k) < 1e-12 else torch.expm1(-k * torch.log1p(-p)) / k)
     smooth = log_weights.clone()
-    smooth[tail.index] = (math.exp(tail.log_threshold) + quantiles).log().clamp_max(0.0) + log_weights.max()
+    smooth[tail.places] = (math.exp(tail.log_threshold) + quantiles).log().clamp_max(0.0) + log_weights.max()
     return smooth
