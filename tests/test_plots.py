@@ -12,6 +12,7 @@ matplotlib = pytest.importorskip("matplotlib")
 from pyro_sb.bridges import KernelLangevinBridge, LightSB  # noqa: E402
 from pyro_sb.diagnostics import Calibration, Line, Report, bridge_report, mode_audit, psis, tarp  # noqa: E402
 from pyro_sb.diagnostics.chain_figures import ChainFigures  # noqa: E402
+from pyro_sb.diagnostics.lines import Panel  # noqa: E402
 from pyro_sb.infer.joint import LogJoint  # noqa: E402
 from pyro_sb.plots import (  # noqa: E402
     plot_chains,
@@ -171,6 +172,25 @@ def test_the_word_for_a_missing_mode_stands_on_the_axis_and_no_share_is_over_one
     assert frame.x0 <= legend.x0 and legend.x1 <= frame.x1
 
 
+def test_places_of_modes_are_under_their_bars_and_named_once(ax):
+    joint = LogJoint.from_batched(lambda z: -(z.abs() - 5).square().sum(-1) / 2, 1)
+    audit = mode_audit(joint, num_particles=200)
+    plot_modes(audit, ax=ax)
+    shown = [label.get_text().split("\n") for label in ax.get_xticklabels()]
+    assert [(int(k), float(value)) for k, value in shown] == [
+        (k, pytest.approx(float(audit.centres[k, 0]), abs=0.01)) for k in range(2)
+    ]
+    assert ax.get_xlabel() == "mode, and z[0] there"
+
+
+def test_what_a_report_says_below_its_pictures_stays_inside_the_figure():
+    line = Line("draws", "mode 1: share 0.000, populations 0.272, z -38.5", "bad", "use another move, " * 8)
+    figure = Report("title", [line], [Panel("a", lambda ax: ax.plot([0, 1]))]).plot()[0].figure
+    figure.canvas.draw()
+    frame, words = figure.get_window_extent(), figure._supxlabel.get_window_extent()
+    assert frame.x0 <= words.x0 and words.x1 <= frame.x1
+
+
 @pytest.mark.parametrize(("low", "high"), [(410, 900), (300, 4000), (20, 60000)])
 def test_labels_of_chains_stay_apart_and_inside(low, high):
     names = [f"theta[{i}]" for i in range(8)]
@@ -191,10 +211,8 @@ def test_labels_of_chains_stay_apart_and_inside(low, high):
 
 # ---- options ----
 
-OPTIONS = [name for name in NAMES if name not in ("sbc", "coverage")]
 
-
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_size_is_the_new_figures(name, ax):
     made = draw(figsize=(3, 2))[name]()
     assert made.figure.get_size_inches().tolist() == [3, 2]
@@ -202,7 +220,7 @@ def test_a_size_is_the_new_figures(name, ax):
         draw(ax, figsize=(3, 2))[name]()
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_keywords_reach_the_main_artist_however_they_are_spelt(name):
     ax = draw(color="red", lw=3)[name]()
     artists = [*ax.get_lines(), *ax.patches, *ax.collections]
@@ -238,6 +256,8 @@ def _colours(artist):
         (lambda: plot_modes(3), TypeError, r"audit must be a ModeAudit, got int. Write mode_audit\("),
         (lambda: plot_weights(torch.randn(100)), TypeError, r"result must be a PSIS.*psis\("),
         (lambda: plot_chains({}), TypeError, "figures must be a ChainFigures"),
+        (lambda: plot_sbc(torch.zeros(3)), TypeError, "calibration must be a Calibration"),
+        (lambda: plot_coverage(torch.zeros(3)), TypeError, "calibrations must be a Calibration"),
         (lambda: plot_report(3), TypeError, "report must be a Report"),
     ],
 )

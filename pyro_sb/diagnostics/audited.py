@@ -220,12 +220,17 @@ class ModeAudit:
 
     @property
     def where(self) -> list[str]:
-        """The coordinates in which the modes differ most (one for two modes, else two), for each."""
+        """`differing` in words, for each mode."""
+        return [", ".join(f"{name} = {value:.3g}" for name, value in parts) for parts in self.differing]
+
+    @property
+    def differing(self) -> list[list[tuple[str, float]]]:
+        """For each mode, name and value of the coordinates in which modes differ most: one for two modes, else two."""
         spread = self.centres.amax(0) - self.centres.amin(0)
         wanted = 1 if self.num_modes < 3 else min(2, len(self.names))
         axes = spread.argsort(descending=True)[:wanted].tolist()
         places, names = (self.centres, self.names) if self.places is None else (self.places, self.place_names)
-        return [", ".join(f"{names[i]} = {float(place[i]):.3g}" for i in axes) for place in places]
+        return [[(names[i], float(place[i])) for i in axes] for place in places]
 
 
 def effective_size(population: Population) -> float:

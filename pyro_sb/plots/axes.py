@@ -59,7 +59,8 @@ def styled(kwargs: Mapping[str, Any], artist: str, **defaults: Any) -> dict[str,
     from matplotlib import cbook, collections, lines, patches
 
     kinds = {"line": lines.Line2D, "patch": patches.Patch, "points": collections.PathCollection}
-    return defaults | cbook.normalize_kwargs(dict(kwargs), kinds[artist])
+    ours, theirs = (cbook.normalize_kwargs(dict(given), kinds[artist]) for given in (defaults, kwargs))
+    return ours | theirs
 
 
 def check_is(name: str, value: Any, kind: type, maker: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pyro_sb.diagnostics.calibration import Calibration, Regions
-from pyro_sb.plots.axes import OURS, WARN, array, one_axes
+from pyro_sb.plots.axes import OURS, WARN, Size, array, check_is, one_axes, styled
 
 __all__ = ["plot_coverage", "plot_sbc"]
 
@@ -16,7 +16,13 @@ REDS, DASHES = (WARN, "#7f0000", "#ff7f0e"), ("-", "--", ":", "-.")
 
 
 def plot_sbc(
-    calibration: Calibration, *, level: float = 0.95, names: Sequence[str] | None = None, ax: Any = None
+    calibration: Calibration,
+    *,
+    level: float = 0.95,
+    names: Sequence[str] | None = None,
+    ax: Any = None,
+    figsize: Size = None,
+    **kwargs: Any,
 ) -> Any:
     r"""Difference of the ranks' ECDF from the diagonal, with simultaneous bands.
 
@@ -28,8 +34,11 @@ def plot_sbc(
         level: Of the bands, for one parameter.
         names: Which parameters. Omitted: all.
         ax: Matplotlib axes. Omitted: new ones.
+        figsize: Of the new figure, in inches.
+        **kwargs: Of the lines, for ``ax.plot``.
     """
-    ax = one_axes(ax)
+    check_is("calibration", calibration, Calibration, "sbc(amortized)")
+    ax = one_axes(ax, figsize)
     bands = calibration.bands(level)
     found = calibration.ecdf_difference(bands.points)
     wanted = list(calibration.names) if names is None else list(names)
@@ -47,7 +56,7 @@ def plot_sbc(
             i = outside.index(name)
             style = {"color": REDS[i % len(REDS)], "ls": DASHES[i % len(DASHES)], "zorder": 3}
             style["label"] = name if i < NAMED else f"and {len(outside) - NAMED} more" if i == NAMED else None
-        ax.plot(points, array(lines[name]), lw=1.2, **style)
+        ax.plot(points, array(lines[name]), **styled(kwargs, "line", linewidth=1.2, **style))
     ax.axhline(0, color="0.5", lw=0.6)
     ax.set(xlabel="rank / (L + 1)", ylabel="ECDF less diagonal", xlim=(0, 1))
     half = len(points) // 2
@@ -58,7 +67,9 @@ def plot_sbc(
     return ax
 
 
-def plot_coverage(*calibrations: Calibration, level: float = 0.95, ax: Any = None) -> Any:
+def plot_coverage(
+    *calibrations: Calibration, level: float = 0.95, ax: Any = None, figsize: Size = None, **kwargs: Any
+) -> Any:
     r"""Expected coverage by level of the region, with simultaneous bands.
 
     Of intervals, a line above the diagonal is too wide, below it too narrow, or biased. Balls of TARP grow from a
@@ -70,16 +81,20 @@ def plot_coverage(*calibrations: Calibration, level: float = 0.95, ax: Any = Non
             the 40 furthest from the diagonal; the legend says so. Each number of data sets gets its own bands.
         level: Of the bands.
         ax: Matplotlib axes. Omitted: new ones.
+        figsize: Of the new figure, in inches.
+        **kwargs: Of the lines, for ``ax.plot``.
     """
     if not calibrations:
         raise ValueError("plot_coverage needs at least one Calibration, got none. Write plot_coverage(sbc(...)).")
-    ax = one_axes(ax)
+    for calibration in calibrations:
+        check_is("calibrations", calibration, Calibration, "plot_coverage(sbc(amortized))")
+    ax = one_axes(ax, figsize)
     sizes = sorted({len(one.uniforms): one for one in calibrations}.items())
     for i, (size, one) in enumerate(sizes):
         bands = one.bands(level)
         low, high = (array(limit + bands.points) for limit in (bands.lower, bands.upper))
-        label = f"{level:.0%} of exact ones" + (f", {size} data sets" if len(sizes) > 1 else "")
-        ax.fill_between(array(bands.points), low, high, color=str(0.85 - 0.12 * min(i, 3)), label=label)
+        words = f"{level:.0%} of exact ones" + (f", {size} data sets" if len(sizes) > 1 else "")
+        ax.fill_between(array(bands.points), low, high, color=str(0.85 - 0.12 * min(i, 3)), label=words)
     ax.plot([0, 1], [0, 1], color="0.5", lw=0.6)
     for calibration in calibrations:
         ordered = np.sort(array(calibration.credibility), axis=0)
@@ -90,8 +105,9 @@ def plot_coverage(*calibrations: Calibration, level: float = 0.95, ax: Any = Non
         name += f", {len(ordered)} data sets" if len(sizes) > 1 else ""
         worst = np.abs(ordered - share[:, None]).max(0).argsort()[::-1][:MOST]
         for i, column in enumerate(sorted(worst)):
-            style = {"color": WARN if balls else OURS, "alpha": 0.7}
-            ax.step(ordered[:, column], share, where="post", lw=1.0, label=name if i == 0 else None, **style)
+            label, colour = name if i == 0 else None, WARN if balls else OURS
+            style = styled(kwargs, "line", color=colour, alpha=0.7, linewidth=1.0, label=label)
+            ax.step(ordered[:, column], share, where="post", **style)
     ax.set(xlabel="level of the region", ylabel="truths inside", xlim=(0, 1), ylim=(0, 1))
     ax.legend(fontsize="small", loc="upper left")
     return ax

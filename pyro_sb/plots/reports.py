@@ -1,6 +1,7 @@
 """Pictures of runs and weights: modes, importance weights, convergence, and a whole report."""
 
 import math
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from pyro_sb.plots.axes import OURS, WARN, Size, array, check_is, one_axes, row_
 __all__ = ["plot_chains", "plot_modes", "plot_report", "plot_weights"]
 
 ENOUGH = 400  # effective draws
+MOST = 6  # modes whose places have room below the axis
+LETTERS = 14  # of small type to an inch
 
 
 def plot_modes(audit: ModeAudit, *, ax: Any = None, figsize: Size = None, **kwargs: Any) -> Any:
@@ -38,14 +41,13 @@ def plot_modes(audit: ModeAudit, *, ax: Any = None, figsize: Size = None, **kwar
         place = rows + (k - (len(series) - 1) / 2) * width
         style = {"width": 0.92 * width, "capsize": 2, **styled(kwargs, "patch", color=colour, label=name)}
         ax.bar(place, array(shares), yerr=2 * array(errors), **style)
-    ticks = (
-        [str(k) + "\n" + where.replace(", ", "\n") for k, where in enumerate(audit.where)]
-        if audit.num_modes <= 6
-        else list(map(str, rows))
-    )
+    ticks, place = list(map(str, rows)), "mode"
+    if audit.num_modes <= MOST:
+        ticks = ["\n".join([str(k), *(f"{value:.3g}" for _, value in at)]) for k, at in enumerate(audit.differing)]
+        place = f"mode, and {', '.join(name for name, _ in audit.differing[0])} there"
     top = 1.3 * float(ax.get_ylim()[1])  # the legend is above the bars
     shown = [tick for tick in ax.get_yticks() if 0 <= tick <= min(1.0, top)]
-    ax.set(xticks=rows, xticklabels=ticks, xlabel="mode", ylabel="share", ylim=(0, top), yticks=shown)
+    ax.set(xticks=rows, xticklabels=ticks, xlabel=place, ylabel="share", ylim=(0, top), yticks=shown)
     for k in audit.missing:
         foot = (k + (len(series) - 1) / 2 * width, 0.02 * top)
         ax.annotate("no draw", foot, rotation=90, ha="center", va="bottom", color=WARN)
@@ -155,5 +157,7 @@ def plot_report(report: Report, *, axes: Any = None, figsize: Size = None) -> An
         figure.suptitle(f"{report.title}: {report.verdict}", color=COLOURS[report.verdict], fontsize="medium")
         trouble = [f"{x.verdict}: {x.name} {x.value}; {x.note}" for x in report.lines if x.verdict in ("look", "bad")]
         if trouble:
-            figure.supxlabel("\n".join(trouble[:5]), fontsize="small", ha="left", x=0.02)
+            wide = int(LETTERS * figure.get_size_inches()[0])
+            said = "\n".join(fill(line, wide, subsequent_indent="    ") for line in trouble[:5])
+            figure.supxlabel(said, fontsize="small", ha="left", x=0.02)
     return axes
