@@ -80,6 +80,14 @@ class Bridge(Fitted):
         """Source points to draws of the target. Shapes ``(*, dim)`` to ``(*, dim)``."""
         raise NotImplementedError(f"{type(self).__name__} has no transport.")
 
+    def push(self, noise: Tensor, context: Any = None) -> Tensor:
+        """Standard normals to draws, by a map that is deterministic and differentiable: a prior without a density."""
+        raise NotImplementedError(
+            f"{self.describe()} has no differentiable map from noise to draws. Those that have one: VSDM, SGM, "
+            'SmoothedBridge with start="moment", LatentBridge around one of them. A bridge with a marginal density '
+            'needs none: pyro.sample("x", bridge()).'
+        )
+
     def paths(self, num_paths: int, num_steps: int, context: Any = None) -> tuple[Tensor, Tensor]:
         """Times ``(num_steps + 1,)`` from 0 to 1, and states ``(num_steps + 1, num_paths, *batch_shape, dim)``."""
         raise NotImplementedError(f"{type(self).__name__} has no paths.")

@@ -230,6 +230,10 @@ class LatentBridge(Bridge):
         with torch.no_grad():
             return self._decode(z0), self._decode(z1, drawn=True)
 
+    def push(self, noise: Tensor, context: Any = None) -> Tensor:
+        """Standard normals ``(*, latent_dim)`` to draws ``(*, dim)``: the inner bridge's ``push``, decoded."""
+        return self.codec.decode(self._fitted().push(noise, context))
+
     def paths(self, num_paths: int, num_steps: int, context: Any = None) -> tuple[Tensor, Tensor]:
         """Times and states of the inner bridge, decoded; noisy latents lie where no decoder was trained.
 

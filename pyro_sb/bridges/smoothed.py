@@ -194,6 +194,15 @@ class SmoothedBridge(DiffusionDraws):
         """Source points to draws of the target by the SDE: pairs of the Schrödinger plan. Shapes ``(*, dim)`` each."""
         return self._carry(x0, context, self.sampler.path_steps, "ancestral")
 
+    def push(self, noise: Tensor, context: Any = None) -> Tensor:
+        """Standard normals to draws by the probability flow, as VSDM's, where the source is Gaussian."""
+        if self.keeps_rows:
+            raise NotImplementedError(
+                "push needs a Gaussian source, got one that is the smoothed rows of the target. Write "
+                f'SmoothedBridge({self.dim}, start="moment").'
+            )
+        return super().push(noise, context)
+
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         theirs = super().config()

@@ -21,6 +21,7 @@ from pyro_sb.ops.solvers import (
     score,
 )
 
+FLOW_SOLVERS = ("multistep", "heun", "euler")
 CHUNK = 2**22  # numbers of a batch of covariances at once
 
 
@@ -33,6 +34,49 @@ class DiffusionDraws(DiffusionState):
     def transport(self, x0: Tensor, context: Any = None) -> Tensor:
         """Source points to draws of the target by the sampler's solver: a deterministic map for the flow's solvers."""
         return self._carry(x0, context, self.sampler.num_steps, self.sampler.solver)
+
+    def push(self, noise: Tensor, context: Any = None) -> Tensor:
+        r"""Standard normals to draws, by the probability flow: deterministic and differentiable in ``noise``.
+
+        Noise :math:`\xi` becomes a point of the Gaussian source, and that a draw by the sampler's solver and steps, so
+        that ``push`` of independent normals has the law of ``sample``. It makes the bridge a prior that needs no
+        density, in non-centred form: the site is the noise, and a chain's gradients pass through the map. The
+        posterior is exact for that prior, however few the steps.
+
+        Args:
+            noise: Shape ``(*, dim)``.
+            context: Shape ``(*, context_dim)``.
+
+        Returns:
+            Shape ``(*, dim)``.
+
+        Raises:
+            ValueError: The sampler's solver is not one of the flow's: ``"multistep"``, ``"heun"``, ``"euler"``.
+
+        Example:
+            >>> import pyro
+            >>> import pyro.distributions as dist
+            >>> from pyro_sb.bridges.vsdm import VSDM
+            >>> bridge = VSDM(2)
+            >>> history = bridge.fit(torch.randn(200, 2), num_steps=10, progress=False)
+            >>> def model(y):
+            ...     z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            ...     place = pyro.deterministic("place", bridge.push(z))
+            ...     pyro.sample("y", dist.Normal(place[..., 0], 0.1), obs=y)
+            >>> bridge.push(torch.zeros(3, 2)).shape
+            torch.Size([3, 2])
+        """
+        if self.sampler.solver not in FLOW_SOLVERS:
+            raise ValueError(
+                f"push follows the flow, whose solvers are {list(FLOW_SOLVERS)}, got {self.sampler.solver!r}, which "
+                'draws noise of its own. Write bridge.sampler = replace(bridge.sampler, solver="multistep").'
+            )
+        noise, rows, shape = self.flat_rows(noise, context)
+        mean, features = self._features(rows)
+        location, factor = self._start_law(mean)
+        times = self._times(self.sampler.num_steps)
+        z = self._solve(location + noise @ factor.T, features, times, self.sampler.solver)[-1]
+        return self._outward(z, mean, times[-1]).reshape(shape)
 
     def paths(
         self, num_paths: int, num_steps: int, context: Any = None, *, solver: str = "ancestral"
@@ -114,7 +158,16 @@ class DiffusionDraws(DiffusionState):
         r"""Approximate log density by the probability flow: Heun's method in angles, divergence exact to dimension 20.
 
         Above it the divergence is a mean over fixed random signs. Nothing that corrects draws uses it.
+
+        Raises:
+            NotImplementedError: Gradients are asked for: it has none.
         """
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise NotImplementedError(
+                f"log_prob of {type(self).__name__} has no gradient, and one was asked for (HMC, NUTS, SVI through a "
+                "site of it). As a prior take the non-centred form, bridge.push(z) of standard normals z, or a "
+                "LightSB; for values alone write log_prob(x.detach())."
+            )
         with torch.no_grad():
             mean, features = self._features(context)
             times = self._times(max(20, 2 * self.sampler.num_steps))[:-1].flip(0)
