@@ -41,13 +41,13 @@ def plot_modes(audit: ModeAudit, *, ax: Any = None, figsize: Size = None, **kwar
         place = rows + (k - (len(series) - 1) / 2) * width
         style = {"width": 0.92 * width, "capsize": 2, **styled(kwargs, "patch", color=colour, label=name)}
         ax.bar(place, array(shares), yerr=2 * array(errors), **style)
-    ticks, place = list(map(str, rows)), "mode"
+    ticks, below = list(map(str, rows)), "mode"
     if audit.num_modes <= MOST:
         ticks = ["\n".join([str(k), *(f"{value:.3g}" for _, value in at)]) for k, at in enumerate(audit.differing)]
-        place = f"mode, and {', '.join(name for name, _ in audit.differing[0])} there"
+        below = f"mode, and {', '.join(name for name, _ in audit.differing[0])} there"
     top = 1.3 * float(ax.get_ylim()[1])  # the legend is above the bars
     shown = [tick for tick in ax.get_yticks() if 0 <= tick <= min(1.0, top)]
-    ax.set(xticks=rows, xticklabels=ticks, xlabel=place, ylabel="share", ylim=(0, top), yticks=shown)
+    ax.set(xticks=rows, xticklabels=ticks, xlabel=below, ylabel="share", ylim=(0, top), yticks=shown)
     for k in audit.missing:
         foot = (k + (len(series) - 1) / 2 * width, 0.02 * top)
         ax.annotate("no draw", foot, rotation=90, ha="center", va="bottom", color=WARN)
