@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.latent import LatentBridge
@@ -28,6 +29,11 @@ def check_bridge(bridge: Any, context: Any) -> None:
         if context is not None:
             raise ValueError("context must be None with a posterior, which has its own. Omit it.")
         return
+    if isinstance(bridge, Distribution):
+        raise ValueError(
+            f"bridge must be a Bridge, got a distribution ({type(bridge).__name__}): a bridge knows how its draws were "
+            "made, its law does not. Write BridgeMH(model, bridge), not BridgeMH(model, bridge())."
+        )
     if not isinstance(bridge, Bridge):
         if bridge is not None and not callable(bridge):
             raise ValueError(
@@ -50,6 +56,29 @@ def check_density(bridge: Bridge) -> None:
         raise NotImplementedError(
             f"BridgeMH corrects draws by their density, and {bridge.describe()} has none. {bridge.density_hint} "
             f"Bridges that have one: {HAVE_DENSITY}."
+        )
+
+
+def check_unused(bridge: Any, fit_options: Any, num_paths: int) -> None:
+    """Refuse options that a bridge as it is given would not use."""
+    known = isinstance(bridge, Posterior) or (isinstance(bridge, Bridge) and bridge.fitted)
+    if known and fit_options:
+        raise ValueError(
+            f"fit_options are for a bridge that warm-up fits, got {sorted(fit_options)} for one that is fitted. Omit "
+            "them."
+        )
+    if isinstance(bridge, Posterior):
+        check_paths(bridge.law.marginal, num_paths)
+    elif known:
+        check_paths(bridge.density == "marginal", num_paths)
+
+
+def check_paths(marginal: bool, num_paths: int) -> None:
+    """Refuse several paths of a bridge that has none to average."""
+    if marginal and num_paths > 1:
+        raise ValueError(
+            f"num_paths averages the weights of paths, got {num_paths} for a bridge that knows the density of its "
+            "points. Omit it; num_proposals raises the acceptance."
         )
 
 

@@ -17,7 +17,9 @@ from pyro_sb.infer.bridge_checks import (
     check_density,
     check_dim,
     check_options,
+    check_paths,
     check_posterior,
+    check_unused,
 )
 from pyro_sb.infer.bridge_proposals import BridgeProposals, PosteriorProposals, Proposals
 from pyro_sb.infer.bridge_walk import BridgeWalk
@@ -152,6 +154,7 @@ class BridgeMH(WalkingKernel):
             jit_compile=jit_compile,
         )
         check_options(local, num_proposals, num_paths, bridge_probability, num_particles, start, reparam)
+        check_unused(bridge, fit_options, num_paths)
         self.bridge, self.context = bridge, context
         self.local, self.num_proposals, self.num_paths = local, num_proposals, num_paths
         self.bridge_probability, self.num_particles = bridge_probability, num_particles
@@ -236,6 +239,7 @@ class BridgeMH(WalkingKernel):
             options = {"progress": False} | ({"solver": "em"} if self.bridge is None else {}) | self.fit_options
             bridge.fit(begin.points, weights=begin.weights, **options)
         check_density(bridge)
+        check_paths(bridge.density == "marginal", self.num_paths)
         return BridgeProposals(bridge, None, self.num_paths)
 
     def _template(self) -> Bridge:

@@ -314,6 +314,19 @@ def test_bad_options_are_refused_at_the_door(options: dict, message: str) -> Non
         BridgeMH(conjugate, **options)
 
 
+def test_options_that_a_bridge_would_not_use_are_refused() -> None:
+    """A law instead of its bridge; options of a fit that is over; paths of a bridge that has none."""
+    bridge = off(200)
+    with pytest.raises(ValueError, match=r"not BridgeMH\(model, bridge\(\)\)"):
+        BridgeMH(conjugate, bridge())
+    with pytest.raises(ValueError, match=r"got \['num_steps'\] for one that is fitted"):
+        BridgeMH(conjugate, bridge, fit_options={"num_steps": 5})
+    with pytest.raises(ValueError, match="num_paths averages the weights of paths, got 4"):
+        BridgeMH(conjugate, bridge, num_paths=4)
+    with pytest.raises(ValueError, match="num_paths averages the weights of paths, got 4"):
+        run(BridgeMH(conjugate, num_paths=4, num_particles=50), Y)
+
+
 def test_a_model_must_come_from_somewhere() -> None:
     with pytest.raises(ValueError, match=r"Exactly one of model and potential_fn.*BridgeMH\(model\)"):
         BridgeMH(bridge=VSDM(1))
