@@ -78,14 +78,15 @@ def draw_modes(task: PosteriorTask, ours: Tensor, nuts: Tensor, path: Path) -> N
 def draw_reports(reports: dict[str, Report], path: Path) -> None:
     """Each sampler's report: its lines with their verdicts, and the modes that its audit found."""
     rows = max(len(report.lines) for report in reports.values())
-    size = (11.0, (0.9 + 0.23 * rows) * len(reports))
+    size = (12.0, (0.9 + 0.23 * rows) * len(reports))
     figure, axes = plt.subplots(len(reports), 2, figsize=size, width_ratios=[3.3, 1], layout="constrained")
     for (name, report), (table, modes) in zip(reports.items(), axes):
         draw_lines(f"{name}, {report.title}: {report.verdict}", report, rows, table)
         report.details["modes"].plot(modes)
         modes.get_legend().remove()
-        modes.set(xlabel="", ylim=(0, 1.15))
+        modes.set(ylim=(0, 1.15), yticks=(0, 0.5, 1))
         modes.tick_params(labelsize=8)
+        modes.xaxis.label.set_size(8)
         modes.set_title("mode audit: shares", fontsize=9)
     figure.legend(*modes.get_legend_handles_labels(), fontsize=8, loc="outside lower right", ncols=3, frameon=False)
     figure.savefig(path, dpi=90)
@@ -99,6 +100,6 @@ def draw_lines(title: str, report: Report, rows: int, axes: Any) -> None:
     axes.set_title(title, loc="left", fontsize=10, color=COLOURS[report.verdict], weight="bold")
     for row, line in enumerate(report.lines):
         axes.text(0.0, row, line.verdict, color=COLOURS[line.verdict], weight="bold", fontsize=9, va="center")
-        note = fill(line.note, 64)
-        for column, text, shade in ((0.055, line.name, "black"), (0.2, line.value, "black"), (0.47, note, "0.35")):
+        note = fill(line.note, 60)
+        for column, text, shade in ((0.055, line.name, "black"), (0.2, line.value, "black"), (0.53, note, "0.35")):
             axes.text(column, row, text, color=shade, fontsize=8, va="center", linespacing=1.0)

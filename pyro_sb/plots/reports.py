@@ -49,7 +49,8 @@ def plot_modes(audit: ModeAudit, *, ax: Any = None, figsize: Size = None, **kwar
     shown = [tick for tick in ax.get_yticks() if 0 <= tick <= min(1.0, top)]
     ax.set(xticks=rows, xticklabels=ticks, xlabel=below, ylabel="share", ylim=(0, top), yticks=shown)
     for k in audit.missing:
-        foot = (k + (len(series) - 1) / 2 * width, 0.02 * top)
+        whisker = 2 * float(array(series[-1][2])[k])
+        foot = (k + (len(series) - 1) / 2 * width, whisker + 0.02 * top)
         ax.annotate("no draw", foot, rotation=90, ha="center", va="bottom", color=WARN)
     ax.legend(fontsize="small", ncols=len(series), loc="upper center", columnspacing=1.0, handlelength=1.0)
     return ax
