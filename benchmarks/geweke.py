@@ -16,8 +16,9 @@ its own effective size.
 import argparse
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import pyro
@@ -39,6 +40,7 @@ from pyro_sb.bridges import (
     PairCodec,
     PCACodec,
     Sampler,
+    TailMatched,
 )
 from pyro_sb.bridges.codecs import Codec
 from pyro_sb.distributions import Draws
@@ -221,11 +223,12 @@ SOURCE = torch.distributions.MultivariateNormal(torch.zeros(2, dtype=F64), 2 * t
 
 
 class Case(NamedTuple):
-    """A bridge and its options of ``fit``, for a good fit and for one that is hardly begun."""
+    """A bridge, its options of ``fit``, for a good fit and for one that is hardly begun, and the kernel's."""
 
     make: Callable[[], Bridge]
     options: dict[str, object]
     barely: dict[str, object]
+    kernel: Mapping[str, object] = MappingProxyType({})
 
 
 def light(kind: type[LightSB], **options: object) -> Callable[[], Bridge]:
@@ -273,6 +276,9 @@ CASES: dict[str, Case] = {
     "Latent, LightSB, sinh": Case(latent(light(LightSB), stretched), {"solver": "em"}, {"num_steps": 1}),
     "Latent, VSDM": Case(latent(few_steps(VSDM), pca), NET, {"num_steps": 5}),
     "Latent, VSDM, sinh": Case(latent(few_steps(VSDM), stretched), NET, {"num_steps": 5}),
+    "More: LightSB, 4 tries": Case(light(LightSB), {"solver": "em"}, {"num_steps": 1}, {"num_proposals": 4}),
+    "More: VSDM, 3 paths": Case(few_steps(VSDM), NET, {"num_steps": 5}, {"num_paths": 3}),
+    "More: TailMatched": Case(lambda: TailMatched(light(LightSB)()), {"solver": "em"}, {"num_steps": 1}),
 }
 
 
@@ -328,6 +334,7 @@ def scores(name: str, fit: str, num_chains: int, locals_: tuple[str | None, ...]
     found = []
     for local in locals_:
         options: dict[str, object] = {} if local is None else {"bridge_probability": 0.5}
+        options |= CASES[name].kernel if name in CASES else {}
         if isinstance(bridge, AmortizedPosterior):
             kernel, each = warmed(bridge.condition(TYPICAL[0]), local, **options), partial(posterior_at, bridge)
             found.append(successive(kernel, num_chains, NUM_ROUNDS, NUM_STEPS, each))
@@ -348,7 +355,8 @@ Fits: "well": to the prior, the mean of what the chains target over all data; a 
 "untrained": one to five updates, then noise on every weight (the plain bridge: 20 draws; a posterior: 100 pairs, five
 updates). "too wide", "too narrow": to latents times 2.5 and 0.5. "a mode thinned": to latents of which those with
 a > 0 were thinned to a twentieth. "Latent": a `LatentBridge` of that bridge and `PCACodec(2)`, or, "sinh", a pair
-x = sinh(z), whose determinant is another at each point.
+x = sinh(z), whose determinant is another at each point. "More": several tries a step, several paths a proposal, and the
+light bridge with the draws' own tails.
 """
 
 
