@@ -301,20 +301,21 @@ Truth: quadrature on 2,401^2 points of [-6, 6]^2; half the points change no mome
 evidence {evidence:.4f}. MCMC: KernelLangevin, 200 chains of 4,000 draws.
 The bridges are amortised: learnt from 50,000 simulated pairs (or 5,000), conditioned on the observation afterwards;
 20,000 draws each. Three layers of 128, 1,000 updates a half iteration, 3 iterations, 20 equal steps; "50 steps": the
-same bridge, drawn with 50 triangular steps, the default of IMF, which leaves them free. "weighted": the same draws by self-normalised
-importance, model density over path density. +-: Monte Carlo standard errors, jackknife over 50 batches of draws or
+same bridge, drawn with 50 triangular steps, the default of IMF, which leaves them free. "weighted": the same draws by
+self-normalised importance, model density over path density. +-: Monte Carlo standard errors, jackknife over 50 batches of draws or
 chains; for kurtosis they are themselves uncertain. The conditional-DSB paper prints its own moments of this posterior;
 the methods sheet does not hold them, so they are not set beside these. Its budget: 50 steps, 10 to 20 iterations of
 25,000 updates."""
 READING = """
-Reading. Chains and quadrature agree. Unweighted, IMF at epsilon 1 with its 50 steps is right to .03 deviations in the
-means and 14 % in the variances, over three seeds; with 20 equal steps to .04 and 25 %; IPF after three iterations is not
-there (.16, 55 %). The posterior is a thin bent band. A step's variance is one number a direction and time, the same at all
-states and contexts, so that 20 equal steps smear the draws across the band, and the path weights suffer: effective share
-.11 to .35, with 50 triangular steps of the same fit .58 to .71, at an epsilon nearer the posterior's variance .72 to .78.
-Weighted by the model's density every bridge is right: with 50 steps to .01 deviations and 1 to 3 %, log evidence to
-.01 nats. A tenth of the pairs costs little. The light bridge, one mixture with an exact density, is the better peer
-here: fitted in less time, effective share .97 to .98 without steps.
+Reading. Chains and quadrature agree. Unweighted, IMF at epsilon 1 with its 50 steps is right to .03 deviations in
+the means and 14 % in the variances, over three seeds; with 20 equal steps to .04 and 25 %; IPF after three
+iterations is not there (.16, 55 %). The posterior is a thin bent band. A step's variance is one number a direction
+and time, the same at all states and contexts, so that 20 equal steps smear the draws across the band, and the path
+weights suffer: effective share .11 to .35, with 50 triangular steps of the same fit .58 to .71, at an epsilon
+nearer the posterior's variance .72 to .78. Weighted by the model's density every bridge is right: with 50 steps to
+.01 deviations and 1 to 3 %, log evidence to .01 nats. A tenth of the pairs costs little. The light bridge, one
+mixture with an exact density, is the better peer here: fitted in less time, effective share .97 to .98 without
+steps.
 """
 
 
