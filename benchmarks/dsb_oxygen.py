@@ -302,8 +302,8 @@ evidence {evidence:.4f}. MCMC: KernelLangevin, 200 chains of 4,000 draws.
 The bridges are amortised: learnt from 50,000 simulated pairs (or 5,000), conditioned on the observation afterwards;
 20,000 draws each. Three layers of 128, 1,000 updates a half iteration, 3 iterations, 20 equal steps; "50 steps": the
 same bridge, drawn with 50 triangular steps, the default of IMF, which leaves them free. "weighted": the same draws by
-self-normalised importance, model density over path density. +-: Monte Carlo standard errors, jackknife over 50 batches of draws or
-chains; for kurtosis they are themselves uncertain. The conditional-DSB paper prints its own moments of this posterior;
+self-normalised importance, model density over path density. +-: Monte Carlo standard errors, jackknife over 50
+batches of draws or chains; for kurtosis they are themselves uncertain. The conditional-DSB paper prints its own moments of this posterior;
 the methods sheet does not hold them, so they are not set beside these. Its budget: 50 steps, 10 to 20 iterations of
 25,000 updates."""
 READING = """
