@@ -300,12 +300,12 @@ y_j = A (1 - exp(-B j)) + N(0, variance .001), j = 1 ... 5; observed (.18, .32, 
 Truth: quadrature on 2,401^2 points of [-6, 6]^2; half the points change no moment by more than {gap:.1e}; log
 evidence {evidence:.4f}. MCMC: KernelLangevin, 200 chains of 4,000 draws.
 The bridges are amortised: learnt from 50,000 simulated pairs (or 5,000), conditioned on the observation afterwards;
-20,000 draws each. Three layers of 128, 1,000 updates a half iteration, 3 iterations, 20 equal steps; "50 steps": the
-same bridge, drawn with 50 triangular steps, the default of IMF, which leaves them free. "weighted": the same draws by
-self-normalised importance, model density over path density. +-: Monte Carlo standard errors, jackknife over 50
-batches of draws or chains; for kurtosis they are themselves uncertain. The conditional-DSB paper prints its own moments of this posterior;
-the methods sheet does not hold them, so they are not set beside these. Its budget: 50 steps, 10 to 20 iterations of
-25,000 updates."""
+20,000 draws each. Three layers of 128, 1,000 updates a half iteration, 3 iterations, 20 equal steps; "50 steps":
+the same bridge, drawn with 50 triangular steps, the default of IMF, which leaves them free. "weighted": the same
+draws by self-normalised importance, model density over path density. +-: Monte Carlo standard errors, jackknife
+over 50 batches of draws or chains; for kurtosis they are themselves uncertain. The conditional-DSB paper prints its
+own moments of this posterior; the methods sheet does not hold them, so they are not set beside these. Its budget:
+50 steps, 10 to 20 iterations of 25,000 updates."""
 READING = """
 Reading. Chains and quadrature agree. Unweighted, IMF at epsilon 1 with its 50 steps is right to .03 deviations in
 the means and 14 % in the variances, over three seeds; with 20 equal steps to .04 and 25 %; IPF after three
