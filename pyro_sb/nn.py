@@ -1,10 +1,12 @@
 """Networks that more than one bridge learns with."""
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from zuko.nn import MLP
 
 
@@ -194,6 +196,30 @@ class SetEmbedding(nn.Module):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {"item_dim": self.item_dim, "out_dim": self.out_dim, "hidden": self.hidden}
+
+
+class Call(nn.Module):
+    """A function of a module's own, such as a method, as the forward of a module that holds it."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *args: Any) -> Tensor:
+        """The function's answer."""
+        return self.function(*args)
+
+
+def with_constant_parameters(module: nn.Module, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """What a method of a module answers, with gradients in its arguments and none in the module's parameters.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> with_constant_parameters(layer, layer.forward, torch.zeros(2)).requires_grad
+        False
+    """
+    constants = {f"module.{name}": value.detach() for name, value in module.named_parameters()}
+    return functional_call(Call(module, function), constants, args)
 
 
 def embedding_config(module: nn.Module | None) -> dict[str, Any] | None:

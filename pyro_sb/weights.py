@@ -81,7 +81,8 @@ def pareto_tail(log_weights: Tensor) -> ParetoTail:
     r"""The tail of weights: the largest :math:`\min(N / 5, 3 \sqrt N)`, those that tie with the threshold left out.
 
     Weights of zero, and equal ones under 1e-14 of the largest, have no place in a tail: where it cannot be filled
-    without them, a few draws carry everything, and k is infinity. Where all of it ties, k is minus infinity.
+    without them, a few draws carry everything, and k is infinity. Where nearly all weights of the tail tie with a
+    threshold of at least half of the largest, there is none, and k is minus infinity.
 
     Args:
         log_weights: As for `pareto_k`.
@@ -105,7 +106,7 @@ def pareto_tail(log_weights: Tensor) -> ParetoTail:
     inside = excess > 1e-14 * math.exp(max(threshold, -600.0))  # more than rounding
     least = size if threshold < math.log(1e-14) else 5  # where nothing is left below it, a tail must be whole
     if int(inside.sum()) < least:
-        return ParetoTail(-math.inf if threshold > -1e-6 else math.inf, math.nan, nothing, threshold)
+        return ParetoTail(-math.inf if threshold > math.log(0.5) else math.inf, math.nan, nothing, threshold)
     k, sigma = fit_generalized_pareto(excess[inside])
     return ParetoTail(float(k), float(sigma), order[-size:][inside], threshold)
 
@@ -120,7 +121,7 @@ def pareto_k(log_weights: Tensor) -> float:
 
     Returns:
         k-hat; infinity if fewer weights are positive than the tail has, :math:`\min(N / 5, 3 \sqrt N)`; minus infinity
-        if all of the tail is equal.
+        if nearly all of the tail is equal.
 
     References:
         Pareto Smoothed Importance Sampling (Vehtari et al., 2024), https://arxiv.org/abs/1507.02646

@@ -159,3 +159,11 @@ def test_zeros_below_the_tail_do_not_count():
 
 def test_a_very_heavy_tail_keeps_its_k():
     assert 5 < pareto_k(-10 * torch.rand(20_000, **F64).log()) < 15  # its threshold is 1e-26 of the largest
+
+
+@pytest.mark.parametrize("raised", [1, 3, 4, 6])
+def test_rounding_above_equal_weights_is_no_tail(raised):
+    """Weights equal but for a thousandth are worth all their draws: whatever k is, it is not bad."""
+    log_weights = torch.zeros(1000, dtype=torch.float64)
+    log_weights[:raised] = 1e-3
+    assert pareto_k(log_weights) < 0.0

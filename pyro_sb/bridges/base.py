@@ -81,11 +81,23 @@ class Bridge(Fitted):
         raise NotImplementedError(f"{type(self).__name__} has no transport.")
 
     def push(self, noise: Tensor, context: Any = None) -> Tensor:
-        """Standard normals to draws, by a map that is deterministic and differentiable: a prior without a density."""
+        """Standard normals to draws, by a map that is deterministic and differentiable: a prior without a density.
+
+        Args:
+            noise: Shape ``(*, dim)``; of a `LatentBridge` ``(*, latent_dim)``.
+            context: Shape ``(*, context_dim)``.
+
+        Returns:
+            Shape ``(*, dim)``, in the dtype of ``noise``, with gradients in ``noise`` and ``context`` alone: the
+            bridge's weights are constants.
+
+        Raises:
+            NotImplementedError: The bridge has no such map.
+        """
         raise NotImplementedError(
             f"{self.describe()} has no differentiable map from noise to draws. Those that have one: VSDM, SGM, "
-            'SmoothedBridge with start="moment", LatentBridge around one of them. A bridge with a marginal density '
-            'needs none: pyro.sample("x", bridge()).'
+            'SmoothedBridge with start="moment", LatentBridge around one of them: fit one to draws of this bridge. A '
+            'marginal density needs none: pyro.sample("x", bridge()).'
         )
 
     def paths(self, num_paths: int, num_steps: int, context: Any = None) -> tuple[Tensor, Tensor]:

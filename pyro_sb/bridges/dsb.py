@@ -124,8 +124,9 @@ class DSB(DSBState):
             held_out: Share of the draws that the fit is judged by, in [0, 1), or a boolean mask ``(N,)`` of the
                 target's. The source's draws are parted by the same share, a tenth where there is a mask.
             num_draws: How many draws of a distribution the moments are read from.
-            num_pairs: Pairs (IMF) or paths (IPF) to simulate and learn from at a time. Omitted: 10,000, or 500 a
-                dimension if that is more: few pairs say little of many covariances. IPF: 10,000, as published.
+            num_pairs: Pairs (IMF) or paths (IPF) to simulate and learn from at a time. Omitted: 10,000, or
+                1,250 a dimension up to 25,000, or 500 a dimension, whichever is most: few pairs say little of many
+                covariances, and errors of the iterations add up. IPF: 10,000, as published.
             pairs: First pairs of IMF: ``"independent"``; ``"sinkhorn"``, entropic optimal transport between
                 minibatches (without context alone), near the bridge's coupling from the start.
             loss: Of IPF: ``"mean"``, mean matching, or ``"drift"``, the same divided by the step size.
@@ -263,7 +264,7 @@ class DSB(DSBState):
     def _num_pairs(self, num: int | None) -> int:
         if num is not None:
             return num
-        return 10_000 if self.method == "ipf" else max(10_000, 500 * self.dim)
+        return 10_000 if self.method == "ipf" else max(10_000, min(25_000, 1250 * self.dim), 500 * self.dim)
 
     def _draws(self, num: int, rows: Tensor | None) -> Draws:
         given, behind = self._given(self.ahead, rows), self._given(self.back, rows)

@@ -19,6 +19,7 @@ from pyro_sb.bridges.latent_checkpoint import Parts
 from pyro_sb.bridges.latent_data import latent_rows, latent_source, target_rows
 from pyro_sb.bridges.smoothed import SmoothedBridge
 from pyro_sb.distributions import Draws, PathLaw
+from pyro_sb.nn import with_constant_parameters
 from pyro_sb.training import FitHistory
 
 CODECS: dict[str, type[Codec]] = {c.__name__: c for c in (PCACodec, AutoencoderCodec, PairCodec)}
@@ -231,8 +232,17 @@ class LatentBridge(Bridge):
             return self._decode(z0), self._decode(z1, drawn=True)
 
     def push(self, noise: Tensor, context: Any = None) -> Tensor:
-        """Standard normals ``(*, latent_dim)`` to draws ``(*, dim)``: the inner bridge's ``push``, decoded."""
-        return self.codec.decode(self._fitted().push(noise, context))
+        """Standard normals ``(*, latent_dim)`` to draws ``(*, dim)``: the inner bridge's ``push``, decoded.
+
+        Refused where the codec adds noise of its own to draws (``residual=True``): the map would miss it.
+        """
+        inner = self._fitted()
+        if getattr(self.codec, "residual", False) and not self.codec.bijective:
+            raise NotImplementedError(
+                f"push decodes without noise, and the draws of {self.codec.describe()} have a residual. Write "
+                "PCACodec(residual=False), or keep all components."
+            )
+        return with_constant_parameters(self.codec, self.codec.decode, inner.push(noise, context))
 
     def paths(self, num_paths: int, num_steps: int, context: Any = None) -> tuple[Tensor, Tensor]:
         """Times and states of the inner bridge, decoded; noisy latents lie where no decoder was trained.

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyro_sb.bridges.vsdm_density import flow_change
 from pyro_sb.bridges.vsdm_state import SOLVERS, DiffusionState, check_choice
 from pyro_sb.distributions import Draws
+from pyro_sb.nn import with_constant_parameters
 from pyro_sb.ops.solvers import (
     Flow,
     ancestral,
@@ -48,10 +49,12 @@ class DiffusionDraws(DiffusionState):
             context: Shape ``(*, context_dim)``.
 
         Returns:
-            Shape ``(*, dim)``.
+            Shape ``(*, dim)``, in the dtype of ``noise``, with gradients in ``noise`` and ``context`` alone.
 
         Raises:
-            ValueError: The sampler's solver is not one of the flow's: ``"multistep"``, ``"heun"``, ``"euler"``.
+            RuntimeError: The bridge is not fitted.
+            ValueError: A shape is wrong, or the sampler's solver is not one of the flow's: ``"multistep"``, ``"heun"``,
+                ``"euler"``.
 
         Example:
             >>> import pyro
@@ -71,12 +74,8 @@ class DiffusionDraws(DiffusionState):
                 f"push follows the flow, whose solvers are {list(FLOW_SOLVERS)}, got {self.sampler.solver!r}, which "
                 'draws noise of its own. Write bridge.sampler = replace(bridge.sampler, solver="multistep").'
             )
-        noise, rows, shape = self.flat_rows(noise, context)
-        mean, features = self._features(rows)
-        location, factor = self._start_law(mean)
-        times = self._times(self.sampler.num_steps)
-        z = self._solve(location + noise @ factor.T, features, times, self.sampler.solver)[-1]
-        return self._outward(z, mean, times[-1]).reshape(shape)
+        flat, rows, shape = self.flat_rows(noise, context)
+        return with_constant_parameters(self, self._push, flat, rows).reshape(shape).to(noise.dtype)
 
     def paths(
         self, num_paths: int, num_steps: int, context: Any = None, *, solver: str = "ancestral"
@@ -162,11 +161,12 @@ class DiffusionDraws(DiffusionState):
         Raises:
             NotImplementedError: Gradients are asked for: it has none.
         """
-        if torch.is_grad_enabled() and x.requires_grad:
+        asked = x.requires_grad or (context is not None and context.requires_grad)
+        if torch.is_grad_enabled() and asked:
             raise NotImplementedError(
-                f"log_prob of {type(self).__name__} has no gradient, and one was asked for (HMC, NUTS, SVI through a "
-                "site of it). As a prior take the non-centred form, bridge.push(z) of standard normals z, or a "
-                "LightSB; for values alone write log_prob(x.detach())."
+                f"log_prob of {type(self).__name__} has no gradient, in its value or its context, and one was asked "
+                "for (HMC, NUTS, SVI through a site of it). As a prior take the non-centred form, bridge.push(z) of "
+                "standard normals z, or a LightSB; for values alone write log_prob(x.detach())."
             )
         with torch.no_grad():
             mean, features = self._features(context)
@@ -177,6 +177,14 @@ class DiffusionDraws(DiffusionState):
             return self._start_log_prob(end, mean) + change
 
     # Parts
+
+    def _push(self, noise: Tensor, rows: Tensor | None) -> Tensor:
+        """Standard normals to draws. Shape ``(num, dim)``."""
+        mean, features = self._features(rows)
+        location, factor = self._start_law(mean)
+        times = self._times(self.sampler.num_steps)
+        z = self._solve(location + noise @ factor.T, features, times, self.sampler.solver)[-1]
+        return self._outward(z, mean, times[-1])
 
     def _carry(self, x0: Tensor, context: Any, num_steps: int, solver: str) -> Tensor:
         """Source points to draws of the target."""

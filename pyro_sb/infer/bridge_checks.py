@@ -7,6 +7,7 @@ from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.latent import LatentBridge
+from pyro_sb.bridges.light import LightSB
 from pyro_sb.infer.posterior import Posterior
 from pyro_sb.infer.potential import LogJoint
 
@@ -33,6 +34,11 @@ def check_bridge(bridge: Any, context: Any) -> None:
         raise ValueError(
             f"bridge must be a Bridge, got a distribution ({type(bridge).__name__}): a bridge knows how its draws were "
             "made, its law does not. Write BridgeMH(model, bridge), not BridgeMH(model, bridge())."
+        )
+    if isinstance(bridge, type) and issubclass(bridge, LatentBridge):
+        raise ValueError(
+            "a LatentBridge needs a bridge and a codec, got the class alone. Write BridgeMH(model, lambda dim: "
+            "LatentBridge(LightSB(dim), PCACodec(dim)))."
         )
     if not isinstance(bridge, Bridge):
         if bridge is not None and not callable(bridge):
@@ -71,6 +77,8 @@ def check_unused(bridge: Any, fit_options: Any, num_paths: int) -> None:
         check_paths(bridge.law.marginal, num_paths)
     elif known:
         check_paths(bridge.density == "marginal", num_paths)
+    elif (bridge is None or isinstance(bridge, LightSB)) and "source" not in (fit_options or {}):
+        check_paths(True, num_paths)
 
 
 def check_paths(marginal: bool, num_paths: int) -> None:

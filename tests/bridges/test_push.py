@@ -143,6 +143,27 @@ def test_a_noisy_solver_and_a_source_of_rows_are_refused():
         SmoothedBridge(2, start="rows").push(torch.zeros(1, 2))
 
 
+def test_the_bridges_weights_are_constants_of_push():
+    """A likelihood through ``push`` trains nothing, and what no gradient was asked for has none; any dtype of noise."""
+    bridge = fitted("VSDM").requires_grad_(True)
+    made = bridge.push(torch.zeros(2))
+    assert not made.requires_grad and made.dtype == torch.float32
+    noise = torch.zeros(1, 2, dtype=F64, requires_grad=True)
+    bridge.push(noise).sum().backward()
+    assert noise.grad is not None and all(p.grad is None and p.requires_grad for p in bridge.parameters())
+    many = torch.randn(4, 2, dtype=F64)
+    torch.testing.assert_close(torch.func.vmap(bridge.push)(many), bridge.push(many))
+    slopes = torch.func.vmap(torch.func.jacrev(bridge.push))(many)
+    torch.testing.assert_close(slopes[0], torch.autograd.functional.jacobian(bridge.push, many[0]))
+
+
+def test_a_codec_with_a_residual_is_refused():
+    bridge = LatentBridge(VSDM(2, hidden=(16,)).double(), PCACodec(2, residual=True).double())
+    bridge.fit(rows(300), num_steps=10, progress=False)
+    with pytest.raises(NotImplementedError, match="residual=False"):
+        bridge.push(torch.zeros(1, 2, dtype=F64))
+
+
 def test_a_gradient_of_the_flows_log_density_is_refused_not_dropped():
     """HMC through ``pyro.sample("x", bridge())`` would silently move by the likelihood alone."""
     bridge = fitted("VSDM")
@@ -150,3 +171,7 @@ def test_a_gradient_of_the_flows_log_density_is_refused_not_dropped():
     assert torch.isfinite(bridge().log_prob(x)).all()
     with pytest.raises(NotImplementedError, match=r"push"):
         bridge().log_prob(x.requires_grad_())
+    given = VSDM(1, 1, hidden=(16,)).double()
+    given.fit(torch.randn(200, 1, dtype=F64), context=torch.randn(200, 1, dtype=F64), num_steps=5, progress=False)
+    with pytest.raises(NotImplementedError, match="its context"):
+        given(torch.zeros(1, dtype=F64, requires_grad=True)).log_prob(torch.zeros(1, dtype=F64))

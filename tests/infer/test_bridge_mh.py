@@ -323,8 +323,13 @@ def test_options_that_a_bridge_would_not_use_are_refused() -> None:
         BridgeMH(conjugate, bridge, fit_options={"num_steps": 5})
     with pytest.raises(ValueError, match="num_paths averages the weights of paths, got 4"):
         BridgeMH(conjugate, bridge, num_paths=4)
+    for unfitted in (None, LightSB(1, 2)):
+        with pytest.raises(ValueError, match="num_paths averages the weights of paths, got 4"):
+            BridgeMH(conjugate, unfitted, num_paths=4)
     with pytest.raises(ValueError, match="num_paths averages the weights of paths, got 4"):
-        run(BridgeMH(conjugate, num_paths=4, num_particles=50), Y)
+        run(BridgeMH(conjugate, LightSB, num_paths=4, num_particles=50, fit_options={"num_steps": 5}), Y)
+    with pytest.raises(ValueError, match=r"lambda dim: LatentBridge\("):
+        BridgeMH(conjugate, LatentBridge)
 
 
 def test_a_model_must_come_from_somewhere() -> None:
