@@ -327,7 +327,12 @@ def test_options_that_a_bridge_would_not_use_are_refused() -> None:
         with pytest.raises(ValueError, match="num_paths averages the weights of paths, got 4"):
             BridgeMH(conjugate, unfitted, num_paths=4)
     with pytest.raises(ValueError, match="num_paths averages the weights of paths, got 4"):
-        run(BridgeMH(conjugate, LightSB, num_paths=4, num_particles=50, fit_options={"num_steps": 5}), Y)
+        run(
+            BridgeMH(
+                conjugate, lambda dim: LightSB(dim, 2), num_paths=4, num_particles=50, fit_options={"num_steps": 5}
+            ),
+            Y,
+        )
     with pytest.raises(ValueError, match=r"lambda dim: LatentBridge\("):
         BridgeMH(conjugate, LatentBridge)
 
