@@ -67,10 +67,15 @@ class PCACodec(Codec):
         self._ready()
         return self.location + (shaped("z", z, self.latent_dim).to(self.location) * self.scales) @ self.components.T
 
+    @property
+    def noisy(self) -> bool:
+        """Whether a residual is added, and something was dropped that it stands for."""
+        return self.residual and not self.bijective
+
     def draw(self, z: Tensor) -> Tensor:
         """`decode`, with noise in the dropped directions if ``residual``."""
         x = self.decode(z)
-        if not self.residual or self.bijective:
+        if not self.noisy:
             return x
         noise = self.residual_scale * torch.randn_like(x)
         return x + noise - noise @ self.components @ self.components.T

@@ -68,6 +68,11 @@ class Codec(Fitted):
         """Data of latents. Shapes ``(*, latent_dim)`` to ``(*, data_dim)``."""
         raise NotImplementedError(f"{type(self).__name__} has no decode.")
 
+    @property
+    def noisy(self) -> bool:
+        """Whether `draw` adds noise to `decode`; a codec whose `draw` is its own is taken to, unless it answers."""
+        return type(self).draw is not Codec.draw
+
     def draw(self, z: Tensor) -> Tensor:
         """A draw of the data given latents: `decode`, with the codec's residual noise if it has one."""
         return self.decode(z)

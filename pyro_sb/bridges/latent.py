@@ -234,10 +234,10 @@ class LatentBridge(Bridge):
     def push(self, noise: Tensor, context: Any = None) -> Tensor:
         """Standard normals ``(*, latent_dim)`` to draws ``(*, dim)``: the inner bridge's ``push``, decoded.
 
-        Refused where the codec adds noise of its own to draws (``residual=True``): the map would miss it.
+        Refused where the codec adds noise of its own to draws (a residual): the map would miss it.
         """
         inner = self._fitted()
-        if getattr(self.codec, "residual", False) and not self.codec.bijective:
+        if self.codec.noisy:
             raise NotImplementedError(
                 f"push decodes without noise, and the draws of {self.codec.describe()} have a residual. Write "
                 "PCACodec(residual=False), or keep all components."

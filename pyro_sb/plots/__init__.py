@@ -4,7 +4,7 @@ Matplotlib is imported when the first picture is drawn. Nothing is shown or save
 """
 
 from pyro_sb.plots.bridges import plot_history, plot_paths
-from pyro_sb.plots.diagnostics import plot_coverage, plot_sbc
+from pyro_sb.plots.calibration import plot_coverage, plot_sbc
 from pyro_sb.plots.marginals import plot_marginal, plot_marginals
 from pyro_sb.plots.reports import plot_chains, plot_modes, plot_report, plot_weights
 
