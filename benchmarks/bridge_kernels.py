@@ -317,7 +317,7 @@ fit a mixture with full covariances to the same population, in about a second, a
 is within a factor of 1.8 of the other. At 20 dimensions proposals of whole points are accepted less, and
 KernelLangevin, whose moves start from the state, is 2.5 times ahead. A bridge or an amortised posterior that is
 fitted already: `BridgeMH(model, bridge)`; the fit is spared, and its draws become exact. Fitting a network in
-warm-up for one posterior does not pay here: VSDM takes 8 to 16 s and DSB 32 to 39, and even for 1,000 evaluations
+warm-up for one posterior does not pay here: VSDM takes 8 to 16 s and DSB 32 to 72, and even for 1,000 evaluations
 of the model they are level with the mixture at best. Of the two VSDM is the first to try, a third of DSB's time, on
 curved targets. Light bridges with diagonal components are poor on correlated posteriors (LightSB's acceptance .03
 to .53 from five dimensions on) and stick in the banana's tails (R-hat 1.02 to 1.04): put them behind a PCA that
