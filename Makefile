@@ -62,7 +62,7 @@ bench: setup bench-env
 	for name in posteriors modes moves attention bridge_experiments bridge_dynamics \
 		planar beta_sweep tails bass_oracle known_plans scaling translation heteroskedastic calibration amortised \
 		vsdm_gaussian linear_gaussian stretched time_series digits \
-		dsb_gaussian dsb_planar dsb_oxygen dsb_digits latent_digits latent_rates geweke calibration_rates bridge_kernels; do $(PY) -m benchmarks.$$name || exit 1; done
+		dsb_gaussian dsb_planar dsb_short dsb_oxygen dsb_digits latent_digits latent_rates geweke calibration_rates bridge_kernels; do $(PY) -m benchmarks.$$name || exit 1; done
 
 # sbi's estimators, once: an hour and a half; what is in the cache folder is not run again.
 sbi-peers: bench-env

@@ -58,10 +58,7 @@ class Pairs(NamedTuple):
 
 
 class Paths(NamedTuple):
-    r"""Paths of the other chain, in the order of the half that learns to reverse it, with mean-matching goals.
-
-    The goal of a state x whose successor in this order is x' is :math:`x + B(x') - B(x)`, where B is the mean of the
-    other chain's step from x' to x.
+    """Paths of the other chain, in the order of the half that learns to reverse it, with goals.
 
     Args:
         states: Shape ``(K + 1, n, dim)``.
@@ -117,12 +114,20 @@ class ReferenceChain(NamedTuple):
         return x - 0.5 * self.epsilon * (self.times[k + 1] - self.times[k]) * (x - given.ahead) / self.variance
 
 
-def reversed_paths(chain: Chain | ReferenceChain, x: Tensor, given: Given, context: Tensor | None) -> Paths:
-    """Paths of a chain from x, as what its reversal learns from."""
+def reversed_paths(
+    chain: Chain | ReferenceChain, x: Tensor, given: Given, context: Tensor | None, matched: bool = False
+) -> Paths:
+    r"""Paths of a chain from x, as what its reversal learns from.
+
+    A state y was stepped to from y', by a step of mean B(y') . Its goal is y', whose mean given y is that of the
+    reversed step; or, ``matched``, the published :math:`y + B(y') - B(y)`, which has the mean of a reversed step of
+    unchanged variance, up to the second order in the step's size.
+    """
     states = chain.run(x, given)
-    goals = []
-    for k, (before, after) in enumerate(zip(states[:-1], states[1:])):
-        goals.append(after + chain.mean(k, before, given) - chain.mean(k, after, given))
+    goals = states[:-1]
+    if matched:
+        pairs = enumerate(zip(states[:-1], states[1:]))
+        goals = [y + chain.mean(k, before, given) - chain.mean(k, y, given) for k, (before, y) in pairs]
     return Paths(torch.stack(states[::-1]), torch.stack(goals[::-1]), chain.times, context)
 
 

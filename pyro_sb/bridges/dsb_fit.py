@@ -21,7 +21,8 @@ from pyro_sb.bridges.dsb_data import (
     sinkhorn_pairs,
     unpacked,
 )
-from pyro_sb.bridges.dsb_half import Given, HalfBridge, knot_times
+from pyro_sb.bridges.dsb_half import Given, HalfBridge
+from pyro_sb.bridges.dsb_measure import measured_spread, measured_steps
 from pyro_sb.bridges.dsb_source import SourceReading, read_source_law
 from pyro_sb.bridges.dsb_state import DSBState
 from pyro_sb.bridges.ends import Batch
@@ -213,8 +214,7 @@ class Fit:
             resume=resume,
         )
         half.eval()
-        if not bridge._reference_steps:
-            self._measure(half)
+        self._measure(half, forward)
         return history
 
     # Losses
@@ -232,17 +232,18 @@ class Fit:
         return 0.5 * (weight * drift.square()).mean() / bridge.epsilon
 
     @torch.no_grad()
-    def _measure(self, half: HalfBridge) -> None:
-        """What a half misses at each knot of time, per direction, on the pairs that it is judged by."""
-        assert isinstance(self.judge, Pairs)
-        logs = []
-        for u in knot_times(half.gain):
-            rows = self.judge.at(u.expand(len(self.judge.begin)), slice(None), self.bridge.epsilon)
-            given = self._given(half, rows.context)
-            miss = half.goal(rows.u, rows.states, rows.ends, given, self.bridge.epsilon)
-            miss = miss - half.answer(rows.u, rows.states, given)
-            logs.append(miss.square().mean(0).clamp_min(1e-6).log())
-        half.log_spread = torch.stack(logs)
+    def _measure(self, half: HalfBridge, forward: bool) -> None:
+        """Take the variances that a half leaves, unless it keeps the reference's."""
+        bridge = self.bridge
+        if bridge.variance == "reference":
+            return
+        if bridge.method == "ipf":
+            paths = self._draw(forward, max(NUM_JUDGES, self.options.num_pairs), held_out=True)
+            assert isinstance(paths, Paths)
+            half.step_logs = measured_steps(half, paths, self._given, bridge.epsilon)
+        else:
+            assert isinstance(self.judge, Pairs)
+            half.log_spread = measured_spread(half, self.judge, self._given, bridge.epsilon)
 
     @torch.no_grad()
     def _residual(self) -> float:
@@ -269,7 +270,7 @@ class Fit:
             if not self.done:
                 variance = self.source.guide.covariance.diagonal() if self.options.reference == "ou" else None
                 chain = ReferenceChain(other.times, bridge.epsilon, variance)
-            return reversed_paths(chain, start, given, rows.context)
+            return reversed_paths(chain, start, given, rows.context, matched=bridge.variance == "reference")
         if self.done:
             return Pairs(other.run(start, given)[-1], start, rows.context)
         if self.options.pairs == "sinkhorn":

@@ -59,6 +59,9 @@ class HalfBridge(Fitted):
     coordinates for N, not whitening. The variance of y that the network leaves is measured per direction, in units of
     :math:`c_u^2`, in a table over u.
 
+    A half may have steps of its own instead (`take_steps`): Euler-Maruyama's, of the reference's variance
+    :math:`\epsilon h` or of one measured for each step and direction.
+
     Args:
         dim: Size of the state.
         context_dim: Size of the context.
@@ -74,6 +77,8 @@ class HalfBridge(Fitted):
     gain: Tensor
     variances: Tensor
     log_spread: Tensor
+    step_starts: Tensor
+    step_logs: Tensor
 
     def __init__(self, dim: int, context_dim: int, hidden: tuple[int, ...], embedding: nn.Module | None) -> None:
         super().__init__()
@@ -98,13 +103,14 @@ class HalfBridge(Fitted):
         self.basis, self.gain = basis.to(like), values.clamp_min(FLOOR * float(values[-1])).to(like)
         self.variances = torch.stack(variances).to(like)
         self.log_spread = like.new_zeros(NUM_KNOTS, len(like))
+        self.step_starts, self.step_logs = like.new_empty(0), like.new_empty(0, len(like))
         self.net.reset()
 
     @torch.no_grad()
-    def take_reference_spread(self) -> None:
-        r"""The reference's variance of the end, :math:`\epsilon (1 - u)`: steps of variance :math:`\epsilon h`."""
-        time = knot_times(self.gain)[:, None]
-        self.log_spread = -self._gain_at(time).log()
+    def take_steps(self, times: Tensor) -> None:
+        r"""Take steps of the reference's variance :math:`\epsilon h` at these times ``(K + 1,)``."""
+        self.step_starts = times[:-1].to(self.gain)
+        self.step_logs = self.gain.new_zeros(len(times) - 1, len(self.gain))
 
     def given(self, context: Tensor | None, summary: Tensor | None) -> Given:
         """Both means and the features of standardised contexts in rows, ``summary`` being what regressions see."""
@@ -128,8 +134,10 @@ class HalfBridge(Fitted):
 
     def step(self, u: Tensor, then: Tensor, x: Tensor, given: Given, epsilon: float) -> StepLaw:
         """Law of the state at own time ``then`` given that at u, in the eigenbasis."""
-        spread = self._scale(u, epsilon).square() * self._log_spread(u).exp()
-        return step_towards(x @ self.basis, self.end(u, x, given, epsilon) @ self.basis, spread, u, then, epsilon)
+        own = len(self.step_starts) > 0
+        spread = epsilon * (1 - u) if own else self._scale(u, epsilon).square() * self._log_spread(u).exp()
+        law = step_towards(x @ self.basis, self.end(u, x, given, epsilon) @ self.basis, spread, u, then, epsilon)
+        return StepLaw(law.mean, law.scale * (0.5 * self._step_log(u, then)).exp()) if own else law
 
     def drift_scale(self, u: Tensor, epsilon: float) -> Tensor:
         """Drift, in the eigenbasis, per unit of N. Shape ``(*, dim)``."""
@@ -163,6 +171,12 @@ class HalfBridge(Fitted):
         low = position.floor().clamp_max(NUM_KNOTS - 2)
         index = low.long()
         return torch.lerp(self.log_spread[index], self.log_spread[index + 1], (position - low)[..., None])
+
+    def _step_log(self, u: Tensor, then: Tensor) -> Tensor:
+        """Log variance in units of the reference's, of the step that holds this one; shorter ones have less of it."""
+        index = torch.searchsorted(self.step_starts, 0.5 * (u + then), right=True) - 1
+        sizes = torch.cat([self.step_starts, torch.ones_like(self.step_starts[:1])]).diff()
+        return self.step_logs[index] * ((then - u) / sizes[index]).clamp_max(1)
 
 
 def knot_times(like: Tensor) -> Tensor:

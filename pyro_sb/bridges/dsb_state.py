@@ -119,14 +119,9 @@ class DSBState(Bridge):
         self.context_location, self.context_scale = read.contexts
         self.ahead.adopt(source.guide, target, self.epsilon)
         self.back.adopt(target, source.guide, self.epsilon)
-        if self._reference_steps:
-            self.ahead.take_reference_spread()
-            self.back.take_reference_spread()
-
-    @property
-    def _reference_steps(self) -> bool:
-        """Whether steps keep the reference's variance."""
-        return self.variance == "reference" or self.method == "ipf"
+        if self.method == "ipf" or self.variance == "reference":
+            self.ahead.take_steps(self._times())
+            self.back.take_steps(self._times())
 
     def _chain(self, forward: bool, num_steps: int | None = None) -> Chain:
         """One of the chains; the grid is symmetric, so that both have the same own times."""

@@ -12,10 +12,12 @@ from pyro_sb.bridges import DSB, SGM, Bridge
 from pyro_sb.bridges.dsb_data import ReferenceChain, reversed_paths, sinkhorn_pairs
 from pyro_sb.bridges.dsb_fit import DSBOptions, Fit
 from pyro_sb.bridges.dsb_half import Guide
+from pyro_sb.bridges.dsb_measure import measured_steps
 from pyro_sb.bridges.dsb_source import read_source_law
 from pyro_sb.bridges.vsdm_data import read_pairs
 from pyro_sb.ops.brownian import SCHEDULES
 from pyro_sb.ops.gaussian import gaussian_bridge
+from pyro_sb.ops.gaussian_ipf import gaussian_ipf
 from pyro_sb.ops.mixture import MixturePotential
 from pyro_sb.ops.regression import Affine
 
@@ -126,13 +128,13 @@ def test_given_a_context_it_starts_at_the_gaussian_bridge_between_the_regression
     torch.testing.assert_close(draws.log_q, law.log_prob(draws.value), rtol=0, atol=2e-2)  # the ridge's doing
 
 
-def test_ipf_s_reversal_of_a_gaussian_bridge_is_its_other_half_to_second_order():
+def test_the_published_reversal_of_a_gaussian_bridge_is_its_other_half_to_second_order():
     # E[x + B(x') - B(x) | x] against F(x), exactly, from the joint Gaussian law of a step: errors fall as h^2
     errors = []
     for chain_steps in (20, 40, 80):
         torch.manual_seed(1)
         bridge, exact = between_gaussians(dim=1, chain_steps=chain_steps, schedule="constant")
-        bridge.ahead.take_reference_spread(), bridge.back.take_reference_spread()
+        bridge.ahead.take_steps(bridge._times()), bridge.back.take_steps(bridge._times())
         ahead, back, k = bridge._chain(True), bridge._chain(False), chain_steps // 2
         given, behind = bridge._given(ahead.half, None), bridge._given(back.half, None)
         mean, cov = exact.marginal(float(ahead.times[k + 1]))  # of x', where B's step begins
@@ -174,7 +176,7 @@ def test_the_first_iteration_of_ipf_is_the_score_model():
     rate, target = 4.0, torch.cat([torch.randn(4000, 1) * 0.3 - 1, torch.randn(4000, 1) * 0.3 + 1])
     score = SGM(1, b_min=rate, b_max=rate, power=1.0, hidden=(64, 64))
     score.fit(target, num_steps=1500, progress=False)
-    bridge = DSB(1, epsilon=rate, method="ipf", chain_steps=50, hidden=(64, 64))
+    bridge = DSB(1, epsilon=rate, method="ipf", chain_steps=50, variance="reference", hidden=(64, 64))
     source = dist.Normal(torch.zeros(1), torch.ones(1)).to_event(1)
     bridge.fit(target, source, reference="ou", num_iterations=1, num_steps=1500, progress=False)
     x = torch.linspace(-1.5, 1.5, 41)[:, None]
@@ -222,18 +224,80 @@ def test_sinkhorn_pairs_have_the_bridge_s_correlation():
     assert abs(correlation - (math.sqrt(5) - 1) / 2) < 4 * (1 - 0.618**2) / 8192**0.5 + 0.01
 
 
-def test_steps_of_ipf_have_the_reference_s_variance():
-    bridge = DSB(2, epsilon=0.3, method="ipf", hidden=(8,), chain_steps=4)
+@pytest.mark.parametrize("method", ["imf", "ipf"])
+def test_steps_have_the_reference_s_variance_where_it_is_asked_for(method):
+    bridge = DSB(2, epsilon=0.3, method=method, hidden=(8,), chain_steps=4, variance="reference")
     bridge.fit(torch.randn(100, 2, **F64), **QUICK)
     for forward in (True, False):
         chain = bridge._chain(forward)
-        for k in range(4):
-            law = chain.half.step(
-                chain.times[k], chain.times[k + 1], torch.randn(3, 2, **F64), bridge._given(chain.half, None), 0.3
-            )
-            size = chain.times[k + 1] - chain.times[k]
-            if k in (0, 3):  # between the knots of the table the last digits are interpolated
-                torch.testing.assert_close(law.scale.square(), (0.3 * size).expand_as(law.scale), rtol=2e-2, atol=0)
+        for now, then in zip(chain.times[:-1], chain.times[1:]):
+            law = chain.half.step(now, then, torch.randn(3, 2, **F64), bridge._given(chain.half, None), 0.3)
+            torch.testing.assert_close(law.scale.square(), (0.3 * (then - now)).expand_as(law.scale), rtol=1e-9, atol=0)
+
+
+def as_ipf_learns_it(bridge):
+    """The same chains, in steps whose variances are numbers of a table."""
+    for forward in (True, False):
+        chain = bridge._chain(forward)
+        x, given = torch.zeros(1, bridge.dim, **F64), bridge._given(chain.half, None)
+        steps = list(zip(chain.times[:-1], chain.times[1:]))
+        scales = [chain.half.step(now, then, x, given, bridge.epsilon).scale[0] for now, then in steps]
+        chain.half.take_steps(chain.times)
+        units = bridge.epsilon * chain.times.diff()[:, None]
+        chain.half.step_logs = (torch.stack(scales).square() / units).log()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_steps_out_of_a_table_are_the_gaussian_bridge_s(schedule):
+    bridge, exact = between_gaussians(chain_steps=5, schedule=schedule)
+    as_ipf_learns_it(bridge)
+    draws = bridge().draws((40,))
+    law = MultivariateNormal(exact.mean1, exact.cov1)
+    torch.testing.assert_close(draws.log_q, law.log_prob(draws.value), rtol=1e-8, atol=1e-8)
+    bridge.chain_steps = 500  # shorter steps have the reference's variance
+    chain = bridge._chain(True)
+    logs = torch.stack([chain.half._step_log(now, then) for now, then in zip(chain.times[:-1], chain.times[1:])])
+    share = 5 / 500 if schedule == "constant" else 0.1
+    assert float(logs.abs().max()) <= share * float(chain.half.step_logs.abs().max()) + 1e-12
+
+
+@pytest.mark.parametrize("matched", [False, True])
+def test_ipf_leaves_the_gaussian_bridge_as_it_is_in_three_steps(matched):
+    # what F would learn from B's paths is F: means and variances. The published goals would move both
+    bridge, exact = between_gaussians(chain_steps=3, schedule="constant", source_cov=4 * torch.eye(3, **F64))
+    as_ipf_learns_it(bridge)
+    num, half = 40_000, bridge.ahead
+    x, given = MultivariateNormal(exact.mean1, exact.cov1).sample((num,)), bridge._given(half, None)
+    paths = reversed_paths(bridge._chain(False), x, bridge._given(bridge.back, None), None, matched)
+    known = half.step_logs.clone()
+    gap = (measured_steps(half, paths, bridge._given, exact.epsilon) - known).abs().max() / (2 / num) ** 0.5
+    assert gap < 4.5  # the paths are the same in both cases
+    scores = []
+    for k, (now, then) in enumerate(zip(paths.times[:-1], paths.times[1:])):
+        law = half.step(now, then, paths.states[k], given, exact.epsilon)
+        miss = (paths.goals[k] @ half.basis - law.mean) / law.scale
+        state = (paths.states[k] - paths.states[k].mean(0)) / paths.states[k].std(0)
+        scores += [miss.mean(0) * num**0.5, (miss.T @ state / num**0.5).flatten()]
+    worst = float(torch.cat(scores).detach().abs().max())
+    assert worst > 20 if matched else worst < 4.5
+
+
+@pytest.mark.slow
+def test_ipf_in_four_steps_goes_through_the_exact_iterates():
+    # from N(0, 1) to N(0, 9): the published steps, fitted without error, would leave a variance of the end far off
+    source, target = (MultivariateNormal(torch.zeros(1), torch.eye(1) * v) for v in (1.0, 9.0))
+    one = torch.eye(1, **F64)
+    exact = gaussian_ipf(gaussian_bridge(0 * one[0], one, 0 * one[0], 9 * one, epsilon=1.0), 3)[::2]
+    bridge, found = DSB(1, epsilon=1.0, method="ipf", chain_steps=4, hidden=(32, 32)), []
+
+    def keep(_):
+        x0, x1 = bridge.coupling(20_000)
+        found.append(torch.cat([x0, x1], 1).T.cov())
+
+    bridge.fit(target, source, num_iterations=3, num_steps=500, on_iteration=keep, progress=False)
+    for covariance, plan in zip(found, exact):
+        assert abs(float(covariance[1, 1] / plan.cov1) - 1) < 0.06
+        assert abs(float(covariance[0, 1] / plan.cross) - 1) < 0.06
 
 
 @pytest.mark.parametrize("method", ["imf", "ipf"])
