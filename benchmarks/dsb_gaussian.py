@@ -51,10 +51,10 @@ class Unguided(DSB):
 def forget(half: HalfBridge) -> None:
     """Unit gain, no means, unit scale of the input at every time: the end expected is x, its variance the reference's.
 
-    With unit gain the reference's spread is one in these units, so the table of variances starts there for IPF too.
+    The axes stay, along which variances are measured later: the networks' start does not depend on them.
     """
     like = half.gain
-    half.basis, half.gain = torch.eye(len(like)).to(like), torch.ones_like(like)
+    half.gain = torch.ones_like(like)
     half.begin_location, half.ahead_location = torch.zeros_like(like), torch.zeros_like(like)
     half.variances = torch.tensor([[1.0], [2.0], [1.0]]).to(like).expand(3, len(like)).clone()
     half.log_spread = like.new_zeros(NUM_KNOTS, len(like))

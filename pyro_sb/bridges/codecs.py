@@ -1,5 +1,6 @@
 """What stands between data and latents: the contract of a codec, its checks, and a user's own pair."""
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -163,6 +164,11 @@ class PairCodec(Codec):
         log_abs_det: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(latent_dim, data_dim)
+        if latent_dim > data_dim:
+            raise ValueError(
+                f"latent_dim must be at most the data's rank, which is at most data_dim, got {latent_dim} and "
+                f"{data_dim}. Write a narrower encoder."
+            )
         if bijective and (log_abs_det is None or data_dim != latent_dim):
             raise ValueError(
                 f"a bijective pair needs log_abs_det and equal sizes, got {'one' if log_abs_det else 'none'} and "
@@ -251,9 +257,10 @@ def shaped(name: str, x: Tensor, size: int | None) -> Tensor:
 
 
 def numerical_rank(rows: Tensor) -> int:
-    """Rank of centred rows up to rounding."""
+    """Rank of centred rows up to rounding, which is a matrix of independent errors of ten units in the last place."""
     values = torch.linalg.svdvals((rows - rows.mean(0)).double())
-    return int((values > values[0] * max(rows.shape) * torch.finfo(rows.dtype).eps).sum())
+    rounding = 10 * torch.finfo(rows.dtype).eps * float(rows.abs().max())
+    return int((values > rounding * sum(math.sqrt(n) for n in rows.shape)).sum())
 
 
 def check_rank(latent_dim: int, rows: Tensor) -> None:

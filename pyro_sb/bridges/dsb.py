@@ -35,8 +35,9 @@ class DSB(DSBState):
     **Method.** ``"imf"`` (default), iterative Markovian fitting: regress both ends on Brownian bridges between pairs,
     redraw the pairs with the chains, repeat. Both marginals are kept, and the coupling converges. ``"ipf"``, iterative
     proportional fitting: each chain learns to reverse the other, whose first is the noising reference: its first
-    forward chain is the score model. Its steps are learnt by likelihood, means and variances: between Gaussians a step
-    is then reversed exactly, and the iterates are those of IPF for any K. The published steps, whose variance stays the
+    forward chain is the score model. Means and variances of its steps are learnt: where the ends are Gaussian with
+    covariances that commute, each step is then reversed exactly, and the iterates are those of IPF for any K; where
+    they do not, the bridge still is a fixed point. The published steps, whose variance stays the
     reference's (``variance="reference"``), are biased at small K, and the bias grows with every iteration: 12 of them
     are off by 1.9 after twenty iterations where learnt ones are off by .34 (W2, `benchmarks/results/dsb_planar.txt`).
     Small epsilon needs many iterations, which IMF does not, and each adds the networks' errors: large batches pay.
@@ -186,7 +187,7 @@ class DSB(DSBState):
 
         Args:
             num_paths: How many, for each context.
-            num_steps: Steps of each; between the times of its K steps IPF's drift is interpolated by the network.
+            num_steps: Steps of each; only K of them are IPF's chain: between, its means and variances are interpolated.
             context: Shape ``(*batch_shape, context_dim)``.
         """
         self.like()

@@ -29,9 +29,9 @@ def measured_steps(
 ) -> Tensor:
     r"""Log variances of each step given the state before it, in units of the reference's. Shape ``(K, dim)``.
 
-    With these and the regressed means, a half is the Gaussian chain of greatest likelihood on the paths. Between
-    Gaussians it is their reversal, for any number of steps; with the reference's own variance it is that only in the
-    limit of many.
+    With these and the regressed means the moments of each step are those of the paths, in the directions of the
+    half's basis. Between Gaussians whose covariances commute that is their reversal, for any number of steps; with the
+    reference's own variance it is that only in the limit of many.
     """
     known, logs = given(half, paths.context), []
     for u, then, x, ahead in zip(paths.times[:-1], paths.times[1:], paths.states[:-1], paths.states[1:]):

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class DSBState(Bridge):
         embedding: nn.Module | None = None,
     ) -> None:
         super().__init__(dim, context_dim)
-        if not 0 < epsilon < math.inf:
+        if not 0 < (float(epsilon) if isinstance(epsilon, SupportsFloat) else math.nan) < math.inf:
             raise ValueError(
                 f"epsilon must be positive and finite, got {epsilon}. Write the variance of the reference over [0, 1]."
             )
@@ -53,8 +53,11 @@ class DSBState(Bridge):
         check_choice("method", method, METHODS)
         steps, grid = DEFAULT_STEPS[method]
         chain_steps, schedule = steps if chain_steps is None else chain_steps, schedule or grid
-        if chain_steps < 1 or not hidden:
-            raise ValueError(f"chain_steps must be at least 1 and hidden name a layer, got {chain_steps} and {hidden}.")
+        if chain_steps < 1 or chain_steps != int(chain_steps) or not hidden:
+            raise ValueError(
+                "chain_steps must be a whole number, at least 1, and hidden name a layer, "
+                f"got {chain_steps} and {hidden}."
+            )
         check_choice("schedule", schedule, SCHEDULES)
         check_choice("variance", variance, VARIANCES)
         self.epsilon, self.method, self.chain_steps = float(epsilon), method, int(chain_steps)

@@ -62,7 +62,7 @@ class LawEnd:
         return Batch(self.units.to(self.law.sample((num,)).to(self.units.location)))
 
     def held_out(self, num: int) -> Batch:
-        """Draws set aside at the first call."""
+        """Draws set aside at the first call; new ones where more are asked for than ever."""
         if self._judge is None or len(self._judge.points) < num:
             self._judge = self.batch(num)
         return Batch(self._judge.points[:num])

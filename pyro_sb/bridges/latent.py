@@ -278,6 +278,13 @@ class LatentBridge(Bridge):
         z = self._encode(x)
         return self._fitted().redraw_rows(z, context) - self.codec.log_abs_det(z)
 
+    def path_log_prob(self, x: Any, context: Any = None, num_paths: int = 16) -> Tensor:
+        """The inner bridge's, where it has one, at the latents of x ``(*, dim)``, less the log determinant ``(*)``."""
+        if not self.codec.bijective:
+            raise NotImplementedError(f"{self.describe()} has no density of its draws. {self.density_hint}")
+        z = self._encode(x)
+        return self._own("path_log_prob")(z, context, num_paths) - self.codec.log_abs_det(z)
+
     def proposal_law(self) -> PathLaw:
         """The inner bridge's, decoded."""
         law = self._fitted().proposal_law()

@@ -8,7 +8,7 @@ from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import as_draws
 from pyro_sb.bridges.codec_transform import encoded
-from pyro_sb.bridges.codecs import Codec, check_pair, shaped
+from pyro_sb.bridges.codecs import Codec, check_pair, numerical_rank, shaped
 from pyro_sb.bridges.ends import read_source
 from pyro_sb.bridges.mixture_checks import check_law
 
@@ -25,13 +25,19 @@ def target_rows(target: Any, size: int | None, num_draws: int) -> Tensor:
 
 
 def latent_rows(codec: Codec, draws: Tensor) -> Tensor:
-    """The target's latents ``(N, latent_dim)``; refused where the codec does not fit the draws, or one says nothing."""
+    """The target's latents ``(N, latent_dim)``; refused where the codec does not fit the draws, or some say nothing."""
     z = check_pair(codec, shaped("target", draws, codec.data_dim))
     still = z.amax(0) - z.amin(0) <= 10 * torch.finfo(z.dtype).eps * z.abs().amax(0)
     if bool(still.any()):
         raise ValueError(
             f"latents must vary along every axis, got constant latents {still.nonzero().flatten().tolist()} of "
             f"{z.shape[1]} on {len(z)} rows. Lower latent_dim, or train the encoder so that it uses them."
+        )
+    rank = numerical_rank(z)
+    if rank < z.shape[1]:
+        raise ValueError(
+            f"latent_dim must be at most the data's rank, got {z.shape[1]} latents that span {rank} directions on "
+            f"{len(z)} rows. Write latent_dim={rank} or fewer, or fit the codec on rows like these."
         )
     return z
 

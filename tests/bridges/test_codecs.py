@@ -68,6 +68,17 @@ def test_the_residual_fills_the_dropped_directions_alone():
     assert torch.equal(fitted(PCACodec(2), x).draw(z), codec.decode(z))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rank_is_told_from_rounding_and_thin_directions_count(dtype):
+    thin = torch.tensor([1.0, 1e-3, 1e-3], dtype=dtype)
+    x = 5 + torch.randn(20_000, 3, dtype=dtype) * thin
+    assert numerical_rank(x) == 3
+    flat = x @ torch.randn(3, 7, dtype=dtype)  # rounded seven times over
+    assert numerical_rank(flat) == 3
+    shares = torch.rand(2000, 4, dtype=dtype)
+    assert numerical_rank(shares / shares.sum(1, keepdim=True)) == 3
+
+
 def test_a_dimension_above_the_rank_is_refused_and_the_rank_named():
     x = rows(rank=3)
     assert numerical_rank(x) == 3

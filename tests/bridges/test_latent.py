@@ -252,6 +252,42 @@ def test_a_codec_that_is_fitted_stays_unless_asked():
     torch.testing.assert_close(codec.location, other.mean(0))
 
 
+@pytest.mark.parametrize(
+    "codec",
+    [
+        lambda: PCACodec(5),  # its pre-training rows have six directions, the target two
+        lambda: PCACodec(6),
+        lambda: PairCodec(nn.Linear(6, 5), nn.Linear(5, 6), 6, 5),
+    ],
+)
+def test_more_latents_than_the_target_has_directions_are_refused(codec):
+    flat = torch.randn(300, 2) @ torch.randn(2, 6)
+    bridge = LatentBridge(codec=codec())
+    options = {} if isinstance(bridge.codec, PairCodec) else {"pretrain": torch.randn(300, 6)}
+    with pytest.raises(ValueError, match=r"got [56] latents that span 2 directions.*latent_dim=2 or fewer"):
+        fitted(bridge, flat, **options)
+
+
+def test_a_pair_with_more_latents_than_data_is_refused():
+    with pytest.raises(ValueError, match="at most data_dim, got 7 and 4"):
+        PairCodec(nn.Linear(4, 7), nn.Linear(7, 4), 4, 7)
+
+
+def test_between_gaussians_the_bound_through_a_bijection_is_the_density():
+    target = rows(4000)
+    bridge = LatentBridge(DSB(2, hidden=(8,), chain_steps=3), PCACodec(2))
+    fitted(bridge, target, num_iterations=1, num_pairs=4000, held_out=0.0)
+    for half in (bridge.bridge.ahead, bridge.bridge.back):  # as before they learnt: exact between the moments
+        half.net.reset()
+        half.log_spread = torch.zeros_like(half.log_spread)
+    law = MultivariateNormal(target.mean(0), target.T.cov(correction=0))
+    x = target[:5]
+    torch.testing.assert_close(bridge.path_log_prob(x, num_paths=1), law.log_prob(x), rtol=0, atol=1e-3)
+    lossy = fitted(LatentBridge(DSB(2, hidden=(8,), chain_steps=3), PCACodec(2)), wide(), num_iterations=1)
+    with pytest.raises(NotImplementedError, match="PCACodec.*lossy"):
+        lossy.path_log_prob(torch.zeros(6))
+
+
 def test_a_codec_of_one_s_own_is_put_into_eval_mode():
     codec = AutoencoderCodec(2)
     codec.encoder = nn.Dropout()
