@@ -40,6 +40,7 @@ from pyro_sb.bridges import (
     PairCodec,
     PCACodec,
     Sampler,
+    SmoothedBridge,
     TailMatched,
 )
 from pyro_sb.bridges.codecs import Codec
@@ -271,6 +272,12 @@ CASES: dict[str, Case] = {
     "DSB": Case(
         lambda: DSB(2, hidden=(64, 64)), {"num_steps": 150, "num_iterations": 2}, {"num_steps": 5, "num_iterations": 1}
     ),
+    "DSB, IPF": Case(
+        lambda: DSB(2, hidden=(64, 64), method="ipf", chain_steps=6),
+        {"num_steps": 150, "num_iterations": 2, "num_pairs": 2000},
+        {"num_steps": 5, "num_iterations": 1, "num_pairs": 500},
+    ),
+    "Smoothed": Case(lambda: SmoothedBridge(2, hidden=(64, 64), path_steps=6), NET, {"num_steps": 5}),
     "KernelLangevin, plain": Case(lambda: KernelLangevinBridge(2, scheme="plain", num_steps=5), {}, {}),
     "Latent, LightSB": Case(latent(light(LightSB), pca), {"solver": "em"}, {"num_steps": 1}),
     "Latent, LightSB, sinh": Case(latent(light(LightSB), stretched), {"solver": "em"}, {"num_steps": 1}),

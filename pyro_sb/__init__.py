@@ -2,9 +2,9 @@
 
 from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.codec_autoencoder import AutoencoderCodec
+from pyro_sb.bridges.codec_pair import PairCodec
 from pyro_sb.bridges.codec_pca import PCACodec
 from pyro_sb.bridges.codec_report import reconstruction_report
-from pyro_sb.bridges.codecs import PairCodec
 from pyro_sb.bridges.dsb import DSB
 from pyro_sb.bridges.kernel_langevin import KernelLangevinBridge
 from pyro_sb.bridges.latent import LatentBridge

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from zuko.nn import MLP
 
 from pyro_sb.bridges.codec_report import SHARE, choose_dim
-from pyro_sb.bridges.codecs import Codec, shaped
+from pyro_sb.bridges.codec_rows import shaped
+from pyro_sb.bridges.codecs import Codec
 from pyro_sb.training import FitHistory, train
 
 NUM_CHECKS, PATIENCE, HELD_OUT = 40, 8, 0.1

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from pyro_sb.bridges.codec_report import SHARE, ReconstructionReport, parted
-from pyro_sb.bridges.codecs import Codec, numerical_rank, shaped
+from pyro_sb.bridges.codec_rows import numerical_rank, shaped
+from pyro_sb.bridges.codecs import Codec
 from pyro_sb.training import FitHistory
 
 

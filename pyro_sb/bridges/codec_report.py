@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pyro_sb.bridges.base import as_weights
-from pyro_sb.bridges.codecs import Codec, as_rows, numerical_rank
+from pyro_sb.bridges.codec_rows import as_rows, numerical_rank
+from pyro_sb.bridges.codecs import Codec
 
 SHARE = 0.95  # of the variance, that a chosen dimension explains
 HELD_OUT = 0.2

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pyro_sb.bridges.dsb_chain import log_ratio
-from pyro_sb.bridges.dsb_fit import DSBOptions, fit_dsb
+from pyro_sb.bridges.dsb_fit import fit_dsb
 from pyro_sb.bridges.dsb_half import LATEST, Given
+from pyro_sb.bridges.dsb_options import DSBOptions
 from pyro_sb.bridges.dsb_state import DSBState
 from pyro_sb.bridges.plan import chunked
 from pyro_sb.distributions import Draws

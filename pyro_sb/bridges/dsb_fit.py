@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,58 +23,17 @@ from pyro_sb.bridges.dsb_data import (
 )
 from pyro_sb.bridges.dsb_half import Given, HalfBridge
 from pyro_sb.bridges.dsb_measure import measured_spread, measured_steps
+from pyro_sb.bridges.dsb_options import DSBOptions
 from pyro_sb.bridges.dsb_source import SourceReading, read_source_law
 from pyro_sb.bridges.dsb_state import DSBState
 from pyro_sb.bridges.ends import Batch
 from pyro_sb.bridges.vsdm_checkpoint import fingerprint, on_device, unfinished, write
 from pyro_sb.bridges.vsdm_data import Reading, Rows, read_pairs
-from pyro_sb.bridges.vsdm_state import check_choice
 from pyro_sb.training import FitHistory, random_state, set_random_state, train
 
 NUM_JUDGES = 2048  # pairs or paths that a phase is judged by
 NUM_CHECKS, PATIENCE = 20, 8
 SMALL_EPSILON = 1e-3  # in units of the target's variance
-PAIRS, LOSSES, REFERENCES = ("independent", "sinkhorn"), ("mean", "drift"), ("brownian", "ou")
-
-
-class DSBOptions(NamedTuple):
-    """How a fit is to learn; as in `DSB.fit`."""
-
-    num_iterations: int
-    num_steps: int
-    batch_size: int
-    learning_rate: float
-    ema: float | None
-    num_draws: int
-    num_pairs: int
-    pairs: str
-    loss: str
-    reference: str
-    warm_start: bool
-    refresh: int
-    progress: bool
-    checkpoint: str | Path | None
-
-    def check(self, context_dim: int, method: str) -> None:
-        """Refuse what no fit can use."""
-        counts = {name: getattr(self, name) for name in ("num_iterations", "num_steps", "batch_size", "refresh")}
-        counts |= {"num_draws": self.num_draws - 1, "num_pairs": self.num_pairs - 1}
-        bad = [name for name, value in counts.items() if value < 1]
-        if bad:
-            raise ValueError(
-                f"{bad[0]} must be at least {1 + bad[0].endswith(('draws', 'pairs'))}, got {getattr(self, bad[0])}."
-            )
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema must lie in [0, 1), got {self.ema}. Write None for no average.")
-        check_choice("pairs", self.pairs, PAIRS)
-        check_choice("loss", self.loss, LOSSES)
-        check_choice("reference", self.reference, REFERENCES)
-        if self.pairs == "sinkhorn" and context_dim:
-            raise ValueError('pairs must be "independent" where there is a context, got "sinkhorn": it mixes contexts.')
-        if self.reference == "ou" and method != "ipf":
-            raise ValueError('reference "ou" needs method="ipf", got "imf", whose bridges are Brownian.')
 
 
 def fit_dsb(

@@ -7,8 +7,10 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import as_draws
+from pyro_sb.bridges.codec_checks import check_pair
+from pyro_sb.bridges.codec_rows import numerical_rank, shaped
 from pyro_sb.bridges.codec_transform import encoded
-from pyro_sb.bridges.codecs import Codec, check_pair, numerical_rank, shaped
+from pyro_sb.bridges.codecs import Codec
 from pyro_sb.bridges.ends import read_source
 from pyro_sb.bridges.mixture_checks import check_law
 

@@ -9,7 +9,8 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from pyro_sb.bridges import AutoencoderCodec, Codec, PairCodec, PCACodec, reconstruction_report
-from pyro_sb.bridges.codecs import check_pair, numerical_rank
+from pyro_sb.bridges.codec_checks import check_pair
+from pyro_sb.bridges.codec_rows import numerical_rank
 
 F64 = {"dtype": torch.float64}
 

@@ -10,9 +10,10 @@ from torch.distributions import MultivariateNormal
 
 from pyro_sb.bridges import DSB, SGM, Bridge
 from pyro_sb.bridges.dsb_data import ReferenceChain, reversed_paths, sinkhorn_pairs
-from pyro_sb.bridges.dsb_fit import DSBOptions, Fit
+from pyro_sb.bridges.dsb_fit import Fit
 from pyro_sb.bridges.dsb_half import Guide
 from pyro_sb.bridges.dsb_measure import measured_steps
+from pyro_sb.bridges.dsb_options import DSBOptions
 from pyro_sb.bridges.dsb_source import read_source_law
 from pyro_sb.bridges.vsdm_data import read_pairs
 from pyro_sb.ops.brownian import SCHEDULES

@@ -8,8 +8,8 @@ import torch
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 from pyro_sb.bridges import DSB, SGM, VSDM, KernelLangevinBridge, LightSB, LightSBBM, LightSBM, Sampler, TailMatched
+from pyro_sb.bridges.codec_pair import PairCodec
 from pyro_sb.bridges.codec_pca import PCACodec
-from pyro_sb.bridges.codecs import PairCodec
 from pyro_sb.bridges.held_law import HeldSources, MappedLaw
 from pyro_sb.bridges.latent import LatentBridge
 from pyro_sb.infer.bridge_moves import ProposalMove, choose

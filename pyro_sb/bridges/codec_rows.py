@@ -1,0 +1,46 @@
+"""Rows that a codec is fitted on: their shape and rank."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def as_rows(x: Any) -> Tensor:
+    """Rows ``(N, d)`` of finite floating numbers, at least two."""
+    rows = torch.as_tensor(x)
+    rows = rows if rows.is_floating_point() else rows.to(torch.get_default_dtype())
+    if rows.dim() != 2 or len(rows) < 2 or not rows.shape[1]:
+        raise ValueError(
+            f"a codec is fitted on rows of shape (N, data_dim), N at least 2, got {tuple(rows.shape)}. "
+            "Flatten each row."
+        )
+    bad = int((~torch.isfinite(rows)).any(1).sum())
+    if bad:
+        raise ValueError(f"rows must be finite, got NaN or infinity in {bad} of {len(rows)}. Remove them.")
+    return rows.detach()
+
+
+def shaped(name: str, x: Tensor, size: int | None) -> Tensor:
+    """The tensor, if its last axis has this size."""
+    if x.dim() == 0 or x.shape[-1] != size:
+        raise ValueError(f"{name} must have shape (*, {size}), got {tuple(x.shape)}.")
+    return x
+
+
+def numerical_rank(rows: Tensor) -> int:
+    """Rank of centred rows up to rounding, which is a matrix of independent errors of ten units in the last place."""
+    values = torch.linalg.svdvals((rows - rows.mean(0)).double())
+    rounding = 10 * torch.finfo(rows.dtype).eps * float(rows.abs().max())
+    return int((values > rounding * sum(math.sqrt(n) for n in rows.shape)).sum())
+
+
+def check_rank(latent_dim: int, rows: Tensor) -> None:
+    """Refuse more latents than the data have directions."""
+    if latent_dim > min(rows.shape) or latent_dim > numerical_rank(rows):
+        raise ValueError(
+            f"latent_dim must be at most the data's rank, got {latent_dim} for {len(rows)} rows of {rows.shape[1]} "
+            f"numbers with numerical rank {numerical_rank(rows)}. Write latent_dim={numerical_rank(rows)} or fewer, "
+            "and drop constant columns where a density is needed."
+        )
