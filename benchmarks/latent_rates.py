@@ -331,14 +331,15 @@ W2          of decoded draws, exact, {EXACT:,} a side, in R^{AMBIENT}; sliced W2
             with the floor of as many exact draws taken out: sign(e) sqrt|e|, e = score^2 - floor^2; negative is below
             the floor. A sliced distance sees lines alone, where rows are n^(-1/2) away whatever the dimension"""
 READING = """
-Reading (one seed).
-(a) The theorem's order in d* is seen: at one n the path error is larger the more latents there are. Its slope is met
-within the standard error at d* = 2, is exceeded at d* = 4 (it is an upper bound), and is not seen at d* = 8, where from
-1,000 rows on the error is the network's: with fresh rows at every update, 3,000 updates leave 1.2. At d* = 2 and 4 the
-curves flatten at the network's error too (.19, .31); what is above it falls nearly as n^(-1/2), faster than the
-theorem. W2 of draws agrees in order, but its floor at 1,000 draws is as large as the errors, so its slopes say little.
-Draws are nearer to the law than the rows learnt from are with up to 1,000 rows at d* = 4 and 316 at d* = 8, and further
-with more: this net and budget then do worse than the rows themselves. At d* = 2 they are never clearly nearer.
+Reading (three seeds).
+(a) The theorem's order in d* is seen: at one n the path error is larger the more latents there are. Its slope, an upper
+bound, is exceeded at d* = 4 and met within the standard error at d* = 8, there by the first three sizes alone: from
+1,000 rows on the error is the network's, as with fresh rows at every update 3,000 updates leave 1.2. At d* = 2 the
+curve flattens at the network's error (.18) from 1,000 rows on, so its raw slope, -.16, is below the theorem's -.25;
+what is above the network's falls as n^(-.28), and at d* = 4 nearly as n^(-1/2), faster than the theorem. W2 of draws
+agrees in order, but its floor at 1,000 draws is as large as the errors, so its slopes say little. Draws are nearer to
+the law than the rows learnt from are with up to 1,000 rows at d* = 4 and 316 at d* = 8, and further with more: this net
+and budget then do worse than the rows themselves. At d* = 2 they are never clearly nearer.
 (b) With the exact score 20 geometric steps reach .04 sd, which the uniform grid does not with 160; 80 are within noise
 of exact. Uniform steps leave the noise of their last step, epsilon / N in variance. The denoising step matters there
 alone: the geometric grid ends at a hundredth of a sd anyway. A small epsilon is easier: at 4 variances 40 uniform steps

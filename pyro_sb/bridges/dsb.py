@@ -38,10 +38,11 @@ class DSB(DSBState):
     proportional fitting: each chain learns to reverse the other, whose first is the noising reference: its first
     forward chain is the score model. Means and variances of its steps are learnt: where the ends are Gaussian with
     covariances that commute, each step is then reversed exactly, and the iterates are those of IPF for any K; where
-    they do not, the bridge still is a fixed point. The published steps, whose variance stays the
-    reference's (``variance="reference"``), are biased at small K, and the bias grows with every iteration: 12 of them
-    are off by 1.9 after twenty iterations where learnt ones are off by .34 (W2, `benchmarks/results/dsb_planar.txt`).
-    Small epsilon needs many iterations, which IMF does not, and each adds the networks' errors: large batches pay.
+    they do not, the bridge still is a fixed point. The published steps, whose variance stays the reference's
+    (``variance="reference"``), are biased where the ends differ in scale, and drift on: from N(0, I) to eight Gaussians
+    at epsilon .4, twelve of them are off by 1.47 (W2, floor .29) after twenty iterations, learnt ones by .35
+    (`benchmarks/results/dsb_short.txt`). Small epsilon needs many iterations, which IMF does not, and each adds the
+    networks' errors: large batches pay.
 
     Networks start at the Gaussian Schrödinger bridge between the ends' moments (`pyro_sb.bridges.dsb_half`); this
     does not change what is fitted, as the reference stays Brownian in the user's coordinates.
