@@ -270,14 +270,15 @@ READING = """
 Reading (three seeds; published steps one). From entropic pairs IMF is below the published DSB and DSBM-IMF on all
 four pairs, at 30 s a fit, and below all that is published but light bridges on N -> moons and N -> s-curve, and on
 moons -> 8gaussians, whose published rows are at an epsilon of their own; from independent pairs it is below DSB
-everywhere, and level with DSBM-IMF within its spread. IPF at the same 6,000 updates is below the published DSB on
-the s-curve and moons -> 8gaussians alone: the published DSB had 20 iterations of 10,000 updates for each chain.
-"Longer", 12,000 larger updates, is below it on three pairs and level on N -> moons (.198 for .190 +- .049), at four
-times IMF's time and behind IMF on each pair; seeds differ, .27 to .47 on the 8 gaussians, by how much mass the
-modes get. Learning the variances of IPF's steps brings its two directions together: on N -> 8gaussians the cross
-gap falls from .14 to .03 of a floor of .02, and path weights rise from .48 to .62 of the draws (.72 longer, .78 to
-.81 by IMF); its W2 gains on N -> moons and on the other pairs does not. For IMF forward and backward agree within
-.01 to .05. 50 triangular steps gain over 20 equal ones where the target is thin, s-curve and moons.
+everywhere, level with DSBM-IMF within its spread on the first two pairs, below on the others. IPF at the same 6,000
+updates is below the published DSB on the s-curve and moons -> 8gaussians alone: the published DSB had 20 iterations
+of 10,000 updates for each chain. "Longer", 12,000 larger updates, is below it on three pairs and level on N ->
+moons (.198 for .190 +- .049), at four times IMF's time and behind IMF from entropic pairs on each; seeds differ,
+.27 to .47 on the 8 gaussians, by how much mass the modes get. Learning the variances of IPF's steps brings its two
+directions together: on N -> 8gaussians the cross gap falls from .14 to .03 of a floor of .02, and path weights rise
+from .48 to .62 of the draws (.72 longer, .78 to .81 by IMF); on seed 0, which the published steps had, its W2 is
+lower on all four pairs (.33, .30, .38, .21 for .38, .47, .46, .23). For IMF forward and backward agree within .01
+to .05. 50 triangular steps gain over 20 equal ones where the target is thin, s-curve and moons.
 """
 
 

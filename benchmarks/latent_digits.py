@@ -362,20 +362,20 @@ longer falls, and latent bridges and codecs make 3,000 updates at most, so the s
 are the bound of the row above. Mean +- sd over seeds (split, fit).
 """
 READING = """Reading (three seeds). A latent bridge wins on C2ST and Frechet distance on each seed, with the default
-inner bridge not always on MMD^2, and misses C2ST .60. Its reconstructions are at .56, so the bridge loses most of it:
-1,200 rows are few for a denoiser in 12 dimensions, more updates (11,000, run apart) score .66 as well, and 20, 60 and
-200 steps of the sampler are alike. One cloud of draws differs from the next of the same bridge by some .03 in C2ST
-small (its rows at 20 steps). LightSB inside is better on every score in a sixth of the bridge's time, and still
-misses the goal. Its 20 components, and the 3,000 updates, were chosen on seed 0 by C2ST small (seven mixtures tried:
-.62 to .68); the other seeds had no part in it. Tried apart on seed 0, two clouds each, C2ST small: a VSDM inside .62
-and .64, the smoothed bridge .66 and .63, LightSB .64 and .63; latent noise .3 and .5 in place of .1 makes all three
-worse (.64 to .72). Components, 8 or 16, lose to data space in C2ST small, as their reconstructions do: what is
-dropped leaves greys where digits have none. On Frechet distance PCA-16 beats data space, PCA-8 does not. At 8 s the
-autoencoder's bridge is no better than a Gaussian of the latents: its fit stopped after 8 of 40 checks that did not
-improve on the start, so it took 2.6 s, and loses to data space on MMD^2 and Frechet distance. No row is learnt by
-heart (LightSB's draws are 5 % nearer to the training images than test images are); data space is far from them for
-another reason: its draws are no digits. Seconds are of a machine shared with other work, perhaps twice what they are
-on a quiet one. C2ST only where it says, for want of time.
+inner bridge not always on MMD^2, and misses C2ST .60. Its reconstructions are at .56 (one seed), so the bridge loses
+most of it: 1,200 rows are few for a denoiser in 12 dimensions, more updates (11,000, run apart) score .66 as well,
+and 20, 60 and 200 steps of the sampler are alike. One cloud of draws differs from the next of the same bridge by some
+.03 in C2ST small (its rows at 20 steps). LightSB inside is better on C2ST, MMD^2, Frechet distance, W2 and confidence
+in a sixth of the bridge's time, and still misses the goal. Its 20 components, and the 3,000 updates, were chosen on
+seed 0 by C2ST small (seven mixtures tried: .62 to .68); the other seeds had no part in it. Tried apart on seed 0, two
+clouds each, C2ST small: a VSDM inside .62 and .64, the smoothed bridge .66 and .63, LightSB .64 and .63; latent noise
+.3 and .5 in place of .1 makes all three worse (.64 to .72). Components, 8 or 16, lose to data space in C2ST small, as
+their reconstructions do: what is dropped leaves greys where digits have none. On Frechet distance PCA-16 beats data
+space, PCA-8 not at 60 s. At 8 s the autoencoder's bridge is no better than a Gaussian of the latents: its fit stopped
+after 8 of 40 checks that did not improve on the start, so it took 2.6 s, and is no better than data space on MMD^2
+and Frechet distance. No row is learnt by heart (LightSB's draws are 5 % nearer to the training images than test
+images are); data space is far from them for another reason: its draws are no digits. Seconds are of a machine shared
+with other work, perhaps twice what they are on a quiet one. C2ST only where it says, for want of time.
 """
 
 

@@ -332,22 +332,24 @@ W2          of decoded draws, exact, {EXACT:,} a side, in R^{AMBIENT}; sliced W2
             the floor. A sliced distance sees lines alone, where rows are n^(-1/2) away whatever the dimension"""
 READING = """
 Reading (three seeds).
-(a) The theorem's order in d* is seen: at one n the path error is larger the more latents there are. Its slope, an upper
-bound, is exceeded at d* = 4 and met within the standard error at d* = 8, there by the first three sizes alone: from
-1,000 rows on the error is the network's, as with fresh rows at every update 3,000 updates leave 1.2. At d* = 2 the
-curve flattens at the network's error (.18) from 1,000 rows on, so its raw slope, -.16, is below the theorem's -.25;
-what is above the network's falls as n^(-.28), and at d* = 4 nearly as n^(-1/2), faster than the theorem. W2 of draws
-agrees in order, but its floor at 1,000 draws is as large as the errors, so its slopes say little. Draws are nearer to
-the law than the rows learnt from are with up to 1,000 rows at d* = 4 and 316 at d* = 8, and further with more: this net
-and budget then do worse than the rows themselves. At d* = 2 they are never clearly nearer.
-(b) With the exact score 20 geometric steps reach .04 sd, which the uniform grid does not with 160; 80 are within noise
-of exact. Uniform steps leave the noise of their last step, epsilon / N in variance. The denoising step matters there
-alone: the geometric grid ends at a hundredth of a sd anyway. A small epsilon is easier: at 4 variances 40 uniform steps
-do what 20 geometric ones do. (In the picture what lies below the floor is drawn at .001.)
+(a) The theorem's order in d* is seen: at one n the path error is larger the more latents there are. Its slope, an
+upper bound, is exceeded at d* = 4, and at d* = 8 by the first three sizes (some -.2): from 1,000 rows on the error
+there is the network's, as with fresh rows at every update 3,000 updates leave 1.2, and over all five the slope is
+-.07. At d* = 2 the curve flattens near the network's error (.18) from 1,000 rows on, so its raw slope, -.16, is below
+the theorem's -.25; what is above the network's falls as n^(-.28), and at d* = 4 nearly as n^(-1/2), faster than the
+theorem. W2 of draws agrees in order, but its floor at 1,000 draws is as large as the errors, so its slopes say
+little. Draws are nearer to the law than the rows learnt from are with up to 1,000 rows at d* = 4 and 316 at d* = 8,
+and further with more: this net and budget then do worse than the rows themselves. At d* = 2 they are never clearly
+nearer.
+(b) With the exact score 20 geometric steps reach .04 sd, which the uniform grid does not with 160; 80 leave .009, 160
+nothing that is seen. Uniform steps leave the noise of their last step, epsilon / N in variance. The denoising step
+matters there alone: the geometric grid ends at a hundredth of a sd anyway. A small epsilon is easier: at 4 variances
+40 uniform steps do nearly what 20 geometric ones do. (In the picture what lies below the floor is drawn at .001.)
 (c) 200 rows bring the reconstruction error near to that of 5,000; from there on the bridge of 2,000 rows is what is
 wrong (sliced .02 against .01). The theorem asks for M > n^(2 beta (d + 2) / (d* + 2 beta)) = n^22 rows here.
 (d) A shift is paid in full: from one sd on, the bridge's error is that of the reconstructions, which nothing in the
-latent space can see. On its own data the codec stays as good as before: compute the error on the target's rows."""
+latent space can see. On its own data the codec stays as good as before: compute the error on the target's rows.
+"""
 
 
 def arguments() -> argparse.Namespace:

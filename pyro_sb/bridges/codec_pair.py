@@ -109,4 +109,4 @@ class PairCodec(Codec):
             raise ValueError(
                 f"{name} must return shape {(len(rows), *shape)} for {tuple(rows.shape)}, got {came}: {pair}."
             )
-        return out.reshape(*x.shape[:-1], *shape)
+        return out.reshape((*x.shape[:-1], *shape))

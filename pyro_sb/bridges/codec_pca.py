@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_sb.bridges.codec_report import SHARE, ReconstructionReport, parted
-from pyro_sb.bridges.codec_rows import numerical_rank, shaped
+from pyro_sb.bridges.codec_rows import advice, numerical_rank, shaped
 from pyro_sb.bridges.codecs import Codec
 from pyro_sb.training import FitHistory
 
@@ -122,7 +122,7 @@ def _smallest(rows: Tensor, weights: Tensor, share: float = SHARE) -> int:
     location, _, vectors = _directions(rows[seen], weights[seen] / weights[seen].sum())
     vectors = vectors[: numerical_rank(rows[seen])]
     if not len(vectors):
-        raise ValueError(f"rows must vary, got {len(seen)} equal ones. Pass other rows.")
+        raise ValueError(f"rows must vary, got {len(seen)} equal ones up to rounding. {advice(0)}.")
     gaps, judge = rows[test] - location, weights[test] / weights[test].sum()
     total = judge @ gaps.square().sum(1)
     left = (total - (judge @ (gaps @ vectors.T).square()).cumsum(0)).clamp(min=0)

@@ -1,10 +1,12 @@
-"""Rows that a codec is fitted on: their shape and rank."""
+"""Rows of data or latents: their shape and rank."""
 
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+UNITS = 3.0  # of rounding, that a direction must exceed
 
 
 def as_rows(x: Any) -> Tensor:
@@ -30,17 +32,25 @@ def shaped(name: str, x: Tensor, size: int | None) -> Tensor:
 
 
 def numerical_rank(rows: Tensor) -> int:
-    """Rank of centred rows up to rounding, which is a matrix of independent errors of ten units in the last place."""
-    values = torch.linalg.svdvals((rows - rows.mean(0)).double())
-    rounding = 10 * torch.finfo(rows.dtype).eps * float(rows.abs().max())
-    return int((values > rounding * sum(math.sqrt(n) for n in rows.shape)).sum())
+    """Rank of centred rows up to rounding: each column in units of the last place of its largest number."""
+    exact = rows.double()
+    unit = torch.finfo(rows.dtype).eps * exact.abs().amax(0)
+    values = torch.linalg.svdvals((exact - exact.mean(0)) / torch.where(unit > 0, unit, 1.0))
+    return int((values > UNITS * sum(math.sqrt(n) for n in rows.shape)).sum())
+
+
+def advice(rank: int) -> str:
+    """What to write where more latents are asked for than there are directions."""
+    if rank == 0:
+        return "Rows vary by no more than their rounding: subtract offsets, rescale, or pass float64"
+    return f"Write latent_dim={rank} or fewer"
 
 
 def check_rank(latent_dim: int, rows: Tensor) -> None:
     """Refuse more latents than the data have directions."""
     if latent_dim > min(rows.shape) or latent_dim > numerical_rank(rows):
+        rank = numerical_rank(rows)
         raise ValueError(
             f"latent_dim must be at most the data's rank, got {latent_dim} for {len(rows)} rows of {rows.shape[1]} "
-            f"numbers with numerical rank {numerical_rank(rows)}. Write latent_dim={numerical_rank(rows)} or fewer, "
-            "and drop constant columns where a density is needed."
+            f"numbers with numerical rank {rank}. {advice(rank)}, and drop constant columns where a density is needed."
         )

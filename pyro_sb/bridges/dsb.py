@@ -39,8 +39,8 @@ class DSB(DSBState):
     forward chain is the score model. Means and variances of its steps are learnt: where the ends are Gaussian with
     covariances that commute, each step is then reversed exactly, and the iterates are those of IPF for any K; where
     they do not, the bridge still is a fixed point. The published steps, whose variance stays the reference's
-    (``variance="reference"``), are biased where the ends differ in scale, and drift on: from N(0, I) to eight Gaussians
-    at epsilon .4, twelve of them are off by 1.47 (W2, floor .29) after twenty iterations, learnt ones by .35
+    (``variance="reference"``), are biased where the ends differ in scale: from N(0, I) to eight Gaussians at epsilon
+    .4, twelve of them are off by 1.47 (W2, one seed, its floor .29) after twenty iterations, learnt ones by .35
     (`benchmarks/results/dsb_short.txt`). Small epsilon needs many iterations, which IMF does not, and each adds the
     networks' errors: large batches pay.
 
@@ -50,8 +50,8 @@ class DSB(DSBState):
     **Densities.** ``draws()`` carry the path's log density, log source + sum log F - sum log B, which corrects them
     exactly for any number of steps and any quality of fit, where the source has a density. ``log_prob`` raises. A
     step's variance is one for all states: where the end is much surer at some than at others, more steps, short ones at
-    both ends, give better draws and weights (50 triangular ones for 20 equal ones: .70 for .10 of the draws' number on
-    the oxygen posterior, `benchmarks/results/dsb_oxygen.txt`).
+    both ends, give better draws and weights (50 triangular ones for 20 equal ones: .58 to .71 for .11 to .35 of the
+    draws' number on the oxygen posterior, `benchmarks/results/dsb_oxygen.txt`).
 
     Args:
         dim: Event size.
@@ -189,7 +189,8 @@ class DSB(DSBState):
 
         Args:
             num_paths: How many, for each context.
-            num_steps: Steps of each; only K of them are IPF's chain: between, its means and variances are interpolated.
+            num_steps: Steps of each; only K of them are IPF's chain. Others take the network's means, and shorter steps
+                variances nearer to the reference's.
             context: Shape ``(*batch_shape, context_dim)``.
         """
         self.like()

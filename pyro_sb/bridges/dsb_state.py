@@ -53,7 +53,7 @@ class DSBState(Bridge):
         check_choice("method", method, METHODS)
         steps, grid = DEFAULT_STEPS[method]
         chain_steps, schedule = steps if chain_steps is None else chain_steps, schedule or grid
-        if chain_steps < 1 or chain_steps != int(chain_steps) or not hidden:
+        if not chain_steps >= 1 or chain_steps % 1 != 0 or not hidden:
             raise ValueError(
                 "chain_steps must be a whole number, at least 1, and hidden name a layer, "
                 f"got {chain_steps} and {hidden}."
@@ -110,6 +110,11 @@ class DSBState(Bridge):
         saved = state_dict.get(prefix + "ahead.gain")
         if isinstance(saved, Tensor) and len(saved):
             self.to(saved)
+            if prefix + "ahead.step_starts" not in state_dict:
+                raise ValueError(
+                    "a saved DSB must hold the variances of its steps, got a file without them, of an earlier version. "
+                    "Fit the bridge again."
+                )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _adopt(self, read: Reading, source: SourceReading) -> None:

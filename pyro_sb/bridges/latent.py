@@ -54,7 +54,7 @@ class LatentBridge(LatentState):
         https://arxiv.org/abs/2404.13309. Inner bridges other than theirs, and densities, are ours.
 
     Example:
-        >>> from pyro_sb.bridges.light import LightSB
+        >>> from pyro_sb.bridges import LightSB, PCACodec
         >>> bridge = LatentBridge(LightSB(2, num_components=3), PCACodec(2))
         >>> history = bridge.fit(torch.randn(500, 2) @ torch.randn(2, 2), num_steps=50, progress=False)
         >>> value, log_q = bridge().draws((5,))
@@ -119,7 +119,7 @@ class LatentBridge(LatentState):
                 )
                 seconds = fitted.seconds
             parts.keep(self.codec)
-        z = latent_rows(self.codec, draws)
+        z = latent_rows(self.codec, draws, normalised)
         inner = self._inner(int(z.shape[1]))
         inner_options = options | ({} if parts.inner is None else {"checkpoint": parts.inner})
         history = inner.fit(
@@ -209,6 +209,7 @@ class LatentBridge(LatentState):
         z = self._encode(x)
         return self._fitted().redraw_rows(z, context) - self.codec.log_abs_det(z)
 
+    @torch.no_grad()
     def path_log_prob(self, x: Any, context: Any = None, num_paths: int = 16) -> Tensor:
         """The inner bridge's, where it has one, at the latents of x ``(*, dim)``, less the log determinant ``(*)``."""
         if not self.codec.bijective:

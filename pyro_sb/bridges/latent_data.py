@@ -8,7 +8,7 @@ from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import as_draws
 from pyro_sb.bridges.codec_checks import check_pair
-from pyro_sb.bridges.codec_rows import numerical_rank, shaped
+from pyro_sb.bridges.codec_rows import advice, numerical_rank, shaped
 from pyro_sb.bridges.codec_transform import encoded
 from pyro_sb.bridges.codecs import Codec
 from pyro_sb.bridges.ends import read_source
@@ -26,7 +26,7 @@ def target_rows(target: Any, size: int | None, num_draws: int) -> Tensor:
     return as_draws("target", target, size, num_draws=num_draws)
 
 
-def latent_rows(codec: Codec, draws: Tensor) -> Tensor:
+def latent_rows(codec: Codec, draws: Tensor, weights: Tensor | None = None) -> Tensor:
     """The target's latents ``(N, latent_dim)``; refused where the codec does not fit the draws, or some say nothing."""
     z = check_pair(codec, shaped("target", draws, codec.data_dim))
     still = z.amax(0) - z.amin(0) <= 10 * torch.finfo(z.dtype).eps * z.abs().amax(0)
@@ -35,11 +35,12 @@ def latent_rows(codec: Codec, draws: Tensor) -> Tensor:
             f"latents must vary along every axis, got constant latents {still.nonzero().flatten().tolist()} of "
             f"{z.shape[1]} on {len(z)} rows. Lower latent_dim, or train the encoder so that it uses them."
         )
-    rank = numerical_rank(z)
-    if rank < z.shape[1]:
+    used = z if weights is None else z[weights > 0]
+    rank = numerical_rank(used)
+    if rank < min(z.shape[1], len(used) - 1):  # few rows say little of the rank
         raise ValueError(
-            f"latent_dim must be at most the data's rank, got {z.shape[1]} latents that span {rank} directions on "
-            f"{len(z)} rows. Write latent_dim={rank} or fewer, or fit the codec on rows like these."
+            f"latent_dim must be at most the data's rank, got {z.shape[1]} latents with numerical rank {rank} on "
+            f"{len(used)} rows. {advice(rank)}, or fit the codec on rows like these."
         )
     return z
 

@@ -78,6 +78,17 @@ def test_rank_is_told_from_rounding_and_thin_directions_count(dtype):
     assert numerical_rank(flat) == 3
     shares = torch.rand(2000, 4, dtype=dtype)
     assert numerical_rank(shares / shares.sum(1, keepdim=True)) == 3
+    metres = torch.tensor([5e5, 5.4e6], dtype=dtype) + 3 * torch.randn(1000, 2, dtype=dtype)
+    assert numerical_rank(metres) == 2  # each column has its own rounding
+    money = torch.stack([3e5 * torch.randn(1000, dtype=dtype).exp(), torch.rand(1000, dtype=dtype)], 1)
+    assert numerical_rank(money) == 2
+    assert numerical_rank(1e9 + torch.zeros(50, 3, dtype=dtype)) == 0
+
+
+def test_rows_that_only_rounding_tells_apart_are_named_so():
+    x = 2e9 + 10 * torch.randn(100, 2)
+    with pytest.raises(ValueError, match="no more than their rounding: subtract offsets"):
+        PCACodec(2).fit(x)
 
 
 def test_a_dimension_above_the_rank_is_refused_and_the_rank_named():

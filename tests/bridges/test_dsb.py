@@ -415,6 +415,14 @@ def test_ipf_s_steps_are_its_own_and_imf_s_are_free(change, tmp_path):
     assert bridge().draws((3,)).log_q.shape == (3,)
 
 
+def test_a_file_without_the_variances_of_steps_is_refused():
+    bridge = DSB(2, hidden=(8,), chain_steps=3)
+    bridge.fit(torch.randn(100, 2), **QUICK)
+    state = {key: value for key, value in bridge.state_dict().items() if "step_" not in key}
+    with pytest.raises(ValueError, match="of an earlier version. Fit the bridge again"):
+        DSB(2, hidden=(8,), chain_steps=3).load_state_dict(state)
+
+
 def test_a_loaded_bridge_asks_for_a_source_that_was_a_distribution(tmp_path):
     bridge, law = DSB(2, hidden=(8,), chain_steps=3), MultivariateNormal(torch.zeros(2), torch.eye(2))
     bridge.fit(torch.randn(100, 2), law, **QUICK)
@@ -436,6 +444,7 @@ def test_a_loaded_bridge_asks_for_a_source_that_was_a_distribution(tmp_path):
         (lambda: DSB(2, variance="learnt"), "variance must be one of"),
         (lambda: DSB(2, chain_steps=0), "chain_steps must be a whole number, at least 1"),
         (lambda: DSB(2, chain_steps=2.5), "chain_steps must be a whole number"),
+        (lambda: DSB(2, chain_steps=math.nan), "chain_steps must be a whole number"),
         (lambda: DSB(2, epsilon=None), "epsilon must be positive and finite, got None"),
         (lambda: DSB(2, embedding=torch.nn.Identity()), "context_dim > 0"),
     ],

@@ -264,8 +264,22 @@ def test_more_latents_than_the_target_has_directions_are_refused(codec):
     flat = torch.randn(300, 2) @ torch.randn(2, 6)
     bridge = LatentBridge(codec=codec())
     options = {} if isinstance(bridge.codec, PairCodec) else {"pretrain": torch.randn(300, 6)}
-    with pytest.raises(ValueError, match=r"got [56] latents that span 2 directions.*latent_dim=2 or fewer"):
+    with pytest.raises(ValueError, match=r"got [56] latents with numerical rank 2.*latent_dim=2 or fewer"):
         fitted(bridge, flat, **options)
+
+
+def test_rows_too_few_to_tell_a_rank_are_taken():
+    codec = PCACodec(6)
+    codec.fit(torch.randn(300, 6))
+    fitted(LatentBridge(small(6), codec), torch.randn(6, 6), num_steps=2)
+
+
+def test_a_bound_carries_no_gradient_of_the_determinant_alone():
+    pair = PairCodec(
+        torch.asinh, torch.sinh, 2, 2, bijective=True, log_abs_det=lambda z: z.cosh().log().sum(-1)
+    )  # fmt: skip
+    bridge = fitted(LatentBridge(DSB(2, hidden=(8,), chain_steps=3), pair), rows(), num_iterations=1, num_pairs=100)
+    assert not bridge.path_log_prob(torch.zeros(2, requires_grad=True)).requires_grad
 
 
 def test_a_pair_with_more_latents_than_data_is_refused():
