@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import CountingNUTS, OutOfTimeError, Recorder, columns, init_uniform
-from benchmarks.planar import Store
 from benchmarks.report import header, table, write
 from benchmarks.score import score
+from benchmarks.store import Store
 from benchmarks.targets import FLOAT, Modes, banana, two_modes
 from pyro_sb.bridges import (
     DSB,

@@ -4,7 +4,6 @@ Run as `python -m benchmarks.dsb_digits`. Finished cells are kept in the cache, 
 `--seeds` says how many seeds, `--report` only prints what is there.
 """
 
-import argparse
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -28,8 +27,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from benchmarks.planar import Store, spread
-from benchmarks.report import RESULTS, header, table, write
+from benchmarks.report import RESULTS, header, spread, table, write
+from benchmarks.store import Store, arguments_of
 from pyro_sb.bridges import DSB
 
 SEEDS, TEST, DIM = 3, 0.3, 64
@@ -269,17 +268,9 @@ move where a digit can be mended into an odd one: 0 to 9, 6 to 5, 4 to 1.
 """
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", default="dsb_digits", help="JSON file without its ending")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--report", action="store_true", help="print what is there")
-    return parser.parse_args()
-
-
 def main() -> None:
     torch.set_num_threads(1)
-    asked = arguments()
+    asked = arguments_of(__doc__, "dsb_digits", SEEDS).parse_args()
     store = Store(asked.cache)
     if not asked.report:
         run_all(store, asked.seeds)

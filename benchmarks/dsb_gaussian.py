@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from benchmarks.planar import Store, spread
-from benchmarks.report import RESULTS, header, table, write
+from benchmarks.report import RESULTS, header, spread, table, write
+from benchmarks.store import Store, arguments_of
 from pyro_sb.bridges import DSB
 from pyro_sb.bridges.dsb_half import NUM_KNOTS, HalfBridge
 from pyro_sb.ops.gaussian import GaussianBridge, gaussian_bridge
@@ -345,13 +345,10 @@ was formed, so those figures stand here for the order of the methods, next to ne
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", default="dsb_gaussian", help="JSON file without its ending")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser = arguments_of(__doc__, "dsb_gaussian", SEEDS)
     parser.add_argument("--dims", type=int, nargs="+", default=DIMS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
-    parser.add_argument("--report", action="store_true", help="print what is there")
     return parser.parse_args()
 
 

@@ -4,7 +4,6 @@ Run as `python -m benchmarks.dsb_oxygen`. Finished cells are kept in the cache, 
 `--seeds` says how many seeds, `--report` only prints what is there.
 """
 
-import argparse
 import math
 import time
 import warnings
@@ -23,8 +22,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from benchmarks.planar import Store
 from benchmarks.report import RESULTS, header, table, write
+from benchmarks.store import Store, arguments_of
 from pyro_sb.bridges import DSB
 from pyro_sb.infer import MCMC, AmortizedPosterior, KernelLangevin
 from pyro_sb.weights import effective_sample_size, pareto_k
@@ -320,17 +319,9 @@ time, effective share .97 to .98 without steps.
 """
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", default="dsb_oxygen", help="JSON file without its ending")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--report", action="store_true", help="print what is there")
-    return parser.parse_args()
-
-
 def main() -> None:
     torch.set_num_threads(1)
-    asked = arguments()
+    asked = arguments_of(__doc__, "dsb_oxygen", SEEDS).parse_args()
     store = Store(asked.cache)
     if not asked.report:
         run_all(store, asked.seeds)

@@ -22,9 +22,9 @@ import torch
 from sklearn.datasets import make_s_curve
 from torch import Size, Tensor
 
-from benchmarks.planar import Store, spread
 from benchmarks.planar_pairs import Pair, exact_distance, published_cloud, standard_normal
-from benchmarks.report import RESULTS, header, table, write
+from benchmarks.report import RESULTS, header, spread, table, write
+from benchmarks.store import Store, arguments_of
 from pyro_sb.bridges import DSB
 from pyro_sb.datasets import EightGaussians, Moons, PlanarLaw
 from pyro_sb.metrics import sliced_wasserstein2
@@ -283,11 +283,8 @@ to .05. 50 triangular steps gain over 20 equal ones where the target is thin, s-
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", default="dsb_planar", help="JSON file without its ending")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser = arguments_of(__doc__, "dsb_planar", SEEDS)
     parser.add_argument("--quick", action="store_true", help="IMF from independent pairs and IPF alone")
-    parser.add_argument("--report", action="store_true", help="print what is there")
     return parser.parse_args()
 
 

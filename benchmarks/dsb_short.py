@@ -4,7 +4,6 @@ Run as `python -m benchmarks.dsb_short`. Finished cells are kept in the cache, a
 `--seeds` says how many seeds, `--report` only prints what is there.
 """
 
-import argparse
 import math
 import time
 from functools import partial
@@ -17,9 +16,9 @@ from sklearn.datasets import make_s_curve
 from torch import Size, Tensor
 
 from benchmarks.dsb_planar import FIT, IMF, PAIRS, SINKHORN, STEPS, Method, clouds, floors
-from benchmarks.planar import Store, spread
 from benchmarks.planar_pairs import Pair, exact_distance
-from benchmarks.report import header, table, write
+from benchmarks.report import header, spread, table, write
+from benchmarks.store import Store, arguments_of
 from pyro_sb.bridges import DSB
 from pyro_sb.datasets import PlanarLaw
 from pyro_sb.ops.gaussian import gaussian_bridge
@@ -234,17 +233,9 @@ have .97 and .99; between equal scales there is no such bias. So `DSB(method="ip
 """
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", default="dsb_short", help="JSON file without its ending")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--report", action="store_true", help="print what is there")
-    return parser.parse_args()
-
-
 def main() -> None:
     torch.set_num_threads(1)
-    asked = arguments()
+    asked = arguments_of(__doc__, "dsb_short", SEEDS).parse_args()
     store = Store(asked.cache)
     if not asked.report:
         run_all(store, asked.seeds)

@@ -4,7 +4,6 @@ Run as `python -m benchmarks.latent_digits`. Finished cells are kept in the cach
 `--report` only prints what is there.
 """
 
-import argparse
 import time
 import warnings
 from collections.abc import Callable
@@ -27,8 +26,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from benchmarks.planar import Store, spread
-from benchmarks.report import RESULTS, header, table, write
+from benchmarks.report import RESULTS, header, spread, table, write
+from benchmarks.store import Store, arguments_of
 from pyro_sb.bridges import AutoencoderCodec, Bridge, Codec, LatentBridge, LightSB, PCACodec, SmoothedBridge
 from pyro_sb.metrics import c2st, mmd, wasserstein2
 
@@ -379,17 +378,9 @@ with other work, perhaps twice what they are on a quiet one. C2ST only where it 
 """
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", default="latent_digits", help="JSON file without its ending")
-    parser.add_argument("--minutes", type=float, default=60.0, help="CPU minutes after which no cell is begun")
-    parser.add_argument("--report", action="store_true", help="print what is there")
-    return parser.parse_args()
-
-
 def main() -> None:
     torch.set_num_threads(1)
-    asked = arguments()
+    asked = arguments_of(__doc__, "latent_digits").parse_args()
     store = Store(asked.cache)
     if not asked.report:
         run_all(store, asked.minutes)

@@ -4,7 +4,6 @@ Run as `python -m benchmarks.latent_rates`. Finished cells are kept in the cache
 `--report` only prints what is there.
 """
 
-import argparse
 import math
 import time
 import warnings
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from benchmarks.planar import Store, spread
-from benchmarks.report import RESULTS, header, table, write
+from benchmarks.report import RESULTS, header, spread, table, write
+from benchmarks.store import Store, arguments_of
 from pyro_sb.bridges import AutoencoderCodec, LatentBridge, SmoothedBridge
 from pyro_sb.metrics import sliced_wasserstein2, wasserstein2
 
@@ -352,17 +351,9 @@ latent space can see. On its own data the codec stays as good as before: compute
 """
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", default="latent_rates", help="JSON file without its ending")
-    parser.add_argument("--minutes", type=float, default=60.0, help="CPU minutes after which no cell is begun")
-    parser.add_argument("--report", action="store_true", help="print what is there")
-    return parser.parse_args()
-
-
 def main() -> None:
     torch.set_num_threads(1)
-    asked = arguments()
+    asked = arguments_of(__doc__, "latent_rates").parse_args()
     store = Store(asked.cache)
     if not asked.report:
         run_all(store, asked.minutes)

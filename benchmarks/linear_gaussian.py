@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from benchmarks.planar import Store
 from benchmarks.report import RESULTS, header, table, write
+from benchmarks.store import Store
 from pyro_sb.bridges import SGM, VSDM, Bridge, Sampler
 from pyro_sb.metrics import c2st
 

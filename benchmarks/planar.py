@@ -4,7 +4,6 @@ Run as `python -m benchmarks.planar`. Finished runs are kept in results/planar.j
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -41,7 +40,8 @@ from benchmarks.planar_pairs import (
     schroedinger_bass,
     steps_within,
 )
-from benchmarks.report import RESULTS, header, table, write
+from benchmarks.report import RESULTS, header, spread, table, write
+from benchmarks.store import Store
 from pyro_sb.bridges import LightSB, LightSBM
 
 SHOWN = 600  # draws a panel of the picture
@@ -93,32 +93,6 @@ MATCHING = Method("LightSBM", lambda pair: LightSBM(2, NUM_COMPONENTS, pair.epsi
 DUAL = Method("LightSBBM dual", schroedinger_bass)
 ALTERNATING = Method("LightSBBM alternating", schroedinger_bass, {"solver": "alternating"})
 METHODS = [SB, MATCHING, DUAL, ALTERNATING]
-
-
-class Store:
-    """Rows by name in results/<name>.json, written at every change."""
-
-    def __init__(self, name: str) -> None:
-        self.path = RESULTS / f"{name}.json"
-        self.rows: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    def put(self, key: str, row: Any) -> None:
-        self.rows[key] = row
-        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(row)}" for key, row in self.rows.items())
-        RESULTS.mkdir(exist_ok=True)
-        draft = self.path.with_suffix(".draft")
-        draft.write_text("{\n" + lines + "\n}\n")
-        draft.replace(self.path)
-
-    def once(self, key: str, make: Callable[[], Any]) -> Any:
-        if key not in self.rows:
-            self.put(key, make())
-        return self.rows[key]
-
-    def scores(self, kind: str, score: str, seeds: Sequence[int]) -> list[float]:
-        """A score's values over the seeds; empty where the law or the method has none."""
-        values = [self.rows[f"{kind} {seed}"].get(score) for seed in seeds]
-        return [value for value in values if value is not None]
 
 
 def floors(pair: Pair, seed: int) -> dict[str, float]:
@@ -181,14 +155,6 @@ def run_all(store: Store, pairs: Sequence[Pair], seeds: int, seconds: float) -> 
             for method in METHODS:
                 runs.add(method, pair, seed)
         runs.flush()
-
-
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean +- sd, to so many significant digits of the mean (or four decimals, if that is more)."""
-    if not values:
-        return "-"
-    places = max(0, digits - 1 - math.floor(math.log10(abs(mean(values)) or 1)))
-    return f"{mean(values):.{places}f}" + (f" +- {stdev(values):.{places}f}" if len(values) > 1 else "")
 
 
 def deviation(values: Sequence[float]) -> float:

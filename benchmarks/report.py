@@ -1,9 +1,11 @@
 """What every benchmark prints: a header that says where the figures come from, and a copy under results/."""
 
 import datetime
+import math
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 
 import pyro
 import torch
@@ -44,6 +46,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         for line in cells
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean +- sd, to so many significant digits of the mean (or four decimals, if that is more)."""
+    if not values:
+        return "-"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(mean(values)) or 1)))
+    return f"{mean(values):.{places}f}" + (f" +- {stdev(values):.{places}f}" if len(values) > 1 else "")
 
 
 def write(name: str, text: str, *, echo: bool = True) -> None:

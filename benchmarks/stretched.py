@@ -21,8 +21,8 @@ from matplotlib.axes import Axes
 from scipy.stats import t as student
 from torch import Tensor
 
-from benchmarks.planar import Store, spread
-from benchmarks.report import RESULTS, header, table, write
+from benchmarks.report import RESULTS, header, spread, table, write
+from benchmarks.store import Store
 from pyro_sb.bridges import SGM, VSDM, Sampler
 from pyro_sb.datasets.planar import Checkerboard, PlanarLaw, SwissRoll
 from pyro_sb.metrics import sliced_wasserstein2, wasserstein2

@@ -19,8 +19,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from benchmarks.planar import Store
 from benchmarks.report import RESULTS, header, table, write
+from benchmarks.store import Store
 from benchmarks.stretched import SHAPES
 from pyro_sb.bridges import VSDM
 from pyro_sb.bridges.vsdm_adapt import best_matrix, project, step_size
