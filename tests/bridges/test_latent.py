@@ -268,6 +268,13 @@ def test_more_latents_than_the_target_has_directions_are_refused(codec):
         fitted(bridge, flat, **options)
 
 
+def test_rows_without_weight_have_no_say_in_the_rank():
+    flat, other = torch.randn(100, 2) @ torch.randn(2, 6), torch.randn(200, 6)
+    weights = torch.cat([torch.ones(100), torch.zeros(200)])
+    with pytest.raises(ValueError, match="numerical rank 2 on 100 rows"):
+        fitted(LatentBridge(small(6), PCACodec(6)), torch.cat([flat, other]), pretrain=other, weights=weights)
+
+
 def test_rows_too_few_to_tell_a_rank_are_taken():
     codec = PCACodec(6)
     codec.fit(torch.randn(300, 6))
