@@ -20,8 +20,8 @@ from torch import Tensor
 
 from benchmarks.report import header, table, write
 from pyro_sb.bridges import LightSBBM
-from pyro_sb.bridges.bass_dual import DualProblem
-from pyro_sb.ops.gaussian import alternating_bass_scalar, commuting_bass_bridge
+from pyro_sb.bridges.light.solvers import DualProblem
+from pyro_sb.ops.closed_form import alternating_bass_scalar, commuting_bass_bridge
 
 SEED, NUM, EPSILON, GOAL, FLOAT = 0, 1000, 1.0, 1e-3, torch.float64
 VARIANCES, BETAS = (0.01, 0.1, 0.5, 2.0, 10.0), (1.5, 2.0, 5.0, 10.0, 100.0)

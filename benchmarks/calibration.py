@@ -18,7 +18,7 @@ from benchmarks.report import header, table, write
 from pyro_sb.datasets import sbi_task
 from pyro_sb.diagnostics import Calibration, sbc
 from pyro_sb.infer import AmortizedPosterior
-from pyro_sb.infer.read_simulator import simulator
+from pyro_sb.infer.amortized.simulator import simulator
 
 SEED, SIMULATIONS, DATA_SETS, DRAWS = 0, 10_000, 500, 100
 FEW = 200  # data sets where each draw is dear

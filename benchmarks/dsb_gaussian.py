@@ -25,9 +25,8 @@ from torch.distributions import MultivariateNormal
 from benchmarks.report import RESULTS, header, spread, table, write
 from benchmarks.store import Store, arguments_of
 from pyro_sb.bridges import DSB
-from pyro_sb.bridges.dsb_half import NUM_KNOTS, HalfBridge
-from pyro_sb.ops.gaussian import GaussianBridge, gaussian_bridge
-from pyro_sb.ops.gaussian_ipf import GaussianPlan, gaussian_ipf
+from pyro_sb.bridges.dsb.half import NUM_KNOTS, HalfBridge
+from pyro_sb.ops.closed_form import GaussianBridge, GaussianPlan, gaussian_bridge, gaussian_ipf
 
 EPSILON, ITERATIONS, NUM_DRAWS, STEPS, GOAL = 1.0, 6, 20_000, 20, 0.06
 DIMS, SEEDS = (5, 20, 50), 3

@@ -21,8 +21,7 @@ from benchmarks.report import header, spread, table, write
 from benchmarks.store import Store, arguments_of
 from pyro_sb.bridges import DSB
 from pyro_sb.datasets import PlanarLaw
-from pyro_sb.ops.gaussian import gaussian_bridge
-from pyro_sb.ops.gaussian_ipf import gaussian_ipf
+from pyro_sb.ops.closed_form import gaussian_bridge, gaussian_ipf
 
 EXACT, SEEDS, SHORT = 10_000, 3, 0.4  # sum of gamma .2, as in the DSB paper
 FEW, SCHEDULES = (12, 20, 50), ("constant", "triangular")

@@ -43,16 +43,15 @@ from pyro_sb.bridges import (
     SmoothedBridge,
     TailMatched,
 )
-from pyro_sb.bridges.codecs import Codec
+from pyro_sb.bridges.codecs.base import Codec
 from pyro_sb.distributions import Draws
 from pyro_sb.infer import AmortizedPosterior, BridgeMH, Posterior, Simulations
-from pyro_sb.infer.bridge_moves import ProposalMove
-from pyro_sb.infer.bridge_proposals import Proposals
-from pyro_sb.infer.bridge_walk import BridgeWalk
-from pyro_sb.infer.joint import LogJoint
-from pyro_sb.infer.latent_law import LatentLaw
-from pyro_sb.infer.moves import Transition
-from pyro_sb.infer.walk import ROLES, Walk
+from pyro_sb.infer.amortized.latent_law import LatentLaw
+from pyro_sb.infer.kernels.moves import BridgeWalk, ProposalMove
+from pyro_sb.infer.kernels.proposals import Proposals
+from pyro_sb.infer.mcmc.walk import ROLES, Walk
+from pyro_sb.infer.model.joint import LogJoint
+from pyro_sb.infer.moves.moves import Transition
 
 SIZE = 3  # observations of a chain
 SD, LOG_SD = 1.5, 0.4

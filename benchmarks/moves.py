@@ -21,10 +21,10 @@ from benchmarks.score import Row, score
 from benchmarks.targets import FLOAT, autoregression, banana, gaussian, two_modes
 from pyro_sb.datasets import PosteriorTask, posterior_task
 from pyro_sb.infer import MCMC, KernelLangevin
-from pyro_sb.infer.frozen import Frozen, equal_weights, fit_bridge
-from pyro_sb.infer.moves import BridgeMove
-from pyro_sb.infer.tuning import Batch, tune
-from pyro_sb.infer.walk import ROLES
+from pyro_sb.infer.mcmc.frozen import Frozen, equal_weights, fit_bridge
+from pyro_sb.infer.mcmc.walk import ROLES
+from pyro_sb.infer.moves.moves import BridgeMove
+from pyro_sb.infer.moves.tuning import Batch, tune
 from pyro_sb.ops.student_mixture import weighted_covariance
 
 CHAINS, DRAWS = 64, 250

@@ -23,9 +23,9 @@ from benchmarks.report import RESULTS, header, table, write
 from benchmarks.store import Store
 from benchmarks.stretched import SHAPES
 from pyro_sb.bridges import VSDM
-from pyro_sb.bridges.vsdm_adapt import best_matrix, project, step_size
-from pyro_sb.bridges.vsdm_data import Reading
-from pyro_sb.ops.gaussian import GaussianBridge, gaussian_bridge
+from pyro_sb.bridges.diffusion.adapt import best_matrix, project, step_size
+from pyro_sb.bridges.pairs import Reading
+from pyro_sb.ops.closed_form import GaussianBridge, gaussian_bridge
 from pyro_sb.ops.linear_sde import LinearSDE, Schedule, fixed_point_rates, preconditioning
 from pyro_sb.ops.solvers import Conditional
 

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_sb.datasets import PosteriorTask
-from pyro_sb.diagnostics.lines import COLOURS, Report
+from pyro_sb.diagnostics.reports.lines import COLOURS, Report
 
 OURS, NUTS, TRUTH = "tab:blue", "tab:orange", "black"
 

@@ -1,18 +1,18 @@
 """Schrödinger bridges for Pyro: fit a bridge on draws, call it on a context, and hold a Pyro distribution."""
 
 from pyro_sb.bridges.base import Bridge
-from pyro_sb.bridges.codec_autoencoder import AutoencoderCodec
-from pyro_sb.bridges.codec_pair import PairCodec
-from pyro_sb.bridges.codec_pca import PCACodec
-from pyro_sb.bridges.codec_report import reconstruction_report
-from pyro_sb.bridges.dsb import DSB
-from pyro_sb.bridges.kernel_langevin import KernelLangevinBridge
-from pyro_sb.bridges.latent import LatentBridge
-from pyro_sb.bridges.light import LightSB, LightSBM
-from pyro_sb.bridges.light_bass import LightSBBM
-from pyro_sb.bridges.smoothed import SmoothedBridge
-from pyro_sb.bridges.tails import TailMatched
-from pyro_sb.bridges.vsdm import SGM, VSDM
+from pyro_sb.bridges.codecs.autoencoder import AutoencoderCodec
+from pyro_sb.bridges.codecs.pair import PairCodec
+from pyro_sb.bridges.codecs.pca import PCACodec
+from pyro_sb.bridges.codecs.report import reconstruction_report
+from pyro_sb.bridges.diffusion.smoothed import SmoothedBridge
+from pyro_sb.bridges.diffusion.vsdm import SGM, VSDM
+from pyro_sb.bridges.dsb.bridge import DSB
+from pyro_sb.bridges.langevin.bridge import KernelLangevinBridge
+from pyro_sb.bridges.latent.bridge import LatentBridge
+from pyro_sb.bridges.light.bass import LightSBBM
+from pyro_sb.bridges.light.light import LightSB, LightSBM
+from pyro_sb.bridges.tails.bridge import TailMatched
 from pyro_sb.diagnostics import (
     Calibration,
     bridge_report,
@@ -27,10 +27,10 @@ from pyro_sb.diagnostics import (
     to_arviz,
 )
 from pyro_sb.distributions import BridgeDistribution, Draws
-from pyro_sb.infer.amortized import AmortizedPosterior
-from pyro_sb.infer.bridge_mh import BridgeMH
-from pyro_sb.infer.kernels import KernelLangevin
-from pyro_sb.infer.mcmc import MCMC
+from pyro_sb.infer.amortized.amortized import AmortizedPosterior
+from pyro_sb.infer.kernels.bridge_mh import BridgeMH
+from pyro_sb.infer.kernels.langevin import KernelLangevin
+from pyro_sb.infer.mcmc.mcmc import MCMC
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,6 @@
 """The two ends of a bridge as givers of minibatches: draws, a distribution, or a point."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import as_draws, as_weights
-from pyro_sb.bridges.mixture_checks import Units, check_conditioning, check_law, read_units
+from pyro_sb.bridges.units import Units, check_conditioning, check_law, read_units
 
 
 class Batch(NamedTuple):
@@ -17,20 +17,6 @@ class Batch(NamedTuple):
     points: Tensor
     context: Tensor | None = None
     weights: Tensor | None = None
-
-
-class End(Protocol):
-    """What a fit asks of an end, in the bridge's units."""
-
-    fresh: bool
-
-    def batch(self, num: int) -> Batch:
-        """Points to learn from."""
-        ...
-
-    def held_out(self, num: int) -> Batch:
-        """Points to judge by: at most ``num``, the same at every call."""
-        ...
 
 
 class PointEnd:

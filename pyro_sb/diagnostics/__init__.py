@@ -5,17 +5,17 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_sb.diagnostics.bands import Bands, ecdf_bands, ecdf_p_values
-from pyro_sb.diagnostics.bridge_report import bridge_report
-from pyro_sb.diagnostics.calibration import Calibration, Regions, coverage, sbc, sbc_ranks, tarp
-from pyro_sb.diagnostics.container import to_container
-from pyro_sb.diagnostics.groups import to_groups
-from pyro_sb.diagnostics.lines import Line, Report
-from pyro_sb.diagnostics.local_classifier import LocalC2ST, local_c2st
-from pyro_sb.diagnostics.mode_audit import ModeAudit, mode_audit
-from pyro_sb.diagnostics.psis import PSIS, psis
-from pyro_sb.diagnostics.report import report
-from pyro_sb.diagnostics.simulated import JointDraws, calibration_draws
+from pyro_sb.diagnostics.calibration.bands import Bands, ecdf_bands, ecdf_p_values
+from pyro_sb.diagnostics.calibration.calibration import Calibration, Regions, coverage, sbc, sbc_ranks, tarp
+from pyro_sb.diagnostics.calibration.local_classifier import LocalC2ST, local_c2st
+from pyro_sb.diagnostics.calibration.simulated import JointDraws, calibration_draws
+from pyro_sb.diagnostics.export.container import to_container
+from pyro_sb.diagnostics.export.groups import to_groups
+from pyro_sb.diagnostics.modes.mode_audit import ModeAudit, mode_audit
+from pyro_sb.diagnostics.reports.bridge_report import bridge_report
+from pyro_sb.diagnostics.reports.lines import Line, Report
+from pyro_sb.diagnostics.reports.psis import PSIS, psis
+from pyro_sb.diagnostics.reports.report import report
 
 __all__ = [
     "PSIS",

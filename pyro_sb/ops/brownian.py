@@ -3,6 +3,8 @@ r"""Steps towards an end that is known up to a Gaussian, under a Brownian refere
 Both directions of a bridge use them: ``u`` is the time since a path left its own beginning, whichever end that is.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -91,3 +93,39 @@ def step_towards(x: Tensor, end: Tensor, spread: Tensor, u: Tensor, then: Tensor
     left, share = 1 - u, (then - u) / (1 - u)
     variance = epsilon * left * share * (1 - share) + share.square() * spread
     return StepLaw(x + share * (end - x), variance.sqrt().expand_as(x))
+
+
+def bridge_gain(cov0: Tensor, cov1: Tensor, epsilon: float) -> Tensor:
+    r"""Matrix S of the law of the end given the start, :math:`x_1 | x_0 \sim N(m_1 + S (x_0 - m_0), \epsilon S)`.
+
+    .. math:: S = \Sigma_1^{1/2}\, 2 \big(\epsilon I + (\epsilon^2 I + 4\, \Sigma_1^{1/2} \Sigma_0 \Sigma_1^{1/2})^{1/2}
+              \big)^{-1} \Sigma_1^{1/2}, \qquad S \Sigma_0 S + \epsilon S = \Sigma_1 .
+
+    No covariance is inverted, so both may be singular.
+
+    Args:
+        cov0: Source covariance, symmetric positive semi-definite. Shape ``(*, d, d)``.
+        cov1: Target covariance, symmetric positive semi-definite. Shape ``(*, d, d)``.
+        epsilon: Reference variance over [0, 1], positive, in squared units of ``x``.
+
+    Returns:
+        Symmetric positive semi-definite S. Shape ``(*, d, d)``.
+
+    References:
+        The Schrödinger Bridge between Gaussian Measures has a Closed Form (Bunne et al., 2023),
+        https://arxiv.org/abs/2202.05722. They take roots of :math:`\Sigma_0` and invert it; this is the same S.
+
+    Example:
+        >>> bridge_gain(torch.zeros(1, 1), torch.eye(1), epsilon=0.5)
+        tensor([[2.]])
+    """
+    if not 0 < epsilon < math.inf:
+        raise ValueError(
+            f"epsilon must be positive and finite, got {epsilon}. It is the reference's variance over [0, 1]."
+        )
+    values, axes = torch.linalg.eigh(cov1.double())
+    root = axes * values.clamp_min(0.0).sqrt()[..., None, :] @ axes.mT
+    squares, basis = torch.linalg.eigh(root @ cov0.double() @ root)
+    weight = 2.0 / (epsilon + (epsilon**2 + 4.0 * squares.clamp_min(0.0)).sqrt())
+    half = root @ basis * weight.sqrt()[..., None, :]
+    return (half @ half.mT).to(cov1.dtype)

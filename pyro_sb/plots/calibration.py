@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pyro_sb.diagnostics.calibration import Calibration, Regions
+from pyro_sb.diagnostics.calibration.calibration import Calibration, Regions
 from pyro_sb.plots.axes import OURS, WARN, Size, array, check_is, one_axes, styled
 
 __all__ = ["plot_coverage", "plot_sbc"]

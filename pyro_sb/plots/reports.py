@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from pyro_sb.diagnostics.chain_figures import ChainFigures
-from pyro_sb.diagnostics.lines import COLOURS, Report
-from pyro_sb.diagnostics.mode_audit import ModeAudit
-from pyro_sb.diagnostics.psis import PSIS
+from pyro_sb.diagnostics.modes.mode_audit import ModeAudit
+from pyro_sb.diagnostics.reports.chain_figures import ChainFigures
+from pyro_sb.diagnostics.reports.lines import COLOURS, Report
+from pyro_sb.diagnostics.reports.psis import PSIS
 from pyro_sb.plots.axes import OURS, WARN, Size, array, check_is, one_axes, row_of_axes, styled
 
 __all__ = ["plot_chains", "plot_modes", "plot_report", "plot_weights"]
@@ -90,7 +90,7 @@ def plot_chains(figures: ChainFigures, *, ax: Any = None, figsize: Size = None, 
     r"""R-hat against effective sizes, a point a number of the model; the good corner is the lower right.
 
     Args:
-        figures: Of `pyro_sb.diagnostics.chain_figures.chain_figures`.
+        figures: Of `pyro_sb.diagnostics.reports.chain_figures.chain_figures`.
         ax: Matplotlib axes. Omitted: new ones.
         figsize: Of the new figure, in inches.
         **kwargs: Of the points, for ``ax.scatter``.

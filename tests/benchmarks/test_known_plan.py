@@ -10,7 +10,7 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from benchmarks.known_plan import KnownPlan, balanced_log_weights, make_pair
-from pyro_sb.ops.gaussian import cross_covariance
+from pyro_sb.ops.closed_form import cross_covariance
 
 F64 = {"dtype": torch.float64}
 EPSILONS = [0.1, 1.0, 10.0]

@@ -13,7 +13,7 @@ from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroSample
 from pyro.ops.indexing import Vindex
 
-from pyro_sb.infer.potential import LogJoint, log_joint
+from pyro_sb.infer.model.log_joint import LogJoint, log_joint
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torch.float64)
 SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], dtype=torch.float64)

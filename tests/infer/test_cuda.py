@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_sb.infer.amortized import AmortizedPosterior
-from pyro_sb.infer.kernels import KernelLangevin
-from pyro_sb.infer.mcmc import MCMC
+from pyro_sb.infer.amortized.amortized import AmortizedPosterior
+from pyro_sb.infer.kernels.langevin import KernelLangevin
+from pyro_sb.infer.mcmc.mcmc import MCMC
 
 
 def conjugate(y: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.func import jacrev, vmap
 
 from pyro_sb.ops.bass import DENSE_DIM, BassMap, conjugate_gradients, solve_small
-from pyro_sb.ops.gaussian import commuting_bass_bridge
+from pyro_sb.ops.closed_form import commuting_bass_bridge
 from pyro_sb.ops.mixture import MixturePotential
 from tests.ops.potentials import F64, one_of, random_potential
 

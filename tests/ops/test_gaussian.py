@@ -7,11 +7,11 @@ import ot
 import pytest
 import torch
 
-from pyro_sb.ops.gaussian import (
+from pyro_sb.ops.brownian import bridge_gain
+from pyro_sb.ops.closed_form import (
     alternating_bass_scalar,
     bass_dual_value,
     bass_gain,
-    bridge_gain,
     commuting_bass_bridge,
     cross_covariance,
     gaussian_bridge,

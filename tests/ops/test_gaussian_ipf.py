@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from pyro_sb.ops.gaussian import gaussian_bridge
-from pyro_sb.ops.gaussian_ipf import gaussian_ipf
+from pyro_sb.ops.closed_form import gaussian_bridge, gaussian_ipf
 
 F64 = {"dtype": torch.float64}
 

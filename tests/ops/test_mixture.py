@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 from torch.func import jacrev, vmap
 
-from pyro_sb.ops.gaussian import gaussian_bridge
+from pyro_sb.ops.closed_form import gaussian_bridge
 from pyro_sb.ops.mixture import MixturePotential
 from tests.ops.potentials import F64, one_of, random_potential
 

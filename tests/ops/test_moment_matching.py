@@ -8,7 +8,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from pyro_sb.ops.gaussian import gaussian_bridge
+from pyro_sb.ops.closed_form import gaussian_bridge
 from pyro_sb.ops.mixture import MixturePotential
 from pyro_sb.ops.moment_matching import Side, equal_weights, matching_scale, moment_step
 from tests.ops.potentials import F64, random_potential

@@ -1,0 +1,1 @@
+"""Codecs: maps between data and latents."""

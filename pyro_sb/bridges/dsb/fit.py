@@ -1,0 +1,367 @@
+"""How a diffusion Schrödinger bridge is fitted: its phases, and what each learns from."""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_sb.bridges.checkpoint import fingerprint, on_device, unfinished, write
+from pyro_sb.bridges.dsb.data import (
+    Lesson,
+    Pairs,
+    Paths,
+    ReferenceChain,
+    SourceReading,
+    packed,
+    read_source_law,
+    reversed_paths,
+    sinkhorn_pairs,
+    unpacked,
+)
+from pyro_sb.bridges.dsb.half import Chain, Given, HalfBridge, knot_times
+from pyro_sb.bridges.dsb.state import DSBState
+from pyro_sb.bridges.ends import Batch
+from pyro_sb.bridges.options import check_choice
+from pyro_sb.bridges.pairs import Reading, Rows, read_pairs
+from pyro_sb.training import FitHistory, random_state, set_random_state, train
+
+# How a diffusion Schrödinger bridge is to be fitted
+
+
+PAIRS, LOSSES, REFERENCES = ("independent", "sinkhorn"), ("mean", "drift"), ("brownian", "ou")
+
+
+class DSBOptions(NamedTuple):
+    """How a fit is to learn; as in `DSB.fit`."""
+
+    num_iterations: int
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    ema: float | None
+    num_draws: int
+    num_pairs: int
+    pairs: str
+    loss: str
+    reference: str
+    warm_start: bool
+    refresh: int
+    progress: bool
+    checkpoint: str | Path | None
+
+    def check(self, context_dim: int, method: str) -> None:
+        """Refuse what no fit can use."""
+        counts = {name: getattr(self, name) for name in ("num_iterations", "num_steps", "batch_size", "refresh")}
+        counts |= {"num_draws": self.num_draws - 1, "num_pairs": self.num_pairs - 1}
+        bad = [name for name, value in counts.items() if value < 1]
+        if bad:
+            raise ValueError(
+                f"{bad[0]} must be at least {1 + bad[0].endswith(('draws', 'pairs'))}, got {getattr(self, bad[0])}."
+            )
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema}. Write None for no average.")
+        check_choice("pairs", self.pairs, PAIRS)
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("reference", self.reference, REFERENCES)
+        if self.pairs == "sinkhorn" and context_dim:
+            raise ValueError('pairs must be "independent" where there is a context, got "sinkhorn": it mixes contexts.')
+        if self.reference == "ou" and method != "ipf":
+            raise ValueError('reference "ou" needs method="ipf", got "imf", whose bridges are Brownian.')
+
+
+# Variances that the networks of a diffusion Schrödinger bridge leave: of the end ahead, or of each step
+
+
+LEAST = 1e-6  # of a variance, in its units
+
+
+def measured_spread(
+    half: HalfBridge, pairs: Pairs, given: Callable[[HalfBridge, Tensor | None], Given], epsilon: float
+) -> Tensor:
+    """Log variances of the end given the state, in units of the Gaussian bridge's. Shape ``(NUM_KNOTS, dim)``."""
+    logs = []
+    for u in knot_times(half.gain):
+        rows = pairs.at(u.expand(len(pairs.begin)), slice(None), epsilon)
+        known = given(half, rows.context)
+        miss = half.goal(rows.u, rows.states, rows.ends, known, epsilon) - half.answer(rows.u, rows.states, known)
+        logs.append(miss.square().mean(0).clamp_min(LEAST).log())
+    return torch.stack(logs)
+
+
+def measured_steps(
+    half: HalfBridge, paths: Paths, given: Callable[[HalfBridge, Tensor | None], Given], epsilon: float
+) -> Tensor:
+    r"""Log variances of each step given the state before it, in units of the reference's. Shape ``(K, dim)``.
+
+    With these and the regressed means the moments of each step are those of the paths, in the directions of the
+    half's basis. Between Gaussians whose covariances commute that is their reversal, for any number of steps; with the
+    reference's own variance it is that only in the limit of many.
+    """
+    known, logs = given(half, paths.context), []
+    for u, then, x, ahead in zip(paths.times[:-1], paths.times[1:], paths.states[:-1], paths.states[1:]):
+        miss = ahead @ half.basis - half.step(u, then, x, known, epsilon).mean
+        logs.append((miss.square().mean(0) / (epsilon * (then - u))).clamp_min(LEAST).log())
+    return torch.stack(logs)
+
+
+NUM_JUDGES = 2048  # pairs or paths that a phase is judged by
+NUM_CHECKS, PATIENCE = 20, 8
+SMALL_EPSILON = 1e-3  # in units of the target's variance
+
+
+def fit_dsb(
+    bridge: DSBState,
+    options: DSBOptions,
+    target: Any,
+    source: Any,
+    context: Any,
+    weights: Any,
+    held_out: Any,
+    on_iteration: Callable[[int], None] | None,
+) -> FitHistory:
+    """Read the data, then learn phase by phase; from a checkpoint of the same fit, the rest of them."""
+    saved = unfinished(options.checkpoint)
+    random = random_state()
+    if saved is not None:
+        random = saved["start"]
+        set_random_state(random)
+    read = read_pairs(
+        bridge.dim, bridge.context_dim, target, context, weights, options.num_draws, held_out, bridge.ahead.embedding
+    )
+    begin = read_source_law(read, source, bridge.dim, options.num_draws, held_out)
+    name = fingerprint(bridge, options, read) + repr(begin.sums())
+    if saved is not None and saved["fit"] != name:
+        raise ValueError(
+            f"checkpoint must be of this fit to go on from, got that of another in {options.checkpoint}: its options "
+            "or data differ. Delete it, or write another path."
+        )
+    variance = float(read.covariance.diagonal().mean())
+    if bridge.epsilon < SMALL_EPSILON * variance:
+        warnings.warn(
+            f"epsilon is {bridge.epsilon / variance:.2g} of the target's variance, below {SMALL_EPSILON:g}: ends are "
+            "hard to tell from states, and the fit may be far off. Raise epsilon, or rescale the data.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    bridge._adopt(read, begin)
+    fit = Fit(bridge, options, read, begin, random, name, on_iteration)
+    if saved is not None:
+        fit.restore(on_device(saved, read.affine.location.device))
+    history = fit.run()
+    if options.checkpoint is not None and not history.interrupted:
+        bridge.save(options.checkpoint)
+    return history
+
+
+class Fit:
+    """One fit: its data, its place, and its phases."""
+
+    def __init__(
+        self,
+        bridge: DSBState,
+        options: DSBOptions,
+        read: Reading,
+        source: SourceReading,
+        random: list[Tensor],
+        name: str,
+        on_iteration: Callable[[int], None] | None,
+    ) -> None:
+        self.bridge, self.options, self.end = bridge, options, read.end
+        self.random, self.name, self.on_iteration = random, name, on_iteration
+        self.source = source
+        order = (True, False) if bridge.method == "ipf" else (False, True)
+        self.phases = [(i, forward) for i in range(1, options.num_iterations + 1) for forward in order]
+        self.done: list[FitHistory] = []
+        self.residuals: list[float] = []
+        self.resume: dict[str, Any] | None = None
+        self.cache: Pairs | Paths | None = None
+        self.judge: Pairs | Paths | None = None
+        self.exam: Lesson | None = None
+
+    def run(self) -> FitHistory:
+        """The phases that are left."""
+        for iteration, forward in self.phases[len(self.done) :]:
+            history = self._phase(iteration, forward)
+            self.done.append(history)
+            if history.interrupted:
+                break
+            if len(self.done) % 2 == 0:
+                self.residuals.append(self._residual())
+                if self.on_iteration is not None:
+                    self.on_iteration(iteration)
+        return replace(
+            self.done[-1],
+            residuals=list(self.residuals),
+            losses=[loss for h in self.done for loss in h.losses],
+            validation_losses=[loss for h in self.done for loss in h.validation_losses],
+            iterations=sum(h.iterations for h in self.done),
+            seconds=sum(h.seconds for h in self.done),
+            converged=all(h.converged for h in self.done[-2:]),
+            interrupted=any(h.interrupted for h in self.done),
+        )
+
+    def _phase(self, iteration: int, forward: bool) -> FitHistory:
+        """Learn one half from what the other has drawn."""
+        bridge, options = self.bridge, self.options
+        half = bridge.ahead if forward else bridge.back
+        if self.resume is None:
+            if bridge.method == "ipf" and not options.warm_start:
+                half.net.reset()
+            self.judge = self._draw(forward, NUM_JUDGES, held_out=True)
+            self.exam = self.judge.lesson(NUM_JUDGES, bridge.epsilon)
+            self.cache = self._draw(forward, options.num_pairs)
+        resume, self.resume = self.resume, None
+        calls = 0 if resume is None else resume["history"]["iterations"]
+
+        def loss() -> Tensor:
+            nonlocal calls
+            if bridge.method == "ipf" and calls and calls % options.refresh == 0:
+                self.cache = self._draw(forward, options.num_pairs)
+            calls += 1
+            assert self.cache is not None
+            half.train()
+            return self._loss(half, self.cache.lesson(options.batch_size, bridge.epsilon))
+
+        def validate() -> float:
+            assert self.exam is not None
+            half.eval()
+            with torch.no_grad():
+                return float(self._loss(half, self.exam))
+
+        finite, final = isinstance(self.end, Rows), len(self.done) >= len(self.phases) - 2
+        history = train(
+            half.parameters(),
+            loss,
+            num_steps=options.num_steps,
+            learning_rate=options.learning_rate,
+            validate=validate,
+            keep_best=finite,
+            patience=PATIENCE if finite else None,
+            num_checks=NUM_CHECKS,
+            tolerance=0.05 if final else math.inf,
+            progress=options.progress,
+            description=f"{type(bridge).__name__} {iteration}/{options.num_iterations} ({'F' if forward else 'B'})",
+            ema=options.ema,
+            on_state=None if options.checkpoint is None else self._save,
+            resume=resume,
+        )
+        half.eval()
+        self._measure(half, forward)
+        return history
+
+    # Losses
+
+    def _loss(self, half: HalfBridge, rows: Lesson) -> Tensor:
+        """Half the mean square of what a half misses: of its normalised goal, or of the other chain's reversed step."""
+        bridge, given = self.bridge, self._given(half, rows.context)
+        miss = half.goal(rows.u, rows.states, rows.ends, given, bridge.epsilon)
+        miss = miss - half.answer(rows.u, rows.states, given)
+        if rows.sizes is None:
+            return 0.5 * miss.square().mean()
+        typical = 1 / bridge.chain_steps
+        weight = typical if self.options.loss == "drift" else rows.sizes.square()[:, None] / typical
+        drift = half.drift_scale(rows.u, bridge.epsilon) * miss
+        return 0.5 * (weight * drift.square()).mean() / bridge.epsilon
+
+    @torch.no_grad()
+    def _measure(self, half: HalfBridge, forward: bool) -> None:
+        """Take the variances that a half leaves, unless it keeps the reference's."""
+        bridge = self.bridge
+        if bridge.variance == "reference":
+            return
+        if bridge.method == "ipf":
+            paths = self._draw(forward, max(NUM_JUDGES, self.options.num_pairs), held_out=True)
+            assert isinstance(paths, Paths)
+            half.step_logs = measured_steps(half, paths, self._given, bridge.epsilon)
+        else:
+            assert isinstance(self.judge, Pairs)
+            half.log_spread = measured_spread(half, self.judge, self._given, bridge.epsilon)
+
+    @torch.no_grad()
+    def _residual(self) -> float:
+        """The larger gap, over all axes, between means or deviations of draws and of the target."""
+        target = self._rows(self.options.num_pairs)
+        chain = self.bridge._chain(True)
+        given = self._given(chain.half, target.context)
+        draws = chain.run(self.bridge._start(len(target.points), given), given)[-1]
+        deviation = target.points.std(0)
+        means = (draws.mean(0) - target.points.mean(0)).abs() / deviation
+        return float(torch.maximum(means, (draws.std(0) / deviation - 1).abs()).max())
+
+    # Data
+
+    @torch.no_grad()
+    def _draw(self, forward: bool, num: int, held_out: bool = False) -> Pairs | Paths:
+        """What the forward or the backward half is to learn from."""
+        bridge, other = self.bridge, self.bridge._chain(not forward)
+        rows = self._rows(num, held_out)
+        given = self._given(other.half, rows.context)
+        start = rows.points if forward else self._start(num, rows.context, held_out)
+        if bridge.method == "ipf":
+            chain: Chain | ReferenceChain = other
+            if not self.done:
+                variance = self.source.guide.covariance.diagonal() if self.options.reference == "ou" else None
+                chain = ReferenceChain(other.times, bridge.epsilon, variance)
+            return reversed_paths(chain, start, given, rows.context, matched=bridge.variance == "reference")
+        if self.done:
+            return Pairs(other.run(start, given)[-1], start, rows.context)
+        if self.options.pairs == "sinkhorn":
+            start = start[sinkhorn_pairs(start, rows.points, bridge.epsilon)]
+        return Pairs(rows.points, start, rows.context)  # the backward half learns first
+
+    def _start(self, num: int, context: Tensor | None, held_out: bool) -> Tensor:
+        """Source points to learn from, or those held out."""
+        if self.source.kind != "draws":
+            return self.bridge._start(num, self._given(self.bridge.ahead, context))
+        rows = self.source.test if held_out and len(self.source.test) else self.source.train
+        return self.source.points[rows[torch.randint(len(rows), (num,), device=rows.device)]]
+
+    def _rows(self, num: int, held_out: bool = False) -> Batch:
+        """Rows of the target to learn from, or by weight among those held out."""
+        if not held_out:
+            return self.end.batch(num)
+        batch = self.end.held_out(num)
+        weights = torch.ones_like(batch.points[:, 0]) if batch.weights is None else batch.weights
+        index = torch.multinomial(weights, num, replacement=True)
+        return Batch(batch.points[index], None if batch.context is None else batch.context[index])
+
+    def _given(self, half: HalfBridge, context: Tensor | None) -> Given:
+        return self.bridge._given(half, context)
+
+    # Checkpoints
+
+    def _save(self, state: dict[str, Any]) -> None:
+        """The bridge as of this check, loadable, and beside it all that the fit needs to go on."""
+        assert self.cache is not None and self.judge is not None and self.exam is not None
+        training = {
+            "fit": self.name,
+            "start": self.random,
+            "loop": state,
+            "done": [vars(h) for h in self.done],
+            "residuals": list(self.residuals),
+            "queue": self.end.position() if isinstance(self.end, Rows) else None,
+            "judged": None if isinstance(self.end, Rows) or self.end._judge is None else self.end._judge.points,
+            "cache": packed(self.cache),
+            "judge": packed(self.judge),
+            "exam": self.exam._asdict(),
+        }
+        write(self.bridge, training, Path(str(self.options.checkpoint)))
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go to where the saved fit was."""
+        self.bridge.load_state_dict(saved["state"])
+        self.done = [FitHistory(**h) for h in saved["done"]]
+        self.residuals, self.resume = list(saved["residuals"]), saved["loop"]
+        self.cache, self.judge = unpacked(saved["cache"]), unpacked(saved["judge"])
+        self.exam = Lesson(**saved["exam"])
+        if isinstance(self.end, Rows):
+            self.end.seek(saved["queue"])
+        elif saved["judged"] is not None:
+            self.end._judge = Batch(saved["judged"])

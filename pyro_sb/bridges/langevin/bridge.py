@@ -1,0 +1,356 @@
+"""The affinity-based Langevin bridge: from draws alone, without a network."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_sb.bridges.base import as_draws, as_weights
+from pyro_sb.bridges.langevin.affinity import AffinityBridge
+from pyro_sb.bridges.langevin.posterior import (
+    LogLikelihood,
+    check_options,
+    checked_log_likelihood,
+    posterior_weights,
+    score,
+)
+from pyro_sb.bridges.langevin.schemes import SCHEMES, SmoothedDraws, end_of_walk, log_path_ratio, walk
+from pyro_sb.bridges.langevin.setup import check_metric, metric_factor, whiten
+from pyro_sb.distributions import Draws
+from pyro_sb.training import FitHistory
+
+
+class KernelLangevinBridge(AffinityBridge):
+    r"""Langevin chain whose drift is a Schrödinger bridge from the draws to themselves, one attention head a step.
+
+    With metric :math:`K` and the symmetric scaling :math:`v_i \sum_j T_{ij} v_j = w_i` of the affinity
+    :math:`T_{ij} = \exp(-|x_i - x_j|^2_{K^{-1}} / 2 \epsilon)`,
+
+    .. math:: p_j(x) \propto \exp\Big(-\frac{|x - x_j|^2_{K^{-1}}}{2 \epsilon}\Big) v_j, \qquad
+        m(x) = \sum_j p_j(x)\, x_j, \qquad C(x) = \operatorname{Cov}_{p(x)}, \qquad m(x) - x \approx
+        \tfrac{\epsilon}{2} K \nabla \log \pi(x) .
+
+    The chain starts from training draws smoothed by half a step of noise and makes ``num_steps`` steps of a scheme:
+
+    - ``"data-aware"`` (default): mean, then noise of covariance C(x). No bias on Gaussians at any epsilon, no noise
+      off a manifold.
+    - ``"split-step"``: noise, then mean; never leaves the convex hull of the draws, at any epsilon. Too narrow by
+      about epsilon / 2.
+    - ``"strang"``: half the noise, mean, half the noise; second order in epsilon.
+    - ``"plain"``: mean, then noise; too wide by about epsilon / 2. The one whose paths have a density: ``draws()``
+      returns it.
+
+    The default is data-aware both with and without context, as the trials had it within 11 % on every conditional
+    while the others were off by up to a third; it costs ``M d^2 / 2`` a step and chain. **Draws are of a smoothed law
+    of the training set**: no tails beyond it, no mode that it misses, and an error of order epsilon off Gaussians.
+    For a posterior with a known density use `KernelLangevin` in ``pyro_sb.infer``, which corrects every move.
+
+    Given a context (``context_dim > 0``), affinities also compare contexts, axes in units of their standard deviation
+    and with a bandwidth of their own; sampling clamps the context and steps x alone. ``context_epsilon`` acts like
+    the tolerance of approximate Bayesian computation.
+
+    Args:
+        dim: Event size.
+        context_dim: Context size, 0 for none.
+        epsilon: Bandwidth, the reference's variance over one step of unit time, in units of the metric (``2 eta`` in
+            the paper). Positive. Omitted: chosen in ``fit`` by leave-one-out likelihood (jointly with
+            ``context_epsilon`` if there is a context).
+        context_epsilon: The same for the context, in squared standard deviations of each axis.
+        scheme: One of the four above.
+        num_steps: Steps of a sampling chain, at least 1.
+        step_size: Time of one step, positive; 1 matches the bandwidth, larger ones may overshoot: a Gaussian of
+            variance S is stable below ``2 / (1 - A)`` with ``A = exp(-asinh(epsilon / 2 S))``.
+        metric: K: ``"covariance"`` of the draws, ``"identity"``, or a positive definite matrix ``(dim, dim)``.
+        diffusion: Diffusion matrix :math:`K_s` of the sampler where it differs from the reference's: drift
+            :math:`K_s K^{-1} (m - x)` and noise :math:`\epsilon K_s` for one unit of time. Omitted: K.
+        bandwidth_exponent: :math:`\beta \le 0` of a variable bandwidth :math:`\rho = \hat\pi^\beta`, normalised to
+            mean 1: the affinity becomes :math:`\exp(-|x_i - x_j|^2 / \epsilon (\rho_i + \rho_j))`, the noise
+            :math:`\sqrt{\epsilon \rho(x)}`, the limit
+            :math:`dX = (\rho \nabla \log \pi + \nabla \rho) dt + \sqrt{2 \rho}\, dW`, in time of epsilon / 2. 0 is a
+            fixed bandwidth.
+
+    Attributes:
+        points: The draws. Shape ``(M, dim)``.
+        weights: Their normalised weights. Shape ``(M,)``.
+        log_v: Logarithm of the Sinkhorn scaling. Shape ``(M,)``.
+        metric_cholesky: L with :math:`K = L L^\top`. Shape ``(dim, dim)``.
+        context_points: The draws' contexts. Shape ``(M, context_dim)``.
+
+    References:
+        Stable generative modeling using Schrödinger bridges (Gottwald, Li, Marzouk and Reich, 2024),
+        https://arxiv.org/abs/2401.04372, sections 2 to 4. The Strang scheme and the path density are ours.
+
+    Example:
+        >>> draws = torch.randn(500, 2)
+        >>> bridge = KernelLangevinBridge(2)
+        >>> history = bridge.fit(draws, progress=False)
+        >>> bridge().sample((5,)).shape
+        torch.Size([5, 2])
+    """
+
+    density_hint = (
+        'Of its schemes only "plain" has one, with its own start or a distribution as source: pass scheme="plain".'
+    )
+
+    diffusion_factor: Tensor
+    source_points: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int = 0,
+        *,
+        epsilon: float | None = None,
+        context_epsilon: float | None = None,
+        scheme: str = "data-aware",
+        num_steps: int = 20,
+        step_size: float = 1.0,
+        metric: str | Tensor = "covariance",
+        diffusion: str | Tensor | None = None,
+        bandwidth_exponent: float = 0.0,
+    ) -> None:
+        super().__init__(
+            dim,
+            context_dim,
+            epsilon=epsilon,
+            context_epsilon=context_epsilon,
+            metric=metric,
+            bandwidth_exponent=bandwidth_exponent,
+        )
+        if not 0 < step_size < math.inf:
+            raise ValueError(
+                f"step_size must be positive and finite, got {step_size}. Write 1.0 to match the bandwidth."
+            )
+        if scheme not in SCHEMES:
+            raise ValueError(f"scheme must be one of {list(SCHEMES)}, got {scheme!r}.")
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}. Omit it for the default.")
+        if diffusion is not None:
+            check_metric("diffusion", diffusion, dim)
+        self.scheme, self.num_steps, self.step_size, self.diffusion = scheme, num_steps, float(step_size), diffusion
+        self.register_buffer("diffusion_factor", torch.empty(0))
+        self.register_buffer("source_points", torch.empty(0))
+        self._source: Distribution | None = None
+        self._log_likelihood: LogLikelihood | None = None
+
+    @property
+    def density(self) -> str | None:  # type: ignore[override]
+        """Path for the plain scheme, unless its source is known by draws alone; else None."""
+        return "path" if self.scheme == "plain" and not len(self.source_points) else None
+
+    @torch.no_grad()
+    def fit(
+        self,
+        target: Any,
+        source: Any = None,
+        *,
+        context: Any = None,
+        weights: Any = None,
+        progress: bool = True,
+        checkpoint: str | Path | None = None,
+        num_draws: int = 1024,
+        tolerance: float | None = None,
+        max_iter: int = 2000,
+    ) -> FitHistory:
+        r"""Scale the affinities of the draws: one Sinkhorn solve, no training.
+
+        Args:
+            target: Draws ``(M, dim)``, or a distribution that gives ``num_draws`` of them.
+            source: Where chains start: draws, or a distribution (which keeps the plain scheme's density, and is not
+                saved). Omitted: the draws of the target, smoothed.
+            context: Contexts of the draws. Shape ``(M, context_dim)``.
+            weights: Non-negative weights of the draws, normalised here. Shape ``(M,)``.
+            progress: Show a bar where the affinity matrix is too large to be stored.
+            checkpoint: Path to save the fitted bridge to.
+            num_draws: How many draws a distribution gives.
+            tolerance: Residual asked of the scaling. Omitted: 1e-9 in float64, 1e-5 in float32.
+            max_iter: Largest number of Sinkhorn updates; some 20 suffice as a rule.
+
+        Returns:
+            Residual before each update, whether it converged, seconds.
+        """
+        begun = time.perf_counter()
+        points = as_draws("target", target, self.dim, num_draws=num_draws)
+        weights = as_weights(weights, points)
+        source_law, source_points = self._read_source(source, points)
+        result = self._scale(points, weights, context, progress, tolerance, max_iter)
+        self._source, self.source_points, self.diffusion_factor = source_law, source_points, points.new_empty(0)
+        if self.diffusion is not None:
+            factor = metric_factor(self.diffusion, points, weights)
+            self.diffusion_factor = torch.linalg.solve_triangular(self.metric_cholesky, factor, upper=False)
+        if checkpoint is not None:
+            self.save(checkpoint)
+        seconds = time.perf_counter() - begun
+        return FitHistory(result.residuals, iterations=result.iterations, seconds=seconds, converged=result.converged)
+
+    def posterior(
+        self, log_likelihood: LogLikelihood, method: str = "weights", **fit_options: Any
+    ) -> "KernelLangevinBridge":
+        r"""Bridge to the posterior, when this one was fitted to draws of the prior.
+
+        - ``"weights"``: the Sinkhorn marginals become :math:`w_j \propto w_j L(x_j)`. No gradient, no further bias;
+          refused where the prior's draws are worth less than two draws of the posterior, with a warning below 50.
+        - ``"drift"``: the split step with the likelihood's gradient,
+          :math:`x_{1/2} = x + \tfrac{\epsilon}{2} K \nabla \log L(x) + \sqrt{\epsilon K} \xi` and
+          :math:`x' = m(x_{1/2})`. Within the convex hull of the prior's draws, however steep the likelihood, but with
+          a bias of order epsilon: for a prior N(0, S), an observation y of variance R and
+          :math:`\eta = \epsilon / 2`, with A as above and :math:`r = \eta / R`, the mean is
+          :math:`A r y / (1 - A (1 - r))` and the variance :math:`2 \eta A^2 / (1 - A^2 (1 - r)^2)`.
+
+        Both are approximate; `KernelLangevin` in ``pyro_sb.infer`` is exact where the prior has a density too.
+
+        Args:
+            log_likelihood: Batched: points ``(C, dim)`` to ``(C,)``; for ``"drift"`` differentiable.
+            method: One of the two.
+            **fit_options: Passed to ``fit`` by ``"weights"``.
+
+        Returns:
+            Another bridge with this one's options; the scheme of ``"drift"`` is the split step.
+        """
+        check_options(method, fit_options)
+        values = checked_log_likelihood(log_likelihood, self.like())
+        if method == "weights":
+            other = KernelLangevinBridge(**self.config())
+            options = {"context": self.context_points if self.context_dim else None, "progress": False} | fit_options
+            other.fit(self.points, self._source, weights=posterior_weights(self.weights, values), **options)
+            return other
+        other = KernelLangevinBridge(**(self.config() | {"scheme": "split-step"}))
+        other.load_state_dict(self.state_dict())
+        other._source, other._log_likelihood = self._source, log_likelihood
+        return other
+
+    def drift(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
+        """Drift over [0, 1], in which a chain makes ``num_steps`` steps; the same at all t. Shape of ``x``."""
+        z, y = self._rows(x, context)
+        move = self._dynamics().pull(z, y) - z + self._dynamics().push(z, y)
+        return self.num_steps * (move @ self.metric_cholesky.mT).reshape(x.shape)
+
+    @torch.no_grad()
+    def transport(self, x0: Tensor, context: Any = None) -> Tensor:
+        """The end of one chain from each point. Shapes ``(*, dim)`` to ``(*, dim)``."""
+        z, y = self._rows(x0, context)
+        return self._unwhiten(end_of_walk(self._dynamics(), self.scheme, z, y, self.num_steps)).reshape(x0.shape)
+
+    @torch.no_grad()
+    def paths(self, num_paths: int, num_steps: int | None = None, context: Any = None) -> tuple[Tensor, Tensor]:
+        """Times and states of chains; as many steps as the bridge's own if ``num_steps`` is omitted.
+
+        Returns:
+            Times ``(num_steps + 1,)`` from 0 to 1, and states ``(num_steps + 1, num_paths, *batch_shape, dim)``.
+        """
+        num_steps = self.num_steps if num_steps is None else num_steps
+        context = self.check_context(context)
+        shape = torch.Size((num_paths,)) + (torch.Size() if context is None else context.shape[:-1])
+        rows = None if context is None else context.expand(*shape, -1).reshape(-1, self.context_dim)
+        states = self._unwhiten(self._walk(shape.numel(), self._context_rows(rows), num_steps))
+        return torch.linspace(0, 1, num_steps + 1).to(states), states.reshape(num_steps + 1, *shape, self.dim)
+
+    def sample_rows(self, num: int, context: Tensor | None) -> Tensor:
+        """Ends of chains. Shape ``(num, dim)``."""
+        y = self._context_rows(context)
+        return self._unwhiten(end_of_walk(self._dynamics(), self.scheme, self._start(num, y), y, self.num_steps))
+
+    def draws_rows(self, num: int, context: Tensor | None) -> Draws:
+        """Ends of chains of the plain scheme, with `log_q_paths`."""
+        if self.density is None:
+            return super().draws_rows(num, context)
+        states = self._unwhiten(self._walk(num, self._context_rows(context), self.num_steps))
+        return Draws(states[-1], self.log_q_paths(states, context))
+
+    def log_q_paths(self, states: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""The ``log_q`` of paths of the plain scheme, forwards F and backwards B both the plain step.
+
+        .. math:: \log q = \log p_0(x_0) + \sum_k \log F(x_{k+1} | x_k) - \log B(x_k | x_{k+1})
+
+        Args:
+            states: Paths. Shape ``(num_steps + 1, N, dim)``.
+            context: Context of each path. Shape ``(N, context_dim)``.
+
+        Returns:
+            Shape ``(N,)``.
+        """
+        if self.density is None:
+            raise NotImplementedError(f"{self.describe()} has no density of its paths. {self.density_hint}")
+        y, z = self._context_rows(context), whiten(states - self.location, self.metric_cholesky)
+        if self._source is not None:
+            start = self._source.log_prob(states[0])
+        else:
+            start = self._smoothed().log_prob(z[0], y) - self.metric_cholesky.diagonal().log().sum()
+        return start + log_path_ratio(self._dynamics(), z, y)
+
+    def redraw_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """The `log_q_paths` of paths that the plain step B draws backwards from given ends. Shape ``(N,)``."""
+        if self.density is None:
+            return super().redraw_rows(x, context)
+        y, z = self._context_rows(context), whiten(x.to(self.like()) - self.location, self.metric_cholesky)
+        states = torch.stack([z, *walk(self._dynamics(), self.scheme, z, y, self.num_steps)]).flip(0)
+        return self.log_q_paths(self._unwhiten(states), context)
+
+    def describe(self) -> str:
+        """Name and scheme, for messages."""
+        return f"KernelLangevinBridge with scheme {self.scheme!r}"
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        names = ("scheme", "num_steps", "step_size", "diffusion")
+        return super().config() | {name: getattr(self, name) for name in names}
+
+    def save(self, path: str | Path) -> None:
+        """As `Bridge.save`; a likelihood or a source distribution is code, and refused."""
+        if self._log_likelihood is not None or self._source is not None:
+            what = "a source distribution" if self._log_likelihood is None else "a likelihood"
+            raise ValueError(
+                f"a saved bridge must hold tensors and plain values, got {what}. Save what it was made from."
+            )
+        super().save(path)
+
+    def _read_source(self, source: Any, points: Tensor) -> tuple[Distribution | None, Tensor]:
+        """A source distribution or None, and source draws or nothing."""
+        if source is None:
+            return None, points.new_empty(0)
+        if not isinstance(source, Distribution):
+            return None, as_draws("source", source, self.dim, like=points)
+        if tuple(source.event_shape) != (self.dim,) or len(source.batch_shape):
+            shapes = f"{tuple(source.batch_shape)} and {tuple(source.event_shape)}"
+            raise ValueError(
+                f"source must have batch and event shapes () and ({self.dim},), got {shapes}. Write .to_event(1)."
+            )
+        return source, points.new_empty(0)
+
+    def _walking(self) -> dict[str, Any]:
+        return {
+            "step_size": self.step_size,
+            "factor": self.diffusion_factor if len(self.diffusion_factor) else None,
+            "score": None if self._log_likelihood is None else self._score,
+        }
+
+    def _score(self, z: Tensor) -> Tensor:
+        """Gradient of the log likelihood with respect to z."""
+        assert self._log_likelihood is not None
+        return score(self._log_likelihood, self._unwhiten(z)) @ self.metric_cholesky
+
+    def _smoothed(self) -> SmoothedDraws:
+        """Where chains start: the draws, each smoothed by half a step of noise."""
+        law = self._dynamics().law
+        variance = torch.full_like(self.weights, 0.5 * self.epsilon)
+        variance = variance if law.scale is None else variance * law.scale
+        context = (law.keys + law.centre)[:, : self.context_dim] if self.context_dim else None
+        return SmoothedDraws(law.values, self.weights.log(), variance, context)
+
+    def _start(self, num: int, y: Tensor | None) -> Tensor:
+        if self._source is None and not len(self.source_points):
+            return self._smoothed().sample(num, y)
+        if self._source is not None:
+            x = self._source.sample((num,)).to(self.points)
+        else:
+            x = self.source_points[torch.randint(len(self.source_points), (num,), device=self.points.device)]
+        return whiten(x - self.location, self.metric_cholesky)
+
+    def _walk(self, num: int, y: Tensor | None, num_steps: int) -> Tensor:
+        """Whitened states, shape ``(num_steps + 1, num, dim)``."""
+        start = self._start(num, y)
+        return torch.stack([start, *walk(self._dynamics(), self.scheme, start, y, num_steps)])

@@ -1,0 +1,142 @@
+"""What a latent fit reads: rows of the target, its latents, and the source's."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_sb.bridges.base import as_draws
+from pyro_sb.bridges.codecs.base import Codec, check_pair, encoded
+from pyro_sb.bridges.codecs.rows import advice, numerical_rank, shaped
+from pyro_sb.bridges.ends import read_source
+from pyro_sb.bridges.units import check_law
+from pyro_sb.training import random_state, set_random_state
+
+
+def target_rows(target: Any, size: int | None, num_draws: int) -> Tensor:
+    """The target's draws ``(N, d)``; of this size, where the codec knows it."""
+    if isinstance(target, Distribution):
+        size = size or (target.event_shape[0] if len(target.event_shape) == 1 else 1)
+        check_law("target", target, size)
+    elif size is None:
+        shape = torch.as_tensor(target).shape
+        size = int(shape[1]) if len(shape) == 2 else 1
+    return as_draws("target", target, size, num_draws=num_draws)
+
+
+def latent_rows(codec: Codec, draws: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The target's latents ``(N, latent_dim)``; refused where the codec does not fit the draws, or some say nothing."""
+    z = check_pair(codec, shaped("target", draws, codec.data_dim))
+    still = z.amax(0) - z.amin(0) <= 10 * torch.finfo(z.dtype).eps * z.abs().amax(0)
+    if bool(still.any()):
+        raise ValueError(
+            f"latents must vary along every axis, got constant latents {still.nonzero().flatten().tolist()} of "
+            f"{z.shape[1]} on {len(z)} rows. Lower latent_dim, or train the encoder so that it uses them."
+        )
+    used = z if weights is None else z[weights > 0]
+    rank = numerical_rank(used)
+    if rank < min(z.shape[1], len(used) - 1):  # few rows say little of the rank
+        raise ValueError(
+            f"latent_dim must be at most the data's rank, got {z.shape[1]} latents with numerical rank {rank} on "
+            f"{len(used)} rows. {advice(rank)}, or fit the codec on rows like these."
+        )
+    return z
+
+
+def latent_source(codec: Codec, source: Any, like: Tensor, num_draws: int) -> Any:
+    """The source in the latent space: None, a point, draws, or a distribution that keeps its density."""
+    if source is None:
+        return None
+    size = like.shape[1]
+    if isinstance(source, Distribution):
+        check_law("source", source, size)
+        if codec.bijective:
+            return encoded(source, codec)
+        source = source.sample((num_draws,))
+    points = check_pair(codec, read_source(source, size, like), "rows of the source")
+    return points[0] if len(points) == 1 else points
+
+
+# An unfinished latent fit on disk: the fitted codec and the inner bridge's own checkpoint, beside the final file
+
+
+class Parts:
+    """The files of one fit.
+
+    Args:
+        checkpoint: Where the whole bridge will be; None: nothing is kept.
+    """
+
+    def __init__(self, checkpoint: str | Path | None) -> None:
+        path = None if checkpoint is None else Path(checkpoint)
+        self.codec = None if path is None else path.with_name(path.name + ".codec")
+        self.inner = None if path is None else path.with_name(path.name + ".inner")
+        self.start, self.name, self.device = random_state(), "", torch.device("cpu")
+        self.saved: dict[str, Any] | None = None
+        if self.codec is not None and self.codec.exists():
+            self.saved = torch.load(self.codec, map_location="cpu", weights_only=True)
+
+    def begin(self) -> None:
+        """Torch's random state as the fit that was cut short began with: its draws of a distribution come again."""
+        if self.saved is not None:
+            self.start = self.saved["start"]
+            set_random_state(self.start)
+
+    def known_by(self, codec: Codec, draws: Tensor, *others: Any) -> None:
+        """What this fit is known again by: the codec's class and options, and the figures of draws and others."""
+        told = [_figures(each) if isinstance(each, Tensor) else each for each in (draws, *others)]
+        self.device = draws.device
+        self.name = repr((type(codec).__name__, codec.config(), told))
+
+    def restore(self, codec: Codec, learns: bool) -> bool:
+        """Whether this fit was cut short; the codec and torch's random state are then as it had them.
+
+        Args:
+            codec: It is changed, and stays on its device, or that of the draws.
+            learns: Whether the codec is to be fitted; one that is not must be the saved one.
+        """
+        if self.saved is None:
+            return False
+        device = codec.location.device if codec.fitted else self.device
+        state = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.saved["state"].items()}
+        if self.saved["name"] != self.name or not (learns or _equal(codec.state_dict(), state)):
+            raise ValueError(
+                f"checkpoint must be of this fit to go on from, got that of other data, codec or codec options in "
+                f"{self.codec}. Delete it, or write another path."
+            )
+        codec.load_state_dict(state)
+        set_random_state(self.saved["random"])
+        return True
+
+    def keep(self, codec: Codec) -> None:
+        """Write the fitted codec."""
+        if self.codec is None:
+            return
+        part = self.codec.with_name(self.codec.name + ".part")
+        state = {"name": self.name, "state": codec.state_dict(), "start": self.start, "random": random_state()}
+        torch.save(state, part)
+        os.replace(part, self.codec)
+
+    def clear(self) -> None:
+        """Remove both files."""
+        for path in (self.codec, self.inner):
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+
+def _figures(x: Tensor) -> list[Any]:
+    """Figures that tell tensors apart: sums, in and out of order, shape and dtype."""
+    y = x.double()
+    place = torch.arange(1, len(y) + 1, dtype=y.dtype, device=y.device) / len(y)
+    return [float(y.sum()), float(y.square().sum()), float((place @ y).sum()), list(x.shape), str(x.dtype)]
+
+
+def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two states on one device hold the same tensors."""
+    ours, theirs = ({k: v for k, v in state.items() if isinstance(v, Tensor)} for state in (one, other))
+    return ours.keys() == theirs.keys() and all(
+        v.dtype == theirs[k].dtype and torch.equal(v, theirs[k]) for k, v in ours.items()
+    )

@@ -1,0 +1,71 @@
+"""How a light bridge is to learn."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Options(NamedTuple):
+    """How a fit is to learn; None where the solver's own default holds."""
+
+    solver: str
+    num_steps: int | None
+    batch_size: int
+    learning_rate: float | None
+    num_draws: int
+    progress: bool
+    checkpoint: str | Path | None
+    patience: int = 10
+
+    def check(self) -> None:
+        """Refuse what no solver can use."""
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}. Omit it for the solver's default.")
+        if self.batch_size < 1 or self.num_draws < 2:
+            raise ValueError(
+                f"batch_size must be at least 1 and num_draws at least 2, got {self.batch_size} and {self.num_draws}."
+            )
+        if self.patience < 1:
+            raise ValueError(f"patience must be at least 1, got {self.patience}. Omit it for 10.")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}. Omit it for the default.")
+
+    def steps(self, default: int) -> int:
+        """Updates to make."""
+        return default if self.num_steps is None else self.num_steps
+
+    def rate(self, default: float) -> float:
+        """Learning rate of the first update."""
+        return default if self.learning_rate is None else self.learning_rate
+
+
+class FitOptions(NamedTuple):
+    """How a fit is to learn; as in `VSDM.fit`."""
+
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    ema: float | None
+    num_draws: int
+    num_stages: int
+    zeta: float
+    progress: bool
+    checkpoint: str | Path | None
+
+    def check(self) -> None:
+        """Refuse what no fit can use."""
+        if self.num_steps < 1 or self.batch_size < 1 or self.num_draws < 2 or self.num_stages < 1:
+            raise ValueError(
+                f"num_steps, batch_size and num_stages must be at least 1 and num_draws at least 2, got "
+                f"{self.num_steps}, {self.batch_size}, {self.num_stages} and {self.num_draws}."
+            )
+        if not 0 < self.learning_rate < math.inf or not 0 < self.zeta < math.inf:
+            raise ValueError(f"learning_rate and zeta must be positive, got {self.learning_rate} and {self.zeta}.")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema}. Write None for no average.")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a name that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")

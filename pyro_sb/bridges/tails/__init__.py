@@ -1,0 +1,1 @@
+"""Power tails around any bridge."""

@@ -1,0 +1,1 @@
+"""ArviZ containers of finished runs."""

@@ -1,0 +1,1 @@
+"""The mode audit: shares of modes in two independent populations."""

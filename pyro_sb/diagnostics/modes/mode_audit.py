@@ -1,0 +1,179 @@
+"""The mode audit: two independent populations of one target, their modes' shares side by side, the chains beside."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_sb.diagnostics.calibration.simulated import number_names
+from pyro_sb.diagnostics.export.draws_of import target_of, unconstrained_draws
+from pyro_sb.diagnostics.modes.audited import ModeAudit, effective_size
+from pyro_sb.diagnostics.modes.clusters import Modes, find_modes
+from pyro_sb.infer.mcmc.record import site_diagnostics
+from pyro_sb.infer.model.joint import LogJoint
+from pyro_sb.infer.population.population import Population, populate
+
+__all__ = ["ModeAudit", "mode_audit"]
+
+POOLED = 1024  # draws of each population, and of the run, that modes are looked for in
+
+
+def mode_audit(
+    target: Any = None,
+    x: Any = None,
+    *,
+    potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    initial_params: dict[str, Tensor] | None = None,
+    num_particles: int = 1024,
+    start: str | Tensor = "search",
+    max_modes: int = 20,
+) -> ModeAudit:
+    r"""Two independent weighted populations of a target, and whether a run's draws have the same modes.
+
+    R-hat and ESS compare chains with each other: chains that all miss a mode agree perfectly. A population (a
+    multi-start search, tempering, importance sampling from a fitted mixture) comes to its modes another way, and two
+    of them that agree have shares with standard errors that the draws can be held against.
+
+    **Modes** are Gaussian-mixture clusters (scikit-learn, number by BIC) of both populations and the draws, joined
+    wherever the log joint falls less than two nats below the lower of two clusters' middles on the way between them:
+    straight, or by where the clusters come closest.
+
+    **Shares** of a population are self-normalised importance estimates. What both populations and the draws miss stays
+    unseen: "ok" is not a proof.
+
+    Args:
+        target: A Pyro model; a finished `MCMC`, ours or Pyro's, whose model and draws are then audited; a conditioned
+            `Posterior`; or a `LogJoint`.
+        x: Draws beside: a finished run, a `Posterior`, an ArviZ container, a dict of sites in their own space
+            ``(chain, draw, *site)``, or unconstrained draws ``(chain, draw, dim)`` or ``(draw, dim)``. Omitted: those
+            of ``target``, if it is a run.
+        potential_fn: Minus the log joint of one chain, instead of a target; with ``initial_params``.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+        initial_params: Unconstrained values of the sites: shapes for ``potential_fn``, hints for a model.
+        num_particles: Draws of each population, at least 50.
+        start: Where populations start, as in `KernelLangevin`.
+        max_modes: Clusters looked for, at least 1.
+
+    Raises:
+        TypeError: No target.
+        ValueError: Draws that lack a site of the model, or are not finite.
+
+    References:
+        Self-normalised importance sampling and its standard error: Monte Carlo theory, methods and examples (Owen,
+        2013), chapter 9, equation (9.9). The audit is ours.
+
+    Example:
+        >>> def two_modes(z):
+        ...     return torch.logsumexp(torch.stack([-(z + 5) ** 2, -(z - 5) ** 2]).sum(-1) / 2, 0)
+        >>> joint = LogJoint.from_batched(lambda z: two_modes(z), dim=1)
+        >>> stuck = 5 + torch.randn(4, 500, 1, dtype=torch.float64)  # R-hat is 1.00
+        >>> audit = mode_audit(joint, stuck)
+        >>> audit.num_modes, audit.verdict, len(audit.missing)
+        (2, 'bad', 1)
+    """
+    if max_modes < 1:
+        raise ValueError(f"max_modes must be at least 1, got {max_modes}. Omit it for 20.")
+    joint, own = target_of(target, potential_fn, args, dict(kwargs or {}), initial_params)
+    x = own if x is None else x
+    draws = None if x is None else unconstrained_draws(x, joint)
+    before = joint.evaluations.density + joint.evaluations.gradient
+    near = (
+        None
+        if initial_params is None or potential_fn is not None
+        else joint.pack(initial_params).reshape(-1, joint.dim)
+    )
+    populations = (
+        _population(joint, num_particles, start, near),
+        _population(joint, num_particles, start, near),
+    )
+    clouds = [population.points[population.resample(POOLED)] for population in populations]
+    if draws is not None:
+        flat = draws.flatten(0, 1)
+        clouds.append(flat[torch.linspace(0, len(flat) - 1, min(POOLED, len(flat))).round().long()])
+    cores = [population.core for population in populations]
+    hints = [core.locs[core.log_weights.argsort(descending=True)] for core in cores if len(core.locs) > 1]
+    modes = find_modes(joint, torch.cat([cloud.double().cpu() for cloud in clouds]), max_modes, hints)
+    return _made(joint, populations, modes, draws, joint.evaluations.density + joint.evaluations.gradient - before)
+
+
+def _population(joint: LogJoint, num: int, start: str | Tensor, hints: Tensor | None) -> Population:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The population is poor", RuntimeWarning)  # the audit says so
+        return populate(joint, num, start=start, hints=hints)
+
+
+def _made(
+    joint: LogJoint, populations: tuple[Population, Population], modes: Modes, draws: Tensor | None, evaluations: int
+) -> ModeAudit:
+    inside = [modes.labels(population.points)[:, None] == torch.arange(modes.num) for population in populations]
+    weights = [population.weights.double().cpu() for population in populations]
+    shares = torch.stack([w @ member.double() for w, member in zip(weights, inside)]).clamp(0, 1)  # they round
+    sizes = torch.tensor([effective_size(population) for population in populations], dtype=torch.float64)
+    pooled = ((sizes[:, None] * shares).sum(0) / sizes.sum()).clamp(0, 1)
+    spread = torch.stack([w.square() @ (member.double() - pooled).square() for w, member in zip(weights, inside)])
+    binomial = pooled * (1 - pooled) / sizes[:, None]  # the first is blind to a mode that the population missed
+    errors = torch.maximum(spread, binomial).sqrt()
+    by_chain = chain_shares = chain_errors = chain_sizes = None
+    if draws is not None:
+        labels = modes.labels(draws.flatten(0, 1)).reshape(draws.shape[:2])
+        by_chain = torch.stack([(labels == k).double().mean(1) for k in range(modes.num)], 1)
+        chain_shares = by_chain.mean(0)
+        chain_errors = _chain_errors(draws, by_chain, labels, pooled)
+        chain_sizes = _chain_sizes(draws)
+    order = pooled.argsort(descending=True)
+    centres = modes.centres[order]
+    places, place_names = _places(joint, centres)
+    given = [None if value is None else value[..., order] for value in (chain_shares, chain_errors, by_chain)]
+    return ModeAudit(
+        shares=shares[:, order],
+        errors=errors[:, order],
+        centres=centres,
+        names=number_names(joint.site_shapes),
+        chain_shares=given[0],
+        chain_errors=given[1],
+        by_chain=given[2],
+        populations=populations,
+        evaluations=evaluations,
+        places=places,
+        place_names=place_names,
+        chain_sizes=chain_sizes,
+    )
+
+
+def _places(joint: LogJoint, centres: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+    """Centres in the sites' own space, where each site has as many numbers there; and what they are called."""
+    own, columns, names = joint.constrain(centres), [], list[str]()
+    for name, free in joint.unpack(centres).items():
+        same = own[name].shape == free.shape
+        columns.append((own[name] if same else free).double().cpu().reshape(len(centres), -1))
+        names += number_names({name if same else f"unconstrained {name}": free.shape[1:]})
+    return torch.cat(columns, 1), tuple(names)
+
+
+def _chain_sizes(draws: Tensor) -> Tensor:
+    """Effective draws of each chain by itself, of its slowest coordinate. Shape ``(C,)``."""
+    num_chains, num_draws, dim = draws.shape
+    if num_draws < 4:
+        return draws.new_full((num_chains,), num_draws).double().cpu()
+    alone = draws.double().transpose(0, 1).reshape(1, num_draws, num_chains * dim)
+    sizes = site_diagnostics(alone)["n_eff"].reshape(num_chains, dim)
+    return sizes.nan_to_num(1.0).amin(1).clamp(1, num_draws).cpu()
+
+
+def _chain_errors(draws: Tensor, by_chain: Tensor, labels: Tensor, pooled: Tensor) -> Tensor:
+    """Standard errors of the chains' shares, no smaller than the run itself would claim."""
+    num_chains, num_draws = labels.shape
+    if num_draws >= 4:
+        n_eff = float(site_diagnostics(draws.double())["n_eff"].nan_to_num(0.0).min())
+    else:
+        n_eff = float(num_chains * num_draws)
+    size = min(max(n_eff, 1.0), num_chains * num_draws)
+    claimed = pooled * (1 - pooled) / size
+    if num_chains < 2 or num_draws == 1:
+        return claimed.sqrt()
+    return torch.maximum(claimed, by_chain.var(0) / num_chains).sqrt()

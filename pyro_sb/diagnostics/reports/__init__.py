@@ -1,0 +1,1 @@
+"""Reports: lines with verdicts, of runs, posteriors and bridges."""

@@ -1,0 +1,142 @@
+"""`report`: one table and one figure for whatever was fitted or run."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch import Tensor
+
+from pyro_sb.bridges.base import Bridge
+from pyro_sb.diagnostics.export.draws_of import is_container, is_run
+from pyro_sb.diagnostics.modes.mode_audit import ModeAudit
+from pyro_sb.diagnostics.reports.bridge_report import bridge_report
+from pyro_sb.diagnostics.reports.chain_report import chain_report
+from pyro_sb.diagnostics.reports.lines import Report
+from pyro_sb.diagnostics.reports.posterior_report import amortised_report, posterior_report
+from pyro_sb.infer.amortized.amortized import AmortizedPosterior
+from pyro_sb.infer.amortized.posterior import Posterior
+
+__all__ = ["report"]
+
+
+def report(
+    x: Any,
+    model: Callable[..., Any] | None = None,
+    *,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    modes: bool | ModeAudit = True,
+    num_data_sets: int = 200,
+    target_draws: Any = None,
+    source: Any = None,
+    context: Any = None,
+) -> Report:
+    r"""A verdict on whatever was fitted or run: ok, look, or bad, line by line, and what to do.
+
+    - A finished `MCMC`, ours or Pyro's, or an ArviZ container: R-hat, bulk and tail effective sizes, divergences,
+      what the kernel's warm-up knew, and the `mode_audit`, which looks where chains cannot.
+    - A conditioned `Posterior`: the importance weights' k-hat and effective size under the model, and the audit.
+    - A fitted `AmortizedPosterior`: calibration of each parameter and of all together (`sbc`, `tarp`).
+    - A fitted `Bridge`: `bridge_report`.
+
+    **No line proves a posterior right**; each names what it would have seen.
+
+    Args:
+        x: One of these.
+        model: Of a run or container: the Pyro model for the audit, where ``x`` does not know it (an ArviZ container).
+        args: The model's positional arguments.
+        kwargs: The model's keyword arguments.
+        modes: Of a run, container or posterior. True: audit with the defaults, two populations of the target. False: no
+            audit. A `ModeAudit`: one made before, with other options: ``modes=mode_audit(run, num_particles=4096)``.
+        num_data_sets: Of an amortised posterior: data sets of its calibration, at least 20.
+        target_draws: Of a bridge: draws of its target.
+        source: Of a bridge: what it was to leave from.
+        context: Of a bridge: contexts of the target's draws.
+
+    Raises:
+        ImportError: Chains, and ArviZ is not installed.
+        RuntimeError: ``x`` was not fitted, or has not run.
+        TypeError: ``x`` is none of these.
+        ValueError: An option that a report of ``x`` has no use for, or fewer than four draws a chain.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_sb.infer.kernels.langevin import KernelLangevin
+        >>> from pyro_sb.infer.mcmc.mcmc import MCMC
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> mcmc = MCMC(KernelLangevin(model), num_samples=100, num_chains=16, disable_progbar=True)
+        >>> mcmc.run(torch.tensor(0.5))
+        >>> found = report(mcmc)
+        >>> found.verdict, found["R-hat"].verdict
+        ('ok', 'ok')
+    """
+    _check_options(
+        x,
+        model=model is not None,
+        args=args != (),
+        kwargs=bool(kwargs),
+        modes=modes is not True,
+        num_data_sets=num_data_sets != 200,
+        target_draws=target_draws is not None,
+        source=source is not None,
+        context=context is not None,
+    )
+    if isinstance(x, Bridge):
+        return bridge_report(x, target_draws, source, context)
+    if isinstance(x, AmortizedPosterior):
+        return amortised_report(x, num_data_sets)
+    if isinstance(x, Posterior):
+        return posterior_report(x, modes)
+    return chain_report(x, model, args, dict(kwargs or {}), modes)
+
+
+def _check_options(x: Any, **given: bool) -> None:
+    """Every option that is given is used by the report of ``x``, or refused by name."""
+    used = _options_of(x)
+    unused = [name for name, is_given in given.items() if is_given and name not in used]
+    if unused:
+        raise ValueError(
+            f"a report of {type(x).__name__} uses {', '.join(used)}, got {', '.join(unused)} too. Leave those out."
+        )
+    if (given["args"] or given["kwargs"]) and not given["model"]:
+        raise ValueError(
+            "args and kwargs are the model's, got them without a model. Write report(x, model, args=(y,)), or leave "
+            "them out: a run knows its own."
+        )
+    if given["model"] and given["modes"]:
+        raise ValueError(
+            "model is for the audit, got it together with modes, which needs none: False, or an audit made before. "
+            "Leave one of them out."
+        )
+
+
+def _options_of(x: Any) -> tuple[str, ...]:
+    if isinstance(x, Bridge):
+        return ("target_draws", "source", "context")
+    if isinstance(x, AmortizedPosterior):
+        return ("num_data_sets",)
+    if isinstance(x, Posterior):
+        return ("modes",)
+    if is_run(x) or is_container(x):
+        return ("model", "args", "kwargs", "modes")
+    raise TypeError(
+        "x must be a finished MCMC, an ArviZ container, a Posterior, an AmortizedPosterior or a Bridge, got "
+        f"{type(x).__name__}. {_cure(x)}"
+    )
+
+
+def _cure(x: Any) -> str:
+    if isinstance(x, MCMCKernel):
+        return "A kernel has no draws: write mcmc = MCMC(kernel, num_samples=1000), mcmc.run(...), report(mcmc)."
+    if isinstance(x, (Mapping, np.ndarray, Tensor)):
+        return (
+            "Draws by site, each (chain, draw, *shape), go in by az.from_dict(posterior=draws), in ArviZ 1 "
+            'az.from_dict({"posterior": draws}); log weights by psis(log_weights); draws of a bridge by '
+            "bridge_report(bridge, draws)."
+        )
+    if hasattr(x, "log_weights"):
+        return "For weighted draws write psis(x)."
+    return "Call run() or fit() and pass the object itself."

@@ -1,0 +1,301 @@
+"""Amortised posteriors of a Pyro model: simulate, fit p(theta | y) once, condition on any y, correct by the model."""
+
+import inspect
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pyro_sb.bridges.base import Bridge
+from pyro_sb.infer.amortized.choice import build, candidates, fit_bridge, held_out_score
+from pyro_sb.infer.amortized.features import Features
+from pyro_sb.infer.amortized.observation import Observation, read_observation
+from pyro_sb.infer.amortized.paired import PairedJoint, paired_joint, plate_serves
+from pyro_sb.infer.amortized.posterior import Posterior
+from pyro_sb.infer.amortized.simulator import Simulations, Simulator, simulator
+from pyro_sb.infer.amortized.store import Store
+from pyro_sb.infer.amortized.training_set import TrainingSet, exchangeable_sites, training_set
+from pyro_sb.training import FitHistory
+
+__all__ = ["AmortizedPosterior"]
+
+logger = logging.getLogger(__name__)
+
+
+class AmortizedPosterior:
+    r"""Posterior :math:`p(\theta | y)` of a Pyro model for every y at once, learnt from simulations.
+
+    ``fit`` simulates the model, takes its latents to :math:`\mathbb{R}^d` (draws never leave the prior's support),
+    regresses them on the observation, and fits a conditional bridge to the whitened residuals. ``condition(y)`` gives a
+    `Posterior` that samples in one shot, and that the model itself corrects: by importance weights, or by chains.
+
+    **The model's density serves the fit too.** Where the observed sites have a ``log_prob``, every simulated pair is
+    rejuvenated: Hamiltonian Monte Carlo moves :math:`\theta` within :math:`p(\theta | y)`, where it already is an exact
+    draw, so that one simulation gives many latents. The simulator is not called for them; ``num_copies=0`` does
+    without.
+
+    **Exchangeable observations** are found by the log joint itself, which a permutation must leave as it is; the bridge
+    then sees permutation-invariant summaries, or the ``embedding``.
+
+    Args:
+        model: Pyro model whose observed sites are left open; or a black-box simulator, a function with ``pyro.sample``
+            prior sites that returns its observation (a tensor, or a dict by name): it has no corrections.
+        observed: Names of the observed sites.
+        bridge: ``"light"``, a conditional mixture with an exact density and one-shot draws; ``"vsdm"``, a diffusion; a
+            bridge or its class; or a function ``(dim, context_dim)``. None: light or VSDM, by held-out score.
+        embedding: Module from the flat, standardised observation ``(N, data_dim)`` to features, learnt with the
+            bridge; `pyro_sb.nn.SetEmbedding` for exchangeable items.
+
+    Attributes:
+        bridge: The fitted bridge.
+        scores: Held-out log density of each bridge that was tried, in nats.
+        simulations: What was simulated: ``fit(simulations=...)`` learns from it again.
+        exchangeable: Number of items of each observed site that was found exchangeable.
+
+    References:
+        Neural posterior estimation: Papamakarios and Murray (2016), https://arxiv.org/abs/1605.06376. Bridges as the
+        conditional density, rejuvenation, and the corrections are ours.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("rows", 5):
+        ...         pyro.sample("y", dist.Normal(mu, 0.5))
+        >>> amortized = AmortizedPosterior(model, bridge="light")
+        >>> history = amortized.fit(num_simulations=500, num_steps=200, progress=False)
+        >>> posterior = amortized.condition(torch.tensor([1.0, 0.5, 1.4, 0.2, 1.1]))
+        >>> posterior.sample(1000)["mu"].shape
+        torch.Size([1000])
+        >>> posterior.importance(1000).ess_share > 0.5
+        True
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        observed: tuple[str, ...] = ("y",),
+        *,
+        bridge: Any = None,
+        embedding: nn.Module | None = None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be a Pyro model, a function, got {type(model).__name__}.")
+        self.model = model
+        self.observed = (observed,) if isinstance(observed, str) else tuple(observed)
+        self.embedding = embedding
+        self._candidates = candidates(bridge)
+        self.bridge: Bridge | None = None
+        self.scores: dict[str, float] = {}
+        self.simulations: Simulations | None = None
+        self.exchangeable: dict[str, int] = {}
+
+    def fit(
+        self,
+        *model_args: Any,
+        num_simulations: int = 10_000,
+        simulations: Simulations | None = None,
+        keep_finite: bool = False,
+        num_copies: int | None = None,
+        missing: float = 0.0,
+        held_out: float = 0.1,
+        progress: bool = True,
+        checkpoint: str | Path | None = None,
+        num_steps: int | None = None,
+        bridge_options: dict[str, Any] | None = None,
+        **model_kwargs: Any,
+    ) -> FitHistory:
+        r"""Simulate, and learn.
+
+        Args:
+            *model_args: The model's positional arguments, the same for every observation: covariates, sizes.
+            num_simulations: Runs of the model, at least 1; fits worth having need some hundreds.
+            simulations: Earlier `simulations`, instead of new ones.
+            keep_finite: Learn from the finite simulations where others are not, instead of an error.
+            num_copies: Rejuvenated copies of each simulation. None: up to 100,000 rows in all where the model has a
+                batched density; 0: none, simulations alone.
+            missing: Largest share of an observation's entries that may be missing (NaN) in ``condition``, in [0, 1).
+                Rows are then trained with random entries hidden.
+            held_out: Share of the simulations that the fit is judged by, in (0, 1).
+            progress: Show bars.
+            checkpoint: Path of the bridge's checkpoints; with two bridges to try, their names are added to it. The
+                simulations lie beside it until the fit ends: called again with the same arguments, a fit that was cut
+                off goes on with them, and VSDM with its training.
+            num_steps: Updates of the bridge's fit. None: its default.
+            bridge_options: Further options of the bridge's ``fit``.
+            **model_kwargs: The model's keyword arguments.
+
+        Returns:
+            History of the chosen bridge's fit. Its seconds are those of all of it, simulation included.
+
+        Raises:
+            ValueError: A missing observed site; no continuous latent; simulations that are not finite; bad numbers.
+        """
+        begun = time.perf_counter()
+        _check_share("missing", missing, least=0.0)
+        if not 0 < held_out < 1:
+            raise ValueError(f"held_out must lie in (0, 1), got {held_out}. Write 0.1.")
+        if num_copies is not None and num_copies < 0:
+            raise ValueError(f"num_copies must be at least 0, got {num_copies}. Omit it for the default.")
+        if num_simulations < 1:
+            raise ValueError(f"num_simulations must be at least 1, got {num_simulations}. Write 10_000.")
+        _check_names(self.model, type(self).fit, len(model_args))
+        source = simulator(self.model, self.observed, model_args, model_kwargs)
+        store = Store(checkpoint, {"num_simulations": num_simulations, "missing": missing, "held_out": held_out})
+        kept = store.read() if simulations is None else None
+        if kept is not None:
+            simulations = kept.simulations
+        elif simulations is None:
+            simulations = self._simulated(source, num_simulations, keep_finite, progress)
+        else:
+            _check_sizes(simulations, source)
+            simulations = source.finite(simulations, keep_finite)
+        _check_number(len(simulations.latents), source.dim, held_out)
+        self.simulations = simulations
+        joint = self._joint(source, simulations, num_copies)
+        if kept is not None:
+            self.exchangeable = kept.exchangeable
+        else:
+            self.exchangeable = exchangeable_sites(source, simulations, joint) if joint is not None else {}
+        raw = self.embedding is not None
+        features = Features(source.data, self.exchangeable, masked=missing > 0, raw=raw).fit(
+            simulations.observations.to(simulations.latents)
+        )
+        if kept is not None:
+            rows = kept.rows
+        else:
+            rows = training_set(
+                source, simulations, features, joint, num_copies=num_copies, missing=missing, held_out=held_out
+            )
+            store.write(simulations, rows, self.exchangeable)
+        options = (
+            (bridge_options or {}) | {"progress": progress} | ({} if num_steps is None else {"num_steps": num_steps})
+        )
+        history = self._fit_candidates(rows, len(simulations.latents), checkpoint, options)
+        self._source, self._features, self._rows = source, features, rows.residuals
+        self._reference = Simulations(*(x[:256] for x in simulations))
+        if not history.interrupted:
+            store.clear()
+        history.seconds = time.perf_counter() - begun
+        return history
+
+    def _simulated(self, source: Simulator, num: int, keep_finite: bool, progress: bool) -> Simulations:
+        """Fresh simulations; those made before Ctrl-C are kept."""
+        source.plated = plate_serves(source)
+        try:
+            return source.simulate(num, keep_finite=keep_finite, progress=progress)
+        except KeyboardInterrupt:
+            if source.interrupted is not None:
+                self.simulations = source.interrupted
+                warnings.warn(
+                    f"interrupted: {len(self.simulations.latents)} of {num} simulations were made and are kept. Write "
+                    "fit(simulations=amortized.simulations) to learn from them.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            raise
+
+    def condition(self, y: Any) -> Posterior:
+        r"""The posterior given an observation, or given each of a batch.
+
+        Args:
+            y: A tensor in the observed site's shape, or with a batch of observations before it; a dict for several
+                sites. NaN marks missing entries, where ``fit`` had ``missing > 0``.
+
+        Raises:
+            RuntimeError: ``fit`` was not called.
+            ValueError: Another shape than was trained on; NaN without ``missing``.
+        """
+        if self.bridge is None:
+            raise RuntimeError("condition needs a fitted posterior: call fit(*model_args, num_simulations=...) first.")
+        observation: Observation = read_observation(y, self._source, self._features)
+        return Posterior(self.bridge, self._rows, self._source, self._features, observation, self._reference)
+
+    @property
+    def simulator(self) -> Simulator:
+        """The model as a giver of pairs, with the arguments of the last fit."""
+        if self.bridge is None:
+            raise RuntimeError("simulator needs a fitted posterior: call fit(*model_args, num_simulations=...) first.")
+        return self._source
+
+    def _joint(self, source: Simulator, pairs: Simulations, num_copies: int | None) -> PairedJoint | None:
+        """The log joint of pairs where the model has one that runs in batches."""
+        if not source.has_density:
+            if num_copies:
+                paired_joint(source, pairs)  # says why there are none
+            return None
+        joint = paired_joint(source, pairs)
+        if joint.route == "loop" and num_copies is None:
+            logger.info("the model's density runs row by row: simulations are not rejuvenated.")
+            return None
+        return joint
+
+    def _fit_candidates(
+        self, rows: TrainingSet, num: int, checkpoint: str | Path | None, options: dict[str, Any]
+    ) -> FitHistory:
+        """Fit each candidate and keep the one with the highest held-out score."""
+        best: tuple[float, Bridge, FitHistory] | None = None
+        self.scores = {}
+        for name, spec in self._candidates.items():
+            bridge = build(spec, rows.latents.shape[1], rows.context.shape[1], num, self.embedding)
+            many = checkpoint is not None and len(self._candidates) > 1
+            path = f"{checkpoint}.{name}" if many else checkpoint
+            history = fit_bridge(bridge, rows, checkpoint=path, **options)
+            score = held_out_score(bridge, rows) if len(self._candidates) > 1 or bridge.density else float("nan")
+            self.scores[name] = score
+            if best is None or score > best[0] or best[0] != best[0]:
+                best = score, bridge, history
+            if history.interrupted:
+                break
+        assert best is not None
+        logger.info("held-out log density by bridge: %s", self.scores)
+        self.bridge = best[1]
+        return best[2]
+
+
+def _check_names(model: Callable[..., Any], fit: Callable[..., Any], num_args: int) -> None:
+    """A keyword of the model that ``fit`` has too would never reach the model; those bound or given by place do."""
+    bound = model.keywords if isinstance(model, partial) else {}
+    try:
+        wanted = [name for name in inspect.signature(model).parameters if name not in bound][num_args:]
+    except (TypeError, ValueError):  # a callable without a signature
+        return
+    own = {n for n, p in inspect.signature(fit).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    both = sorted(own & set(wanted))
+    if both:
+        raise ValueError(
+            f"the model's arguments must not have the names of fit's own, got {both}. Pass the model with them bound: "
+            f"functools.partial(model, {both[0]}=...)."
+        )
+
+
+def _check_share(name: str, value: float, least: float) -> None:
+    if not least <= value < 1:
+        raise ValueError(f"{name} must lie in [{least:g}, 1), got {value}.")
+
+
+def _check_sizes(simulations: Simulations, source: Simulator) -> None:
+    """Refuse simulations of another model."""
+    (num, dim), (rows, width) = simulations.latents.shape, simulations.observations.shape
+    if (dim, width, rows) != (source.dim, source.data.dim, num):
+        raise ValueError(
+            f"simulations must have {source.dim} latents and {source.data.dim} numbers an observation, got "
+            f"{tuple(simulations.latents.shape)} and {tuple(simulations.observations.shape)}: another model's?"
+        )
+
+
+def _check_number(num: int, dim: int, held_out: float) -> None:
+    least = max(20, 2 * dim)
+    if num < least:
+        raise ValueError(
+            f"num_simulations must be at least {least} finite ones for {dim} latents, got {num}. Write 10_000."
+        )
+    if num - round(held_out * num) < least // 2:
+        raise ValueError(
+            f"held_out must leave at least {least // 2} simulations to learn from, got {held_out} of {num}. Write 0.1."
+        )

@@ -1,0 +1,192 @@
+"""What a bridge is told of an observation: standardised numbers, their normal scores, and summaries of sets."""
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.preprocessing import QuantileTransformer
+from torch import Tensor
+from torch.distributions import Transform
+from torch.distributions.transforms import ComposeTransform, IndependentTransform, SigmoidTransform
+
+from pyro_sb.infer.model.packing import Packing
+
+__all__ = ["Features", "from_probit", "is_logit", "log_slope", "to_probit"]
+
+FEW_VALUES, MOST_QUANTILES = 12, 16  # of exchangeable numbers: values that are counted; order statistics
+LARGEST_SCORE = 3.5  # normal scores beyond it are read off a handful of simulations
+
+
+@dataclass
+class Features:
+    r"""Numbers from an observation, fitted on simulations.
+
+    Each column of the observation is standardised, and beside it stands its normal score :math:`\Phi^{-1}(F(y))` with F
+    its distribution function over the simulations: what is affine in neither is mostly affine in both. A site whose
+    items are exchangeable is replaced by permutation-invariant summaries: means, log standard deviations, correlations;
+    of numbers also their order statistics (quantiles where there are more than 16), and the shares of each value where
+    there are but a few. A posterior is then that given the summaries: pass an ``embedding`` where they are not
+    sufficient. Missing entries are zeros, and an indicator says so.
+
+    Args:
+        data: Layout of the observations.
+        sets: Number of items of each exchangeable site.
+        masked: Whether entries may be missing (NaN).
+        raw: Standardised entries alone for the bridge, in the model's own order: for an embedding. Items of a set are
+            standardised alike.
+    """
+
+    data: Packing
+    sets: dict[str, int] = field(default_factory=dict)
+    masked: bool = False
+    raw: bool = False
+    location: Tensor = field(init=False)
+    scale: Tensor = field(init=False)
+    farthest: Tensor = field(init=False)
+    raw_location: Tensor = field(init=False)
+    raw_scale: Tensor = field(init=False)
+    quantiles: Any = field(init=False)
+    levels: dict[str, Tensor | None] = field(init=False)
+
+    def fit(self, observations: Tensor) -> "Features":
+        """Learn means, deviations and distribution functions. Shape ``(N, data_dim)``, NaN where missing."""
+        self.levels = {
+            name: few_values(observations[:, part]) for name, part in self._slices().items() if name in self.sets
+        }
+        columns = self.columns(observations)
+        self.location, self.scale = nan_moments(columns)
+        self.farthest = ((columns - self.location) / self.scale).abs().nan_to_num(0.0).amax(0)
+        self.raw_location, self.raw_scale = nan_moments(observations)
+        for name, part in self._slices().items():
+            if name in self.sets:
+                items = observations[:, part].reshape(len(observations) * self.sets[name], -1)
+                location, scale = nan_moments(items)
+                self.raw_location[part] = location.repeat(self.sets[name])
+                self.raw_scale[part] = scale.repeat(self.sets[name])
+        num = len(columns)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of columns that are missing throughout
+            self.quantiles = QuantileTransformer(
+                n_quantiles=min(num, 1000), output_distribution="normal", subsample=None
+            ).fit(columns.cpu().double().numpy())
+        return self
+
+    def design(self, y: Tensor) -> Tensor:
+        """Regressors ``(B, F)`` of observations ``(B, data_dim)``."""
+        columns = self.columns(y)
+        standard = ((columns - self.location) / self.scale).clamp(-10.0, 10.0)
+        scores = torch.as_tensor(self.quantiles.transform(columns.cpu().double().numpy())).to(y)
+        parts = [standard, scores.clamp(-LARGEST_SCORE, LARGEST_SCORE)]
+        if self.masked:
+            parts.append(torch.isnan(y).to(y))
+        return torch.cat(parts, -1).nan_to_num(0.0)
+
+    def context(self, y: Tensor) -> Tensor:
+        """What the bridge sees of observations ``(B, data_dim)``: the regressors; raw entries for an embedding."""
+        if not self.raw:
+            return self.design(y)
+        standard = ((y - self.raw_location) / self.raw_scale).nan_to_num(0.0)
+        return torch.cat([standard, torch.isnan(y).to(y)], -1) if self.masked else standard
+
+    def distance(self, y: Tensor) -> tuple[float, float]:
+        """The largest distance of any column from its simulations' mean, in deviations; of the farthest simulation."""
+        standard = ((self.columns(y) - self.location) / self.scale).abs().nan_to_num(0.0)
+        excess = (standard - self.farthest).amax(0)
+        worst = int(excess.argmax())
+        return float(standard[:, worst].max()), float(self.farthest[worst])
+
+    def columns(self, y: Tensor) -> Tensor:
+        """Sites as they are, sets by their summaries. ``(B, data_dim)`` to ``(B, columns)``."""
+        parts = []
+        for name, part in self._slices().items():
+            values = y[:, part]
+            if name in self.sets:
+                values = summary(values.unflatten(1, (self.sets[name], -1)), self.levels[name])
+            parts.append(values)
+        return torch.cat(parts, -1)
+
+    def _slices(self) -> dict[str, slice]:
+        """Columns of each site."""
+        ends = np.cumsum([shape.numel() for shape in self.data.shapes.values()]).tolist()
+        return {name: slice(a, b) for name, a, b in zip(self.data.shapes, [0, *ends], ends, strict=False)}
+
+
+def few_values(values: Tensor) -> Tensor | None:
+    """The distinct values of a site that has at most :data:`FEW_VALUES`; else None."""
+    levels = values[~torch.isnan(values)].unique()
+    return levels if len(levels) <= FEW_VALUES else None
+
+
+def summary(items: Tensor, levels: Tensor | None = None) -> Tensor:
+    """Permutation-invariant summaries of items ``(B, k, q)``; missing items are left out. ``levels``: their values."""
+    present = ~torch.isnan(items).any(-1, keepdim=True)
+    filled, count = items.nan_to_num(0.0), present.sum(1).clamp_min(1)
+    mean = (filled * present).sum(1) / count
+    centred = (filled - mean[:, None]) * present
+    covariance = torch.einsum("nka,nkb->nab", centred, centred) / count[..., None]
+    deviation = covariance.diagonal(dim1=1, dim2=2).sqrt() + 1e-6 * (1 + mean.abs())
+    parts = [mean, deviation.log()]
+    if items.shape[-1] > 1:
+        rows, columns = torch.tril_indices(items.shape[-1], items.shape[-1], -1).tolist()
+        correlation = covariance[:, rows, columns] / (deviation[:, rows] * deviation[:, columns])
+        parts.append(torch.atanh(correlation.clamp(-0.9999, 0.9999)))
+    if items.shape[-1] == 1 or items.shape[1] >= 8:
+        num = min(items.shape[1], MOST_QUANTILES if items.shape[-1] == 1 else 5)
+        shares = torch.linspace(0, 1, num, dtype=items.dtype, device=items.device)
+        parts.append(torch.nanquantile(items, shares, 1).transpose(0, 1).flatten(1).nan_to_num(0.0))
+    if levels is not None and items.shape[-1] == 1:
+        parts.append((items == levels).sum(1) / count)
+    return torch.cat(parts, -1)
+
+
+def nan_moments(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every column without its missing entries; 1 where it is constant."""
+    present = ~torch.isnan(columns)
+    count = present.sum(0).clamp_min(1)
+    mean = columns.nan_to_num(0.0).sum(0) / count
+    deviation = (((columns - mean).nan_to_num(0.0)).square().sum(0) / count).sqrt()
+    return mean, torch.where(deviation > 1e-12 * (1 + mean.abs()), deviation, torch.ones_like(deviation))
+
+
+# Coordinates in which a bounded prior is near normal: :math:`t = \Phi^{-1}(\sigma(u))` for logits u
+
+
+LARGEST = 600.0  # logits beyond it have no float64 probability
+
+
+def is_logit(transform: Transform) -> bool:
+    """Whether Pyro's transform, constrained to unconstrained, is a logit of an interval."""
+    inner = transform.inv
+    while isinstance(inner, IndependentTransform):
+        inner = inner.base_transform
+    first = inner.parts[0] if isinstance(inner, ComposeTransform) and inner.parts else inner
+    return isinstance(first, SigmoidTransform)
+
+
+def to_probit(u: Tensor) -> Tensor:
+    r"""Probits of logits, computed in float64 from the nearer tail.
+
+    Example:
+        >>> to_probit(torch.tensor([0.0, 1.0]))
+        tensor([0.0000, 0.6160])
+    """
+    wide = u.double().clamp(-LARGEST, LARGEST)
+    tail = torch.special.ndtri(torch.sigmoid(torch.where(wide > 0, -wide, wide)))  # |u| has no slope at 0
+    return torch.where(wide > 0, -tail, tail).to(u)
+
+
+def from_probit(t: Tensor) -> Tensor:
+    r"""Logits of probits, :math:`\log \Phi(t) - \log \Phi(-t)`."""
+    wide = t.double()
+    return (torch.special.log_ndtr(wide) - torch.special.log_ndtr(-wide)).to(t)
+
+
+def log_slope(u: Tensor) -> Tensor:
+    r""":math:`\log dt / du` at logits u."""
+    wide = u.double().clamp(-LARGEST, LARGEST)
+    t = torch.special.ndtri(torch.sigmoid(-wide.abs()))
+    logistic = torch.nn.functional.logsigmoid(wide) + torch.nn.functional.logsigmoid(-wide)
+    return (logistic + 0.5 * t.square() + 0.5 * math.log(2 * math.pi)).to(u)

@@ -1,0 +1,288 @@
+r"""The log joint with another observation in every row: :math:`\log p(z_c, y_c)` for rows of pairs."""
+
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_sb.infer.amortized.simulator import Simulations, Simulator, base_of
+from pyro_sb.infer.model.agreement import CheckedDensity, find_oracle
+from pyro_sb.infer.model.joint import Evaluations, as_density
+from pyro_sb.infer.model.packing import Packing
+from pyro_sb.infer.model.prototype import Prototype
+from pyro_sb.infer.model.routes import DensityMessenger, Loop, Vmap, constrain
+
+__all__ = ["BatchJoint", "ObservedJoint", "PairedJoint", "paired_joint"]
+
+Sites = dict[str, Tensor]
+MAX_ROWS = 16384
+
+
+class PairedJoint:
+    r"""Batched log density of pairs, and its gradient in the latents.
+
+    .. math:: \log p(z, y) = \log p(x(z), y) + \log |\partial x / \partial z|
+
+    Entries of an observation may be missing: they are integrated out, which is exact where they are independent of the
+    others given the latents: along batch dimensions, and along events made by ``to_event``.
+
+    Args:
+        simulator: The model.
+        pairs: Some of its simulations, where the routes are compared.
+        masked: Whether entries may be missing. Rows of y then have ``2 data_dim`` columns, the last ones 1 where the
+            entry is there and 0 where it is not.
+    """
+
+    def __init__(self, simulator: Simulator, pairs: Simulations, masked: bool = False) -> None:
+        self.data, self.dim, self.masked = simulator.data, simulator.dim, masked
+        single = PairDensity(simulator, masked)
+        starts = torch.cat([pairs.latents, pairs.observations.to(pairs.latents)], -1)
+        if masked:
+            starts = torch.cat([starts, starts.new_ones(len(starts), self.data.dim)], -1)
+        with pyro.validation_enabled(False):
+            oracle = find_oracle(single, iter(starts.unbind()))
+        if oracle is None:
+            raise ValueError(
+                f"the log joint and its gradient must be finite at some simulated pair, got none in {len(starts)}. The "
+                "observed sites' log_prob does not fit their sample: correct it, or do without corrections."
+            )
+        self._density = CheckedDensity([PairPlate(simulator, masked), Vmap(single), Loop(single)], oracle)
+
+    @property
+    def route(self) -> str:
+        """How a batch is evaluated: ``"plate"``, ``"vmap"`` or ``"loop"``."""
+        return self._density.route
+
+    def value_and_grad(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Values ``(C,)`` and gradients ``(C, dim)``; not finite becomes ``-inf`` and zero."""
+        value, grad = self._rows(z, y, gradient=True)
+        return value, torch.where(torch.isfinite(grad) & torch.isfinite(value)[:, None], grad, 0.0)
+
+    def log_prob(self, z: Tensor, y: Tensor) -> Tensor:
+        """Values ``(C,)`` without a graph."""
+        return self._rows(z, y, gradient=False)[0]
+
+    def _rows(self, z: Tensor, y: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        joined = torch.cat([z.detach(), y.to(z)], -1)
+        parts = [self._density(part, gradient=gradient) for part in joined.split(MAX_ROWS)]
+        value, grad = (torch.cat(column) for column in zip(*parts, strict=True))
+        return as_density(value).to(z), grad[:, : self.dim].to(z)
+
+
+class ObservedJoint:
+    """The log joint of ``(C, dim)`` rows whose observations are fixed, one a row: what a move asks of a target."""
+
+    def __init__(self, pairs: PairedJoint, observations: Tensor) -> None:
+        self.pairs, self.observations, self.dim = pairs, observations, pairs.dim
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Values ``(C,)`` and gradients ``(C, dim)``."""
+        return self.pairs.value_and_grad(z, self._rows(z))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Values ``(C,)``."""
+        return self.pairs.log_prob(z, self._rows(z))
+
+    def _rows(self, z: Tensor) -> Tensor:
+        """The observations, repeated along leading blocks of rows."""
+        return self.observations.repeat(len(z) // len(self.observations), 1)
+
+
+def paired_joint(simulator: Simulator, pairs: Simulations, masked: bool = False) -> PairedJoint:
+    """The log joint of a simulator's pairs, or an error that says why there is none."""
+    if simulator.returned:
+        raise NotImplementedError(
+            f"corrections need the density of {list(simulator.observed)}, got a black-box simulator that returns its "
+            "observations. Use sample(); or write the last step as a pyro.sample site."
+        )
+    if simulator.hidden:
+        raise NotImplementedError(
+            f"corrections need a log joint, got discrete latents {list(simulator.hidden)} that cannot be summed out. "
+            "Use sample(), or give them a finite support."
+        )
+    if simulator.prototype.enumerated:
+        raise NotImplementedError(
+            f"the log joint of many observations has no sums over discrete sites, got "
+            f"{list(simulator.prototype.enumerated)}. Condition on one observation at a time."
+        )
+    return PairedJoint(simulator, pairs, masked)
+
+
+def plate_serves(simulator: Simulator) -> bool:
+    """Whether one outer plate runs the model rightly: its log joint then agrees with single runs, at several sizes."""
+    if not simulator.has_density:
+        return False
+    with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+        few = simulator.singles(6)
+    single = PairDensity(simulator, False)
+    with pyro.validation_enabled(False):
+        oracle = find_oracle(single, iter(torch.cat([few.latents, few.observations.to(few.latents)], -1).unbind()))
+        return oracle is not None and oracle.objection(PairPlate(simulator, False)) is None
+
+
+class PairDensity:
+    """Log density of one pair, packed as latents, observation and, where entries may be missing, which are there."""
+
+    def __init__(self, simulator: Simulator, masked: bool) -> None:
+        self.prototype = replace(simulator.prototype, model=simulator.model)
+        self.data, self.masked, self.event_dims = simulator.data, masked, simulator.event_dims
+
+    def __call__(self, pair: Tensor) -> Tensor:
+        """``(dim + data_dim,)``, or ``data_dim`` more, to ``()``."""
+        values, present, log_det = self.unpack(pair)
+        return sum((term.sum() for term in pair_terms(self.prototype, values, present, self.event_dims)), log_det)
+
+    def unpack(self, pairs: Tensor) -> tuple[Sites, Sites, Tensor]:
+        """Values of all sites, masks of the observed ones, log Jacobian of the latents."""
+        z, *rest = pairs.split([self.prototype.packing.dim] + [self.data.dim] * (2 if self.masked else 1), -1)
+        values, log_det = constrain(self.prototype, z)
+        present = {} if not self.masked else {name: x > 0.5 for name, x in self.data.unpack(rest[1]).items()}
+        return values | self.data.unpack(rest[0]), present, log_det
+
+
+class PairPlate:
+    """One run of the model on all pairs, with the pairs as the outermost batch dimension."""
+
+    name = "plate"
+
+    def __init__(self, simulator: Simulator, masked: bool) -> None:
+        self.single = PairDensity(simulator, masked)
+        self.batch_shapes = simulator.prototype.batch_shapes | simulator.batch_shapes
+        self.depth = max(simulator.prototype.depth, *map(len, self.batch_shapes.values()))
+
+    def __call__(self, pairs: Tensor) -> Tensor:
+        """As `PairDensity`, ``(C, ...)`` to ``(C,)``."""
+        values, present, total = self.single.unpack(pairs)
+        values, present = ({name: self._spread(name, x) for name, x in sites.items()} for sites in (values, present))
+        for term in pair_terms(self.single.prototype, values, present, self.single.event_dims):
+            total = total + (term.sum() if term.dim() <= self.depth else term.reshape(len(term), -1).sum(-1))
+        return total.expand(len(pairs))
+
+    def _spread(self, name: str, x: Tensor) -> Tensor:
+        """``(C, *batch, *event)`` to ``(C, 1, ..., 1, *batch, *event)``."""
+        gap = self.depth - len(self.batch_shapes[name])
+        return x.reshape(x.shape[:1] + (1,) * gap + x.shape[1:])
+
+
+class PairMessenger(DensityMessenger):
+    """Densities of all sites; of observed ones, that of the entries which are there."""
+
+    def __init__(self, values: Sites, present: Sites, event_dims: dict[str, int]) -> None:
+        super().__init__(values)
+        self.present, self.event_dims = present, event_dims
+
+    def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
+        present = self.present.get(msg["name"])
+        if present is not None:
+            msg["fn"] = PresentEntries(msg["fn"], present, self.event_dims[msg["name"]])
+
+
+class PresentEntries:
+    """A distribution's log density without the entries that are missing."""
+
+    def __init__(self, fn: Any, present: Tensor, event_dims: int) -> None:
+        self.fn, self.present, self.event_dims = fn, present, event_dims
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Sum over events of the entries that are there."""
+        base = base_of(self.fn)
+        extra = len(base.batch_shape) - len(self.fn.batch_shape)
+        present = self.present
+        for _ in range(self.event_dims):  # entries of one event are there together
+            present = present[..., 0]
+        log_prob = base.log_prob(value)
+        log_prob = torch.where(present, log_prob, torch.zeros_like(log_prob))
+        return log_prob.sum(tuple(range(-extra, 0))) if extra else log_prob
+
+
+def pair_terms(prototype: Prototype, values: Sites, present: Sites, event_dims: dict[str, int]) -> list[Tensor]:
+    """Log densities of all sites, latents and observations at ``values``."""
+    with PairMessenger(values, present, event_dims) as messenger:
+        prototype.model(*prototype.args, **prototype.kwargs)
+    missing = sorted(values.keys() - messenger.seen)
+    if missing:
+        raise ValueError(f"The model must have the same sites at every run, got one without {missing}.")
+    return messenger.terms
+
+
+def refuse_split_events(simulator: Simulator, present: Tensor) -> None:
+    """Entries of one event that are missing alone cannot be integrated out. ``present``: ``(*, data_dim)``, bool."""
+    for name, mask in simulator.data.unpack(present.to(torch.get_default_dtype())).items():
+        dims = simulator.event_dims[name]
+        share = mask.float().mean(tuple(range(-dims, 0))) if dims else mask.float()
+        if bool(((share > 0) & (share < 1)).any()):
+            raise NotImplementedError(
+                f"missing entries of {name!r} must be independent of the others given the latents, got part of an "
+                "event of a joint distribution. Use sample(), write the site with to_event, or leave out whole events."
+            )
+
+
+# The log joint of a batch of observations at once: a product of posteriors, the batch a dimension of each site
+
+
+class BatchJoint:
+    r"""What `MCMC` and its record ask of a log joint, for B posteriors side by side.
+
+    A row is one chain at one observation. Sites have the shape ``(B, *site)``, or ``(*site)`` for a single observation
+    that misses entries.
+
+    Attributes:
+        evaluations: Rows asked for so far.
+    """
+
+    route = "paired"
+    model: Any = None
+
+    def __init__(self, pairs: PairedJoint, observations: Tensor, simulator: Simulator, batch: torch.Size) -> None:
+        self.rows = ObservedJoint(pairs, observations)
+        self.num_observations, self.dim = len(observations), pairs.dim
+        self.single = simulator.prototype.packing
+        self.transforms = simulator.prototype.transforms
+        shapes = {name: batch + shape for name, shape in self.single.shapes.items()}
+        self.packing = Packing(shapes, self.single.dtypes, self.single.device)
+        self.batch, self.evaluations = batch, Evaluations()
+        self.dtype = self.single.dtype
+
+    @property
+    def site_shapes(self) -> dict[str, torch.Size]:
+        """Unconstrained shape of each site."""
+        return self.packing.shapes
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Rows ``(C * B, dim)``, observations fastest, to ``(C * B,)``."""
+        self.evaluations.density += len(z)
+        return self.rows.log_prob(z)
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with gradients."""
+        self.evaluations.gradient += len(z)
+        return self.rows.value_and_grad(z)
+
+    def unpack_rows(self, z: Tensor) -> Sites:
+        """``(*lead, B, dim)`` to unconstrained sites ``(*lead, *batch, *site)``."""
+        return self.single.unpack(z if self.batch else z[..., 0, :])
+
+    def pack_rows(self, sites: Sites) -> Tensor:
+        """Unconstrained sites ``(*lead, *batch, *site)`` to ``(*lead, B, dim)``."""
+        z = self.single.pack(sites)
+        return z if self.batch else z[..., None, :]
+
+    def pack(self, sites: Sites) -> Tensor:
+        """The whole state in one vector, for the record."""
+        return self.packing.pack(sites)
+
+    def start(self, num: int) -> Tensor:
+        """Any vectors, for the names of deterministic sites: there are none."""
+        return torch.zeros(num, self.packing.dim, dtype=self.dtype, device=self.packing.device)
+
+    def deterministic(self, z: Tensor) -> Sites:
+        """None: a batch of observations has no replay of the model."""
+        return {}
+
+    def discrete(self, z: Tensor) -> Sites:
+        """None."""
+        return {}

@@ -1,0 +1,281 @@
+"""The posterior of one observation, or of a batch: draws, weights, chains, and a guide."""
+
+import logging
+import warnings
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_sb.bridges.base import Bridge
+from pyro_sb.infer.amortized.features import Features
+from pyro_sb.infer.amortized.importance import ImportanceDraws, weigh
+from pyro_sb.infer.amortized.latent_law import GuideLaw, LatentLaw, Residuals
+from pyro_sb.infer.amortized.observation import Observation
+from pyro_sb.infer.amortized.paired import BatchJoint, paired_joint, refuse_split_events
+from pyro_sb.infer.amortized.refresh import BridgeRefresh
+from pyro_sb.infer.amortized.simulator import Simulations, Simulator
+from pyro_sb.infer.mcmc.mcmc import MCMC
+from pyro_sb.infer.model.log_joint import log_joint
+from pyro_sb.infer.population.tempering import NormalLaw, temper_bridge, weighted_factor
+
+__all__ = ["Posterior"]
+
+logger = logging.getLogger(__name__)
+Sites = dict[str, Tensor]
+WORST_K, LEAST_SHARE = 0.7, 0.02
+FAIR_SHARE = 0.5  # effective share above which a large k comes from a few tail draws, which a start does not feel
+MOST_NUMBERS = 2**26  # in the metrics of tempered particles
+
+
+class Posterior:
+    r"""Posterior of one observation, or of B of them side by side; made by `AmortizedPosterior.condition`.
+
+    Draws are of the model's latent sites in their own space. For a batch every site has the batch after the draws,
+    ``(n, B, *site)``. ``sample`` is the bridge alone; ``importance`` and ``mcmc`` are corrected by the model.
+
+    It is a guide: ``Predictive(model, guide=posterior, num_samples=100)`` and
+    ``pyro.infer.Importance(conditioned_model, guide=posterior)`` work, for one observation.
+    """
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        residuals: Residuals,
+        simulator: Simulator,
+        features: Features,
+        observation: Observation,
+        reference: Simulations,
+    ) -> None:
+        self.bridge, self.simulator, self.observation = bridge, simulator, observation
+        values = observation.values
+        self.law = LatentLaw(bridge, residuals, features.context(values), features.design(values))
+        self._reference = reference
+        self._target: Any = None
+        self._cached: Sites | None = None
+
+    # ---- the bridge alone ----
+
+    def sample(self, num_samples: int = 1000) -> Sites:
+        """Uncorrected draws, in one shot. Shape ``(num_samples, *site)``, with a batch ``(num_samples, B, *site)``."""
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+        return self._constrained(self.law.sample(num_samples))
+
+    def log_prob(self, sites: Sites) -> Tensor:
+        r"""Log density of the bridge at latent sites in their own space, without the model.
+
+        Args:
+            sites: As `sample` gives them: ``(*, *site)``, for a batch ``(*, B, *site)``.
+
+        Returns:
+            Shape ``(*,)``, for a batch ``(*, B)``.
+
+        Raises:
+            NotImplementedError: The bridge knows the density of its paths alone (VSDM): use `importance`.
+        """
+        if not self.law.marginal:
+            raise NotImplementedError(
+                f"{type(self.bridge).__name__} has no exact density of a point, its draws carry that of their path. "
+                'Use importance() or mcmc(), or fit with bridge="light".'
+            )
+        transforms = self.simulator.prototype.transforms
+        free = {name: transform(torch.as_tensor(sites[name])) for name, transform in transforms.items()}
+        u = self.simulator.prototype.packing.pack(free)
+        u = u if self.observation.batched else u[..., None, :]
+        with torch.no_grad():
+            value = self.law.log_prob(u)
+        for name, transform in transforms.items():
+            term = transform.log_abs_det_jacobian(torch.as_tensor(sites[name]), free[name])
+            lead = u.shape[:-1] if self.observation.batched else u.shape[:-2]
+            term = term.reshape(*lead, -1).sum(-1)
+            value = value + (term if self.observation.batched else term[..., None])
+        return value if self.observation.batched else value[..., 0]
+
+    # ---- corrected by the model ----
+
+    def importance(self, num_samples: int = 2000) -> ImportanceDraws:
+        r"""Weighted draws, exact in the limit; a warning where Pareto's k says that the weights cannot be trusted.
+
+        Args:
+            num_samples: Draws an observation, at least 25.
+        """
+        u, log_weights, _ = self._weighted(num_samples)
+        result = weigh(self._constrained(u), log_weights, self.observation.batched)
+        k_hat, share = torch.as_tensor(result.k_hat).reshape(-1), torch.as_tensor(result.ess_share).reshape(-1)
+        flagged = ~(k_hat <= WORST_K)
+        if bool(flagged.any()):
+            warnings.warn(
+                f"Pareto k of the importance weights is above {WORST_K} at {int(flagged.sum())} of {len(k_hat)} "
+                f"observations (largest {float(k_hat.max()):.2f}, effective share there at least "
+                f"{float(share[flagged].min()):.3f}): means under those weights may rest on a few draws. Use mcmc(), "
+                "or fit on more simulations.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return result
+
+    def mcmc(
+        self,
+        num_samples: int = 200,
+        num_chains: int = 64,
+        warmup_steps: int | None = None,
+        num_proposals: int = 4096,
+        progress: bool = False,
+    ) -> MCMC:
+        r"""Chains that are exact whatever the bridge: refreshes from it, and Hamiltonian Monte Carlo on the log joint.
+
+        They start from draws resampled by weight. Where the weights' Pareto k is above 0.7 and their effective size
+        under a half, or under 2 %, they start from tempered sequential Monte Carlo between the bridge's density and the
+        joint, and a warning says so; ``mcmc.kernel.describe()`` says which it was.
+
+        Args:
+            num_samples: Draws a chain.
+            num_chains: Chains an observation.
+            warmup_steps: Steps in which the moves are tuned. None: 50.
+            num_proposals: Draws that the start is made of, at least ``num_chains``.
+            progress: Show a bar.
+
+        Returns:
+            `MCMC` that has run: ``get_samples``, ``diagnostics``, ``summary``, `to_arviz`. Sites of a batch have the
+            shape ``(draws, B, *site)``.
+        """
+        num_proposals = max(num_proposals, num_chains, 25)
+        u, log_weights, target = self._weighted(num_proposals)
+        figures = weigh({}, log_weights, batched=True)
+        k_hat, share = torch.as_tensor(figures.k_hat), torch.as_tensor(figures.ess_share)
+        poor = (~(k_hat <= WORST_K) & ~(share >= FAIR_SHARE)) | ~(share >= LEAST_SHARE)
+        facts: dict[str, Any] = {"k_hat": float(k_hat.max()), "effective share": float(share.min())}
+        if bool(poor.any()):
+            starts, evidence = self._tempered(u, target, num_proposals, facts, int(poor.sum()))
+            factor = weighted_factor(starts, torch.full_like(starts[..., 0], 1 / len(starts)))
+        else:
+            weights = torch.softmax(log_weights, 0)
+            factor = weighted_factor(u, weights.to(u))
+            index = torch.multinomial(weights.T, num_proposals, replacement=True).T
+            starts = torch.gather(u, 0, index[..., None].expand(*index.shape, u.shape[-1]))
+            evidence, facts["start"] = torch.as_tensor(figures.log_evidence), "weighted draws"
+        facts["log evidence"] = evidence.tolist() if self.observation.batched else float(evidence[0])
+        logger.info("mcmc starts from %s: %s", facts["start"], facts)
+        model = None if self.observation.batched or self.observation.missing else self._model()
+        kernel = BridgeRefresh(self.law, target, starts, factor, model=model, facts=facts)
+        chains = MCMC(kernel, num_samples, warmup_steps, num_chains=num_chains, disable_progbar=not progress)
+        chains.run(*self.simulator.args, **self.simulator.kwargs)
+        return chains
+
+    def _tempered(
+        self, u: Tensor, target: Any, num: int, facts: dict[str, Any], num_poor: int
+    ) -> tuple[Tensor, Tensor]:
+        """Starts by tempering, and the log evidence; the user is told."""
+        law: Any = self.law
+        if not self.law.marginal:
+            law = NormalLaw(u.mean(0), 1.5 * weighted_factor(u, torch.full_like(u[..., 0], 1 / len(u))))
+        most = MOST_NUMBERS // (u.shape[1] * u.shape[2] * u.shape[2])  # a metric a row
+        particles = temper_bridge(law, target, max(128, min(num, most)))
+        facts |= {"start": "tempered", "levels": particles.num_levels}
+        warnings.warn(
+            f"the bridge's weights are poor (Pareto k {facts['k_hat']:.2f}, effective share "
+            f"{facts['effective share']:.3f}, at {num_poor} of {u.shape[1]} observations): the chains start from "
+            f"tempered sequential Monte Carlo ({particles.num_levels} levels). They are exact; compare two runs, and "
+            "raise num_proposals where they differ.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return particles.points, particles.log_evidence
+
+    def _weighted(self, num: int) -> tuple[Tensor, Tensor, Any]:
+        """Draws ``(n, B, d)``, their log weights ``(n, B)``, and the log joint."""
+        target = self._joint()
+        u, log_q = self.law.draws(num)
+        log_p = target.log_prob(u.reshape(-1, u.shape[-1])).reshape(log_q.shape)
+        log_weights = torch.where(torch.isfinite(log_p) & torch.isfinite(log_q), log_p - log_q, -torch.inf)
+        return u, log_weights, target
+
+    def _joint(self) -> Any:
+        """The log joint at the observation: of the conditioned model, or of pairs for a batch or missing entries."""
+        if self._target is None:
+            source, observation = self.simulator, self.observation
+            if source.returned or observation.batched or observation.missing:
+                pairs = paired_joint(source, self._reference, masked=observation.missing)
+                values, batch = observation.values, torch.Size([len(observation.values)] if observation.batched else [])
+                if observation.missing:
+                    present = ~torch.isnan(values)
+                    refuse_split_events(source, present)
+                    fill = self._reference.observations[:1].to(values)
+                    values = torch.cat([torch.where(present, values, fill), present.to(values)], -1)
+                self._target = BatchJoint(pairs, values, source, batch)
+            else:
+                self._target = log_joint(self._model(), args=source.args, kwargs=source.kwargs)
+        return self._target
+
+    def _model(self) -> Any:
+        sites = self.simulator.data.unpack(self.observation.values[0])
+        return self.simulator.conditioned(sites)
+
+    # ---- Pyro's and ArviZ's nouns ----
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Sites:
+        """The guide: a joint draw of all latents at an auxiliary site, and a point mass at every latent site."""
+        if self.observation.batched:
+            raise ValueError(
+                f"a guide has one observation, got {len(self.observation.values)}. Write condition(y[i]) for one."
+            )
+        fn = GuideLaw(self.law)
+        u = pyro.sample("_posterior_latent", fn, infer={"is_auxiliary": True})
+        packing, transforms = self.simulator.prototype.packing, self.simulator.prototype.transforms
+        free, result = packing.unpack(u), {}
+        plates = self.simulator.prototype.batch_shapes
+        for name, transform in transforms.items():
+            value = transform.inv(free[name])
+            event_dim = value.dim() - len(plates[name])
+            density = transform.log_abs_det_jacobian(value, free[name])
+            while density.dim() > len(plates[name]):
+                density = density.sum(-1)
+            with poutine.block(hide_fn=lambda site: site["type"] != "sample"):
+                result[name] = pyro.sample(name, dist.Delta(value, log_density=density, event_dim=event_dim))
+        return result
+
+    def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> Sites:
+        """Uncorrected draws, made once: four chains of 1000, for `to_arviz` and ``Predictive``; more are fresh."""
+        if num_samples is not None and num_samples > 4000:
+            return self.sample(num_samples)
+        if self._cached is None:
+            self._cached = self.sample(4000)
+        draws = {name: value.unflatten(0, (4, 1000)) for name, value in self._cached.items()}
+        if group_by_chain:
+            return draws
+        flat = {name: value.flatten(0, 1) for name, value in draws.items()}
+        return flat if num_samples is None else {name: value[:num_samples] for name, value in flat.items()}
+
+    def diagnostics(self) -> dict[str, Any]:
+        """None: draws are independent."""
+        return {}
+
+    @property
+    def kernel(self) -> "Posterior":
+        """Where `to_arviz` looks for the model."""
+        return self
+
+    @property
+    def model(self) -> Any:
+        """The conditioned model; None for a batch, for missing entries, and for a black-box simulator."""
+        if self.observation.batched or self.observation.missing or self.simulator.returned:
+            return None
+        return self._model()
+
+    @property
+    def _args(self) -> tuple[Any, ...]:
+        return self.simulator.args
+
+    @property
+    def _kwargs(self) -> dict[str, Any]:
+        return self.simulator.kwargs
+
+    def _constrained(self, u: Tensor) -> Sites:
+        """``(n, B, d)`` to sites in their own space, without the batch where there is one observation."""
+        u = u if self.observation.batched else u[:, 0]
+        free = self.simulator.prototype.packing.unpack(u)
+        return {name: t.inv(free[name]) for name, t in self.simulator.prototype.transforms.items()}

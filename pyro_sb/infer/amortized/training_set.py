@@ -1,0 +1,160 @@
+"""From simulations to the rows that a conditional bridge learns from."""
+
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_sb.infer.amortized.features import Features, is_logit
+from pyro_sb.infer.amortized.latent_law import Residuals
+from pyro_sb.infer.amortized.paired import PairedJoint
+from pyro_sb.infer.amortized.simulator import Simulations, Simulator
+from pyro_sb.infer.moves.hamiltonian import rejuvenate
+from pyro_sb.ops.regression import regress
+
+__all__ = ["TrainingSet", "bounded_axes", "exchangeable_sites", "training_set"]
+
+logger = logging.getLogger(__name__)
+ROWS = 100_000  # rows that rejuvenation aims at
+MOST_COPIES = 19
+PERMUTATIONS = 4
+
+
+class TrainingSet(NamedTuple):
+    """Rows to learn from, several to a simulation.
+
+    Attributes:
+        residuals: Coordinates of the latents.
+        latents: Unconstrained. Shape ``(M, d)``.
+        context: What the bridge sees. Shape ``(M, C)``.
+        features: Regressors. Shape ``(M, F)``.
+        held_out: Rows to judge by: all rows of a tenth of the simulations. Shape ``(M,)``, bool.
+        num_simulations: How many simulations the rows come from.
+    """
+
+    residuals: Residuals
+    latents: Tensor
+    context: Tensor
+    features: Tensor
+    held_out: Tensor
+    num_simulations: int
+
+
+def training_set(
+    simulator: Simulator,
+    pairs: Simulations,
+    features: Features,
+    joint: PairedJoint | None,
+    *,
+    num_copies: int | None,
+    missing: float,
+    held_out: float,
+) -> TrainingSet:
+    r"""Rejuvenated copies of the simulations, in the coordinates of their residuals.
+
+    Args:
+        simulator: The model.
+        pairs: N simulations.
+        features: What is told of an observation, fitted.
+        joint: The model's log joint, or None: then there is one copy.
+        num_copies: Copies beside the simulations themselves; None: up to 100,000 rows in all, 19 copies at most.
+        missing: Largest share of an observation's entries that are hidden in a row; 0: none is.
+        held_out: Share of the simulations to judge by.
+    """
+    num, device = len(pairs.latents), pairs.latents.device
+    if num_copies is None:
+        num_copies = min(MOST_COPIES, max(4, ROWS // num - 1)) if joint is not None else 0
+    latents = pairs.latents[None]
+    if num_copies and joint is not None:
+        latents = rejuvenate(joint, pairs, proposal_factor(pairs, features), num_copies)
+    repeats = len(latents) if not missing else max(len(latents), 4)
+    latents = latents[torch.arange(repeats, device=device) % len(latents)]
+    observed = pairs.observations.to(latents)
+    judged = torch.zeros(num, dtype=torch.bool, device=device)
+    judged[torch.randperm(num, device=device)[: max(1, round(held_out * num))]] = True
+    if missing:
+        hidden = hide(observed.repeat(repeats, 1), simulator, missing)
+        design, context = features.design(hidden), features.context(hidden)
+        residuals = Residuals.fit(latents, design.unflatten(0, (repeats, num)), bounded_axes(simulator), judged)
+    else:  # the copies share their observations
+        design = features.design(observed)
+        residuals = Residuals.fit(latents, design, bounded_axes(simulator), judged)
+        design = design.repeat(repeats, 1)
+        context = features.context(observed).repeat(repeats, 1) if features.raw else design
+    return TrainingSet(residuals, latents.flatten(0, 1), context, design, judged.repeat(repeats), num)
+
+
+def proposal_factor(pairs: Simulations, features: Features) -> Tensor:
+    """Cholesky factor of the latents' covariance given an affine function of the observation."""
+    design = features.design(pairs.observations.to(pairs.latents))
+    affine = regress(pairs.latents, design, design.new_full((len(design),), 1 / len(design)))
+    residual = pairs.latents - affine(design)
+    covariance = residual.T.cov().reshape(residual.shape[1], residual.shape[1])
+    return torch.linalg.cholesky(covariance + 1e-6 * torch.diag(covariance.diagonal().clamp_min(1e-12)))
+
+
+def bounded_axes(simulator: Simulator) -> Tensor:
+    """Which unconstrained coordinates are logits of an interval. Shape ``(dim,)``."""
+    packing = simulator.prototype.packing
+    transforms = simulator.prototype.transforms
+    marks = [torch.full((shape.numel(),), is_logit(transforms[name])) for name, shape in packing.shapes.items()]
+    return torch.cat(marks).to(packing.device)
+
+
+def hide(observed: Tensor, simulator: Simulator, most: float) -> Tensor:
+    """NaN at random entries, whole events at a time: none in a quarter of the rows, else a random share up to most."""
+    share = most * torch.rand(len(observed), 1, device=observed.device)
+    share = torch.where(torch.rand_like(share) < 0.25, torch.zeros_like(share), share)
+    parts = []
+    for name, shape in simulator.data.shapes.items():
+        width = shape[len(shape) - simulator.event_dims.get(name, 0) :].numel()
+        gone = torch.rand(len(observed), shape.numel() // width, device=observed.device) < share
+        parts.append(gone.repeat_interleave(width, 1))
+    return torch.where(torch.cat(parts, 1), torch.full_like(observed, torch.nan), observed)
+
+
+def exchangeable_sites(simulator: Simulator, pairs: Simulations, joint: PairedJoint) -> dict[str, int]:
+    """Observed sites whose items may be permuted without a change of the log joint, with their number of items.
+
+    Items run along all dimensions but those of a joint event, or along the first alone. Simulations that a permutation
+    leaves as they are tell nothing: a site without any other is not found.
+    """
+    y = pairs.observations[:4096].to(pairs.latents)
+    z = pairs.latents[: len(y)]
+    found, start = {}, 0
+    for name, shape in simulator.data.shapes.items():
+        part = slice(start, start + shape.numel())
+        start += shape.numel()
+        free = shape[: len(shape) - simulator.event_dims[name]]
+        for count in dict.fromkeys([free.numel(), *free[:1]]):
+            if count < 2:
+                continue
+            items = y[:, part].unflatten(1, (count, -1))
+            moves = [
+                torch.cat([y[:, : part.start], items[:, order].flatten(1), y[:, part.stop :]], 1)
+                for order in permutations(count, y)
+            ]
+            if all(same_density(joint, z, y, moved) for moved in moves):
+                found[name] = count
+                break
+    return found
+
+
+def permutations(count: int, like: Tensor) -> list[Tensor]:
+    """A roll and a swap, which generate all permutations, and random ones, which a slow trend feels more."""
+    still = torch.arange(count, device=like.device)
+    swap = torch.cat([still[1:2], still[:1], still[2:]])
+    random = [torch.randperm(count, device=like.device) for _ in range(PERMUTATIONS)]
+    return [still.roll(1), swap, *(order for order in random if not torch.equal(order, still))]
+
+
+def same_density(joint: PairedJoint, z: Tensor, y: Tensor, moved: Tensor) -> bool:
+    """Whether the log joint is the same at other observations, judged by up to 16 rows where they differ."""
+    rows = (moved != y).any(1).nonzero()[:16, 0]
+    if not len(rows):
+        return False
+    before, after = joint.log_prob(z[rows], y[rows]), joint.log_prob(z[rows], moved[rows])
+    good = torch.isfinite(before)
+    rounding = 512 * torch.finfo(z.dtype).eps  # a permutation changes the order of a sum, a trend much more than that
+    return bool(good.any()) and torch.allclose(after[good], before[good], rtol=rounding, atol=rounding)

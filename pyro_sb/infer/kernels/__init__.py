@@ -1,0 +1,6 @@
+"""MCMC kernels with bridges inside."""
+
+from pyro_sb.infer.kernels.bridge_mh import BridgeMH
+from pyro_sb.infer.kernels.langevin import KernelLangevin
+
+__all__ = ["BridgeMH", "KernelLangevin"]

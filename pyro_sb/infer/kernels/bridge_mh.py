@@ -1,0 +1,269 @@
+"""BridgeMH: any bridge with a density as the proposal of an exact MCMC kernel."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_sb.bridges.base import Bridge
+from pyro_sb.bridges.light.light import LightSB
+from pyro_sb.infer.amortized.posterior import Posterior
+from pyro_sb.infer.kernels.checks import (
+    check_bridge,
+    check_context,
+    check_density,
+    check_dim,
+    check_options,
+    check_paths,
+    check_posterior,
+    check_unused,
+)
+from pyro_sb.infer.kernels.moves import BridgeWalk
+from pyro_sb.infer.kernels.proposals import BridgeProposals, PosteriorProposals, Proposals
+from pyro_sb.infer.kernels.warmup import Pilot, Start, freeze_bridge, judge, start_of_pilot, start_of_population
+from pyro_sb.infer.mcmc.kernel import WalkingKernel
+from pyro_sb.infer.population.coordinates import choose_coordinates
+from pyro_sb.infer.population.population import POOR_SHARE, populate
+
+__all__ = ["BridgeMH"]
+
+logger = logging.getLogger(__name__)
+LEAST_ACCEPTANCE = 0.05
+
+
+class BridgeMH(WalkingKernel):
+    r"""Exact MCMC that proposes from a bridge and corrects it, on points or in the space of paths.
+
+    A proposal :math:`x'` is a draw of the bridge, independent of the state, and is accepted with
+
+    .. math:: \min(1, w' / w), \qquad \log w = \log \pi(x) - \log q ,
+
+    where :math:`\log q` is the density of the point if the bridge knows it (a light bridge with its source omitted),
+    else that of the path that led to it, forwards less backwards (VSDM, SGM, DSB, the plain scheme of
+    `KernelLangevinBridge`, a light bridge with a distribution as source). In the second case the chain's state is x
+    with a path, its law :math:`\pi(x) B(\text{path} | x)` with the bridge's backward law B, and x has law
+    :math:`\pi` exactly. At the start, and after any other move, the path is drawn anew from :math:`B(\cdot | x)`.
+    So **the target is exactly invariant however bad the bridge is**; a bad bridge costs acceptance.
+
+    The bridge may be
+
+    - fitted: used as it is, in the model's unconstrained coordinates (sites sorted by name);
+    - not fitted yet: warm-up builds the weighted population of `KernelLangevin`, fits a copy of the bridge to it (of a
+      `LatentBridge` its codec too, if that is not fitted; it must keep all dimensions), and freezes it;
+    - a function from the dimension to a bridge that is not fitted, such as ``LightSB``; None is a `LightSB` with full
+      covariances, one a component of the population's mixture;
+    - a conditional bridge, with ``context``;
+    - a conditioned posterior of `AmortizedPosterior`.
+
+    Its move is mixed with a local one, HMC in the metrics of a mixture fitted to the bridge's weighted draws, at a
+    probability that does not depend on the state. Proposals are drawn and scored for many steps in one batch. The
+    statistic ``move`` of a draw is 0 for the bridge and 2 for the local move, as in `KernelLangevin`.
+
+    What it cannot do: a mode that neither the bridge nor a start knows stays missing, and R-hat does not notice; where
+    the bridge's tails are lighter than the target's, a chain may stay in a tail for long, and the local move is what
+    brings it back.
+
+    Args:
+        model: Pyro model. It may be omitted with a posterior, which knows its own.
+        bridge: As above.
+        potential_fn: Minus the log joint of one chain's dict of unconstrained tensors, instead of a model; needs
+            initial parameters.
+        local: ``"hmc"``, ``"mala"``, or None for the bridge alone.
+        context: What a conditional bridge is called on. Shape ``(context_dim,)``.
+        num_proposals: Tries a step, at least 1. With more than one the step is multiple-try Metropolis, a form of
+            iterated sampling importance resampling that rejects less: worth it where evaluations are cheap.
+        num_paths: Paths a proposal, at least 1: averaging the path weights over more raises the acceptance of a bridge
+            of paths, without evaluations of the model.
+        bridge_probability: Probability of the bridge's move, in (0, 1). None: tuned. With ``local=None`` it is 1.
+        num_particles: Draws that the bridge is judged by, and size of the population where there is one. At least 50.
+        start: Where a population starts: ``"search"``, ``"prior"`` or points ``(M, dim)``. A fitted bridge whose
+            weights are worth a tenth of its draws needs none.
+        fit_options: What ``fit`` of a bridge that is not fitted gets besides draws and weights.
+        reparam: ``"auto"``: where a population fits poorly (a funnel), a bridge that is not fitted is fitted, and
+            chains walk, in the model's non-centred coordinates if those fit better. None: never.
+        init_strategy: Pyro's per-site strategy for the starts of the search.
+        max_plate_nesting: As in Pyro's HMC; found by tracing if omitted.
+        transforms: As in Pyro's HMC: site to the transform from its support to the reals.
+        jit_compile: Refused by name if True: the log joint runs eagerly.
+
+    Attributes:
+        proposals: After warm-up, what is proposed from; ``proposals.bridge`` is the bridge that was used.
+        pilot: After warm-up, proposals with their weights: ``share``, ``k_hat``, ``log_evidence``.
+
+    References:
+        Independence samplers: Markov chains for exploring posterior distributions (Tierney, 1994), section 2.3.3.
+        Densities of paths: the class docstrings of the bridges.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> from pyro_sb.infer.mcmc.mcmc import MCMC
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> bridge = LightSB(1, num_components=1)
+        >>> history = bridge.fit(3.0 + torch.randn(500, 1), solver="em", progress=False)
+        >>> mcmc = MCMC(BridgeMH(model, bridge), num_samples=50, num_chains=16, disable_progbar=True)
+        >>> mcmc.run(torch.tensor(3.0))
+        >>> mcmc.get_samples()["mu"].shape
+        torch.Size([800])
+        >>> mcmc.kernel.frozen.acceptance["bridge"] > 0.8
+        True
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        bridge: Bridge | Posterior | Callable[[int], Bridge] | None = None,
+        potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
+        *,
+        local: str | None = "hmc",
+        context: Any = None,
+        num_proposals: int = 1,
+        num_paths: int = 1,
+        bridge_probability: float | None = None,
+        num_particles: int = 1024,
+        start: str | Tensor = "search",
+        fit_options: Mapping[str, Any] | None = None,
+        reparam: str | None = "auto",
+        init_strategy: Callable[..., Any] | None = None,
+        max_plate_nesting: int | None = None,
+        transforms: dict[str, Any] | None = None,
+        jit_compile: bool = False,
+    ) -> None:
+        check_bridge(bridge, context)
+        if model is None and potential_fn is None and isinstance(bridge, Posterior):
+            model = bridge.model
+        super().__init__(
+            model,
+            potential_fn,
+            init_strategy=init_strategy,
+            max_plate_nesting=max_plate_nesting,
+            transforms=transforms,
+            jit_compile=jit_compile,
+        )
+        check_options(local, num_proposals, num_paths, bridge_probability, num_particles, start, reparam)
+        check_unused(bridge, fit_options, num_paths)
+        self.bridge, self.context = bridge, context
+        self.local, self.num_proposals, self.num_paths = local, num_proposals, num_paths
+        self.bridge_probability, self.num_particles = bridge_probability, num_particles
+        self.start, self.fit_options, self.reparam = start, dict(fit_options or {}), reparam
+        self.proposals: Proposals | None = None
+        self.pilot: Pilot | None = None
+        self._begin: Start | None = None
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Bind the model's arguments; what was learnt from others is dropped, a bridge fitted in warm-up among it."""
+        self.proposals = self.pilot = self._begin = None
+        super().setup(warmup_steps, *args, **kwargs)
+        if isinstance(self.bridge, Posterior):
+            check_posterior(self.bridge, self.log_joint)
+        elif isinstance(self.bridge, Bridge):
+            check_dim(self.bridge, self.log_joint)
+
+    def describe(self) -> str:
+        """What warm-up found and froze, in lines: the population if there is one, the bridge's worth, the moves."""
+        if self.pilot is None or self.frozen is None:
+            return "BridgeMH before its warm-up"
+        stages = [] if self.population is None else list(self.population.stages)
+        coordinates = "the model's own" if self.coordinates is None else f"non-centred in {self.coordinates.sites}"
+        worth = f"effective share {self.pilot.share:.3f}, k-hat {self.pilot.k_hat:.2f}"
+        return "\n".join(
+            [*stages, f"bridge: {worth}", f"coordinates: {coordinates}", f"moves: {self.frozen.describe()}"]
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        """What the bridge's proposals are worth as an importance sample."""
+        assert self.pilot is not None
+        evidence, error = self.pilot.log_evidence
+        return {
+            "log evidence": evidence,
+            "log evidence error": error,
+            "k_hat": self.pilot.k_hat,
+            "effective share": self.pilot.share,
+        }
+
+    # Warm-up
+
+    def _prepare(self) -> None:
+        """Fit a bridge that is not fitted, judge it, tune and freeze the moves, once."""
+        if self.frozen is not None:
+            return
+        self.proposals = self._fitted_proposals()
+        self.pilot = judge(self._target, self.proposals, self.num_particles)
+        self._begin = self._found_start()
+        self.frozen = freeze_bridge(
+            self._target,
+            self.proposals,
+            self._begin,
+            local=self.local,
+            bridge_probability=self.bridge_probability,
+            num_proposals=self.num_proposals,
+        )
+        logger.info("%s", self.describe())
+        acceptance = self.frozen.acceptance["bridge"]
+        if not acceptance >= LEAST_ACCEPTANCE:
+            warnings.warn(
+                f"The bridge's own move accepts {acceptance:.3f} < {LEAST_ACCEPTANCE}: chains hardly cross between "
+                "modes, and the start decides the modes' shares. Fit the bridge to more draws of this target, raise "
+                f"num_proposals (now {self.num_proposals}), or use KernelLangevin.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _fitted_proposals(self) -> Proposals:
+        """Proposals of the bridge as it is, or of a copy that is fitted to the population."""
+        if isinstance(self.bridge, Posterior):
+            return PosteriorProposals(self.bridge.law, self.num_paths)
+        if isinstance(self.bridge, Bridge) and self.bridge.fitted:
+            return BridgeProposals(self.bridge, check_context(self.bridge, self.context), self.num_paths)
+        reparam = self.reparam if self._joint_options["transforms"] is None else None
+        self.coordinates, self.population = choose_coordinates(
+            self.log_joint, self._build, self.num_particles, self.start, reparam, self._hints()
+        )
+        begin, bridge = start_of_population(self.population), self._template()
+        with warnings.catch_warnings():
+            if self.bridge is None:  # what it is worth is measured next
+                warnings.filterwarnings("ignore", message=".*have not converged")
+            options = {"progress": False} | ({"solver": "em"} if self.bridge is None else {}) | self.fit_options
+            bridge.fit(begin.points, weights=begin.weights, **options)
+        check_density(bridge)
+        check_paths(bridge.density == "marginal", self.num_paths)
+        return BridgeProposals(bridge, None, self.num_paths)
+
+    def _template(self) -> Bridge:
+        """A bridge that is not fitted, of the model's dimension."""
+        if isinstance(self.bridge, Bridge):
+            return copy.deepcopy(self.bridge)
+        if self.bridge is None:
+            assert self.population is not None
+            return LightSB(self.log_joint.dim, self.population.core.num_components, covariance="full")
+        assert not isinstance(self.bridge, Posterior)
+        made = self.bridge(self.log_joint.dim)
+        check_bridge(made, None)
+        check_dim(made, self.log_joint)
+        return made
+
+    def _found_start(self) -> Start:
+        """The population's, or the bridge's weighted draws, or a population where those are poor."""
+        assert self.pilot is not None
+        if self.population is None:
+            alone = self.local is None and self._initial_params is not None
+            if alone or self.pilot.share >= POOR_SHARE:
+                return start_of_pilot(self.pilot, metric=self.local is not None)
+            logger.info("the bridge's effective share is %.3f: chains start from a population", self.pilot.share)
+            self.population = populate(self.log_joint, self.num_particles, start=self.start, hints=self._hints())
+        return start_of_population(self.population)
+
+    def _starts(self, num: int) -> Tensor:
+        """Draws of the start by weight."""
+        assert self._begin is not None
+        return self._begin.points[torch.multinomial(self._begin.weights, num, replacement=True)]
+
+    def _new_walk(self, state: Tensor, log_density: Tensor) -> BridgeWalk:
+        assert self.frozen is not None
+        return BridgeWalk(self._target, self.frozen, state, log_density)

@@ -1,0 +1,5 @@
+"""MCMC with chains as a tensor dimension: the runner and the contract of its kernels."""
+
+from pyro_sb.infer.mcmc.mcmc import MCMC
+
+__all__ = ["MCMC"]

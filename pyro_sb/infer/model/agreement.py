@@ -1,0 +1,194 @@
+"""Which route is right: value and gradient compared with the single chain's, at points where both are finite."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_sb.infer.model.prototype import MAX_TRIES
+
+__all__ = ["CheckedDensity", "Oracle", "close", "find_oracle", "value_and_grad"]
+
+Density = Callable[[Tensor], Tensor]
+# accidental broadcasting depends on the batch size: 1 hides it, a coincidence with one size shows at another
+BATCH_SIZES = (1, 2, 3, 5)
+NUM_POINTS = 4
+
+
+def value_and_grad(density: Density, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Value of ``density`` and its gradient at ``z``; zeros where it does not depend on ``z``."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        value = density(z)
+        if not value.requires_grad:
+            return value, torch.zeros_like(z)
+        (grad,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
+    return value.detach(), torch.zeros_like(z) if grad is None else grad
+
+
+@dataclass
+class Oracle:
+    r"""The single chain's log joint with a few points where it and its gradient are known and finite.
+
+    Attributes:
+        density: ``(dim,)`` to ``()``.
+        points: Shape ``(P, dim)``; ``values`` ``(P,)`` and ``grads`` ``(P, dim)`` belong to them.
+    """
+
+    density: Density
+    points: Tensor
+    values: Tensor
+    grads: Tensor
+
+    def objection(self, route: Density) -> str | None:
+        """Why ``route`` cannot be used; None if it agrees in value and gradient for several batch sizes."""
+        for size in BATCH_SIZES:
+            rows = torch.arange(size) % len(self.points)
+            try:
+                value, grad = value_and_grad(route, self.points[rows])
+            except Exception as error:  # whatever the user's model raises when it meets a batch
+                return f"{type(error).__name__}: {first_line(error)}"
+            if value.shape != (size,):
+                return f"values of shape {tuple(value.shape)} for {size} chains"
+            if not close(value, self.values[rows]):
+                return f"wrong values for {size} chains"
+            if not close(grad, self.grads[rows]):
+                return f"wrong gradients for {size} chains"
+        return None
+
+    def confirms(self, z: Tensor, value: Tensor) -> bool:
+        """Whether ``value`` at one row of ``z`` is right; rows that are not finite cannot tell and are left alone."""
+        finite = torch.isfinite(value).nonzero()
+        if not len(finite):
+            return True
+        row = int(finite[-1])
+        try:
+            with torch.no_grad():
+                return close(value[row], self.density(z[row]))
+        except torch.linalg.LinAlgError:  # on the edge of what can be factored, which a batch may do and one row not
+            return True
+
+
+def find_oracle(density: Density, starts: Iterator[Tensor]) -> Oracle | None:
+    """Collect points with a finite log joint and gradient from ``starts``; None if there is none."""
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for _, z in zip(range(MAX_TRIES), starts, strict=False):
+        try:
+            value, grad = value_and_grad(density, z)
+        except torch.linalg.LinAlgError:
+            continue
+        if torch.isfinite(value) and torch.isfinite(grad).all():
+            found.append((z, value, grad))
+        if len(found) == NUM_POINTS:
+            break
+    return Oracle(density, *map(torch.stack, zip(*found, strict=True))) if found else None
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding, relative to the largest entry: far above rounding errors, far below a wrong formula."""
+    tolerance = torch.finfo(b.dtype).eps ** 0.4  # 6e-7 in float64, 2e-3 in float32
+    scale = 1 + b.abs().amax(-1) if b.dim() else 1 + b.abs()
+    gap = (a - b).abs().amax(-1) if b.dim() else (a - b).abs()
+    return bool((gap <= tolerance * scale).all())
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0][:200]
+
+
+# The fastest of several routes to a batched density that agrees with the single chain's, at every batch size
+
+
+logger = logging.getLogger(__name__)
+
+Route = Any  # an object with a `name` that maps (C, dim) to (C,)
+
+
+class CheckedDensity:
+    r"""A batched density that may change its route, never its values.
+
+    The first of ``routes`` that agrees with the oracle at several batch sizes is used. A plate of chains can still go
+    wrong in silence where the number of chains equals another size of the model, so each new batch size is checked on
+    one row.
+
+    Args:
+        routes: Fastest first; a loop, which is taken to be right, last.
+        oracle: The single chain's density at a few points; None to trust the first route.
+    """
+
+    def __init__(self, routes: list[Route], oracle: Oracle | None) -> None:
+        self.routes = routes
+        self.oracle = oracle
+        self.objections: list[str] = []
+        self.sizes_checked: set[int] = set()
+        self._settle()
+
+    @property
+    def route(self) -> str:
+        """Name of the route in use."""
+        return self.routes[0].name
+
+    def __call__(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        """Values ``(C,)`` and, if asked, gradients ``(C, dim)``, as the route in use gives them, NaN included."""
+        if not len(z):
+            return z.new_zeros(0), torch.zeros_like(z)
+        value, grad = self._attempt(z, gradient)
+        if self.route != "plate" or len(z) in self.sizes_checked:
+            return value, grad
+        if self._confirmed(z, value):
+            self.sizes_checked.add(len(z))
+            return value, grad
+        self._demote(f"wrong values for {len(z)} chains")
+        return self(z, gradient)
+
+    def _attempt(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        """One call of the route; a row whose matrix cannot be factored gets NaN and does not spoil its neighbours."""
+        try:
+            with pyro.validation_enabled(False):
+                if gradient:
+                    return value_and_grad(self.routes[0], z)
+                with torch.no_grad():
+                    return self.routes[0](z), torch.empty_like(z)
+        except torch.linalg.LinAlgError:
+            if len(z) == 1:
+                return z.new_full((1,), torch.nan), torch.zeros_like(z)
+            halves = [self._attempt(half, gradient) for half in z.tensor_split(2)]
+            return torch.cat([value for value, _ in halves]), torch.cat([grad for _, grad in halves])
+
+    def _confirmed(self, z: Tensor, value: Tensor) -> bool:
+        """Whether the single chain agrees: a batch size that equals a data size can broadcast in silence."""
+        if self.oracle is None:
+            return True
+        if len(z) > 1 and bool((z == z[0]).all()):  # equal rows hide mixed-up chains, so spread them
+            z = z + torch.linspace(-0.05, 0.05, len(z), dtype=z.dtype, device=z.device)[:, None]
+            value, _ = self._attempt(z, gradient=False)
+        with pyro.validation_enabled(False):
+            return self.oracle.confirms(z, value)
+
+    def _demote(self, objection: str) -> None:
+        """Drop the route in use for the next one that agrees with the single chain; the loop always does."""
+        self.objections.append(f"{self.routes.pop(0).name}: {objection}")
+        self._settle()
+
+    def _settle(self) -> None:
+        """Make the first route that agrees with the oracle the one in use, and warn if only the loop is left."""
+        while self.route != "loop" and self.oracle is not None:
+            with pyro.validation_enabled(False):
+                objection = self.oracle.objection(self.routes[0])
+            if objection is None:
+                logger.info("log joint by route %r (%s)", self.route, "; ".join(self.objections) or "first choice")
+                return
+            self.objections.append(f"{self.routes.pop(0).name}: {objection}")
+        if self.route == "loop":
+            warnings.warn(
+                "Chains are evaluated one by one, which is slow: no batched route agrees with the single chain "
+                f"({'; '.join(self.objections)}). Write the model so that batches of chains can pass: dim=-1 in sums, "
+                "Vindex for indices, torch.where for Python's if, no .item().",
+                RuntimeWarning,
+                stacklevel=4,
+            )

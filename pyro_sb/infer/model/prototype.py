@@ -1,0 +1,238 @@
+"""What one run of a Pyro model tells: its sites, shapes and transforms."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
+from torch import Tensor
+from torch.distributions import Transform
+
+from pyro_sb.infer.model.packing import Packing
+from pyro_sb.infer.model.sites import (
+    Site,
+    bijection,
+    can_sample,
+    is_deterministic,
+    is_discrete,
+    is_sample,
+    latents,
+    plate_nesting,
+    refuse_moving_supports,
+    refuse_nan_data,
+    refuse_subsampling,
+    refuse_unenumerable,
+)
+
+__all__ = [
+    "MAX_TRIES",
+    "Prototype",
+    "Start",
+    "explain_no_start",
+    "model_starts",
+    "persist",
+    "prototype",
+    "uniform_starts",
+]
+
+MAX_TRIES = 100  # runs or starts before we give up, as in Pyro
+
+
+class Start:
+    r"""Init strategy that also serves sites which cannot be sampled (``ImproperUniform``).
+
+    Follows ``strategy`` where it works; else the site starts at ``biject_to(support)(u)``, ``u`` uniform on (-2, 2).
+
+    Args:
+        strategy: A Pyro init strategy, ``init_to_uniform`` if omitted.
+        like: Dtype and device of sites that have none of their own.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> improper = dist.ImproperUniform(dist.constraints.positive, (), (3,))
+        >>> Start()({"name": "scale", "fn": improper}).shape
+        torch.Size([3])
+    """
+
+    def __init__(self, strategy: Callable[..., Any] | None = None, like: Tensor | None = None) -> None:
+        self.strategy = init_to_uniform if strategy is None else strategy
+        self.like = torch.empty(0) if like is None else like.new_empty(0)
+
+    def __call__(self, site: Site) -> Tensor:
+        """A value for one site, as Pyro's init strategies give it."""
+        fn = site["fn"]
+        if is_discrete(fn):
+            return fn.sample()
+        try:
+            return self.strategy(site)
+        except NotImplementedError:  # cannot be sampled, or has a support that the strategy does not know
+            return fn.sample() if can_sample(fn) else self.uniform(site)
+
+    def uniform(self, site: Site) -> Tensor:
+        """A start drawn in unconstrained space, from the support and the shape alone."""
+        fn = site["fn"]
+        transform = bijection(site["name"], fn)
+        shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
+        return transform(self.like.new_empty(shape).uniform_(-2, 2))
+
+
+@dataclass
+class Prototype:
+    r"""One chain's run of a model, as the batched routes need it.
+
+    Attributes:
+        packing: Layout of the unconstrained continuous latents.
+        transforms: Pyro's convention: ``transforms[name].inv`` maps unconstrained to constrained.
+        batch_shapes: Batch shape of each continuous latent, constrained.
+        enumerated: Shape of each discrete latent.
+        deterministic: Shape of each ``pyro.deterministic`` site.
+        improper: Latents that cannot be sampled from their prior.
+        max_plate_nesting: Number of plate dimensions, counted from the right.
+        depth: Number of batch dimensions left of which a chain dimension is free; undeclared ones included.
+        numel: Numbers that one run of the model holds in its sites.
+    """
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    start: Start
+    packing: Packing
+    transforms: dict[str, Transform]
+    batch_shapes: dict[str, torch.Size]
+    enumerated: dict[str, torch.Size]
+    deterministic: dict[str, torch.Size]
+    improper: tuple[str, ...]
+    max_plate_nesting: int
+    depth: int
+    numel: int
+
+    def draw(self) -> Tensor:
+        """One start of the init strategy, unconstrained. Shape ``(dim,)``."""
+        nodes = run(self.model, self.args, self.kwargs, self.start).nodes
+        return self.packing.pack({name: t(nodes[name]["value"].detach()) for name, t in self.transforms.items()})
+
+
+def prototype(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    init_strategy: Callable[..., Any] | None = None,
+    max_plate_nesting: int | None = None,
+    transforms: dict[str, Transform] | None = None,
+) -> Prototype:
+    r"""Run ``model`` once and read off what the batched log joint needs; refuse what cannot be served.
+
+    Raises:
+        NotImplementedError: Subsampled plate, discrete site that cannot be enumerated in parallel, support without a
+            bijection, support that depends on another latent.
+        ValueError: No continuous latent site, NaN in an observed site, unknown names in ``transforms``.
+    """
+    start = Start(init_strategy, like=first_float(args, kwargs))
+    trace = run(model, args, kwargs, start)
+    refuse_subsampling(trace)
+    refuse_nan_data(trace)
+    discrete = {name: site for name, site in latents(trace) if is_discrete(site["fn"])}
+    continuous = {name: site for name, site in latents(trace) if not is_discrete(site["fn"])}
+    for name, site in discrete.items():
+        refuse_unenumerable(name, site)
+    if not continuous:
+        found = f"only discrete ones, {list(discrete)}" if discrete else "none"
+        raise ValueError(
+            f"The model must have a continuous latent site, got {found}. Leave out obs= where a value is unknown."
+        )
+    chosen = complete(transforms, continuous)
+    if transforms is None:
+        refuse_moving_supports(chosen, run(model, args, kwargs, start))
+    nesting = plate_nesting(trace) if max_plate_nesting is None else max_plate_nesting
+    stochastic = [site for site in trace.nodes.values() if is_sample(site)]
+    return Prototype(
+        model=model,
+        args=args,
+        kwargs=kwargs,
+        start=start,
+        packing=Packing.like({name: chosen[name](site["value"].detach()) for name, site in continuous.items()}),
+        transforms=chosen,
+        batch_shapes={name: site["fn"].batch_shape for name, site in continuous.items()},
+        enumerated={name: site["value"].shape for name, site in discrete.items()},
+        deterministic={name: site["value"].shape for name, site in trace.nodes.items() if is_deterministic(site)},
+        improper=tuple(name for name, site in sorted(continuous.items()) if not can_sample(site["fn"])),
+        max_plate_nesting=nesting,
+        depth=max([nesting, *(len(site["fn"].batch_shape) for site in stochastic)]),
+        numel=sum(torch.as_tensor(site["value"]).numel() for site in stochastic),
+    )
+
+
+def run(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], start: Start) -> poutine.Trace:
+    """Trace of one run with latents drawn by ``start``, discrete ones sampled."""
+
+    def once() -> poutine.Trace:
+        with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+            return poutine.trace(InitMessenger(start)(model)).get_trace(*args, **kwargs)
+
+    return persist(once)
+
+
+def persist(fn: Callable[[], Any]) -> Any:
+    """``fn()``, tried again while it draws a matrix that cannot be factored."""
+    for _ in range(MAX_TRIES - 1):
+        try:
+            return fn()
+        except torch.linalg.LinAlgError:
+            continue
+    return fn()
+
+
+def first_float(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point())
+    return next(tensors, None)
+
+
+def complete(transforms: dict[str, Transform] | None, sites: dict[str, Site]) -> dict[str, Transform]:
+    """The user's transforms, and ``biject_to(support).inv`` for the sites that he left out; sorted by name."""
+    given = {} if transforms is None else transforms
+    unknown = sorted(given.keys() - sites.keys())
+    if unknown:
+        raise ValueError(f"transforms must name continuous latent sites, got {unknown}; the model has {sorted(sites)}.")
+    return {name: given[name] if name in given else bijection(name, sites[name]["fn"]).inv for name in sorted(sites)}
+
+
+# Where chains may start, and what to say when they cannot start anywhere
+
+
+RADIUS = 2.0  # as Pyro's and Stan's starts, in unconstrained space
+
+
+def uniform_starts(packing: Packing) -> Iterator[Tensor]:
+    """Points uniform on (-2, 2), for ever. Shape ``(dim,)`` each."""
+    while True:
+        yield torch.empty(packing.dim, dtype=packing.dtype, device=packing.device).uniform_(-RADIUS, RADIUS)
+
+
+def model_starts(prototype: Prototype) -> Iterator[Tensor]:
+    """Draws of the user's init strategy, for ever; uniform on (-2, 2) if he gave none. Shape ``(dim,)`` each."""
+    if prototype.start.strategy is init_to_uniform:
+        yield from uniform_starts(prototype.packing)
+    while True:
+        yield prototype.draw()
+
+
+def explain_no_start(prototype: Prototype) -> str:
+    """Which sites keep the log joint from being finite, read off one run of the model."""
+    trace = run(prototype.model, prototype.args, prototype.kwargs, prototype.start)
+    with torch.no_grad(), pyro.validation_enabled(False):
+        trace.compute_log_prob()
+    bad = [
+        f"{'observed' if site['is_observed'] else 'latent'} site {name!r} (log density {float(site['log_prob_sum']):g})"
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not torch.isfinite(torch.as_tensor(site["log_prob_sum"]))
+    ]
+    culprits = ", ".join(bad) if bad else "no single site in the last run; perhaps the gradient"
+    return (
+        f"The log joint and its gradient must be finite at some start, got none in {MAX_TRIES} tries. Not finite: "
+        f"{culprits}. Check the data for NaN and infinity and the parameters for their range, or pass init_strategy or "
+        "initial_params inside the support."
+    )

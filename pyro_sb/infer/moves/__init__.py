@@ -1,0 +1,1 @@
+"""Metropolis moves of many chains, and their tuning."""

@@ -1,0 +1,182 @@
+"""The report of a run: what is broken, still, or too short is said so, and advice can be followed."""
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_sb.bridges import LightSB
+from pyro_sb.diagnostics import mode_audit, report, to_arviz
+from pyro_sb.diagnostics.export.container import to_container
+from pyro_sb.infer import MCMC, BridgeMH, KernelLangevin
+
+pytest.importorskip("arviz")
+F64 = torch.float64
+
+
+def model(y):
+    mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+    pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def of(**sites):
+    return report(to_container({"posterior": sites}), modes=False)
+
+
+class Run:
+    """A finished run whose kernel knows these figures."""
+
+    def __init__(self, kernel, diagnostics=None, num_diverging=0):
+        self.kernel, self._args, self._kwargs = kernel, (torch.tensor(0.0, dtype=F64),), {}
+        diverging = torch.arange(800).reshape(4, 200) < num_diverging
+        self.sample_stats, self._figures = {"diverging": diverging}, diagnostics or {}
+
+    def get_samples(self, group_by_chain=False):
+        return {"mu": torch.randn(4, 200, generator=torch.Generator().manual_seed(0), dtype=F64)}
+
+    def diagnostics(self):
+        return self._figures
+
+
+# ---- draws ----
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_draw_that_is_not_finite_is_bad(value):
+    good = np.random.default_rng(0).normal(size=(4, 500, 2))
+    broken = good.copy()
+    broken[0, 3, 1] = value
+    found = of(a=good, b=broken)
+    assert found["finite draws"].verdict == "bad" and "1 draw of b[1] is not finite" in found["finite draws"].value
+    assert found["R-hat"].verdict == "ok" and "b[1]" not in found["bulk ESS"].value
+    nothing = of(b=np.full((4, 500), value))
+    assert "2000 draws of b are not finite" in nothing["finite draws"].value
+    assert [nothing[name].verdict for name in ("R-hat", "bulk ESS", "tail ESS")] == ["bad"] * 3
+
+
+def test_a_site_that_stands_still_is_named():
+    moving = np.random.default_rng(0).normal(size=(4, 500, 2))
+    still = of(a=moving, c=np.ones((4, 500)))
+    assert still["constant"].verdict == "look" and still["constant"].value == "c"
+    factor = moving.copy()
+    factor[..., 0] = 1.0  # as a Cholesky factor of correlations has
+    part = of(a=moving, factor=factor)
+    assert part["constant"].verdict == "-" and part["constant"].value == "factor[0]" and part.verdict == "ok"
+    stuck = of(a=np.repeat(np.arange(4.0)[:, None], 500, 1))
+    assert stuck["R-hat"].verdict == "bad" and stuck["R-hat"].value == "> 99 (a)"
+
+
+def test_a_short_chain_is_called_short_not_still():
+    line = of(a=np.random.default_rng(0).normal(size=(1, 6)))["R-hat"]
+    assert "too few draws for R-hat" in line.note and "not move" not in line.note
+
+
+# ---- runs that have not run, or hardly ----
+
+
+@pytest.mark.parametrize("maker", [pyro.infer.MCMC, MCMC], ids=["Pyro's", "ours"])
+@pytest.mark.parametrize("ask", [report, to_arviz, mode_audit], ids=lambda ask: ask.__name__)
+def test_a_run_that_has_not_run_is_refused(maker, ask):
+    kernel = pyro.infer.NUTS(model) if maker is pyro.infer.MCMC else KernelLangevin(model)
+    with pytest.raises(RuntimeError, match=r"Call run\("):
+        ask(maker(kernel, num_samples=10))
+
+
+def test_fewer_draws_than_diagnostics_take_are_refused_in_words_and_exported():
+    mcmc = pyro.infer.MCMC(pyro.infer.NUTS(model), num_samples=3, warmup_steps=5, disable_progbar=True)
+    mcmc.run(torch.tensor(0.5, dtype=F64))
+    with pytest.raises(ValueError, match="at least 4 draws a chain, got 3"):
+        report(mcmc)
+    container = to_arviz(mcmc)
+    assert container.sample_stats["diverging"].shape == (1, 3)
+
+
+def test_a_run_of_a_potential_is_audited():
+    def potential(params):
+        return (params["z"].abs() - 5).square().sum() / 2
+
+    nuts = pyro.infer.NUTS(potential_fn=potential)
+    start = {"z": torch.tensor([4.0], dtype=F64)}
+    mcmc = pyro.infer.MCMC(nuts, num_samples=60, warmup_steps=30, initial_params=start, disable_progbar=True)
+    mcmc.run()
+    audit = mode_audit(mcmc)
+    assert audit.num_modes == 2 and len(audit.missing) == 1 and audit.chain_shares.max() == 1
+
+
+def test_why_there_was_no_audit_keeps_its_cure():
+    class Nothing:
+        model = None
+
+    note = report(Run(Nothing()))["modes"].note
+    assert "Pass the model" in note and "modes=" in note
+
+
+# ---- what kernels knew ----
+
+
+def test_moves_are_called_what_they_are():
+    figures = {"acceptance bridge": {"chain 0": 0.9}, "acceptance index": {"chain 0": 0.5}}
+    langevin = report(Run(KernelLangevin(model), figures), modes=False)
+    assert "local move" in langevin["acceptance bridge"].note and "whole points" in langevin["acceptance index"].note
+    proposals = report(Run(BridgeMH(model, LightSB), figures), modes=False)["acceptance bridge"]
+    assert "whole points" in proposals.note
+    assert not any("cross" in line.note for line in [*langevin.lines, proposals] if line.name != "modes")
+    idle = report(Run(KernelLangevin(model), {"acceptance bridge": {"chain 0": 0.004}}), modes=False)
+    assert idle["acceptance bridge"].verdict == "look" and "rely on the others" in idle["acceptance bridge"].note
+
+
+def test_a_single_divergence_is_spared_where_no_step_can_be_set():
+    ours, nuts = KernelLangevin(model), pyro.infer.NUTS(model)
+    assert report(Run(ours, num_diverging=1), modes=False)["divergences"].verdict == "ok"
+    assert report(Run(nuts, num_diverging=1), modes=False)["divergences"].verdict == "look"
+    some = report(Run(ours, num_diverging=2), modes=False)["divergences"]
+    assert some.verdict == "look" and "num_particles" in some.note and "step" not in some.note
+    assert report(Run(ours, num_diverging=9), modes=False)["divergences"].verdict == "bad"
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        (LightSB(2), {"num_data_sets": 50}, "LightSB uses target_draws, source, context, got num_data_sets too"),
+        (LightSB(2), {"model": model}, "got model too"),
+        (Run(None), {"target_draws": torch.zeros(5, 2)}, "Run uses model, args, kwargs, modes, got target_draws"),
+        (Run(None), {"args": (1,)}, "args and kwargs are the model's, got them without a model"),
+        (Run(None), {"model": model, "modes": False}, "got it together with modes"),
+    ],
+)
+def test_an_option_that_would_not_be_used_is_refused_by_name(x, options, message):
+    with pytest.raises(ValueError, match=message):
+        report(x, **options)
+
+
+@pytest.mark.parametrize(
+    ("x", "cure"),
+    [
+        (KernelLangevin(model), r"MCMC\(kernel"),
+        ({"mu": torch.zeros(4, 100)}, "az.from_dict"),
+        (torch.zeros(5), r"psis\(log_weights\)"),
+        (3, r"Call run\(\)"),
+    ],
+    ids=["kernel", "dict", "tensor", "number"],
+)
+def test_what_has_no_report_is_told_where_to_go(x, cure):
+    with pytest.raises(TypeError, match=cure):
+        report(x)
+
+
+def test_a_larger_audit_is_asked_for_in_words_that_the_report_takes():
+    half = {"mu": 6 + torch.randn(4, 200, dtype=F64)}
+
+    def mirrored(y):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=F64), 5.0))
+        pyro.sample("y", dist.Normal(mu.abs(), 1.0), obs=y)
+
+    y = torch.tensor(6.0, dtype=F64)
+    audit = mode_audit(mirrored, half, args=(y,), num_particles=100)
+    object.__setattr__(audit.populations[0], "ess_share", 0.001)
+    found = report(to_container({"posterior": {"mu": half["mu"].numpy()}}), modes=audit)
+    assert "modes=mode_audit(..., num_particles=400)" in found["modes: populations"].note
