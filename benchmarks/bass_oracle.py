@@ -108,8 +108,8 @@ def batch_rows() -> list[list[object]]:
 def stochastic_rows() -> list[list[object]]:
     solvers: dict[str, tuple[dict[str, Any], Callable[[LightSBBM], tuple[float, float]]]] = {
         "batch": ({"solver": "batch"}, moments),
-        "dual": ({"solver": "dual", "num_steps": 500, "batch_size": NUM}, moments),
-        "alternating": ({"solver": "alternating", "num_steps": 4000}, drawn_moments),
+        "dual": ({"solver": "dual", "num_updates": 500, "batch_size": NUM}, moments),
+        "alternating": ({"solver": "alternating", "num_updates": 4000}, drawn_moments),
     }
     rows: list[list[object]] = []
     for variance, beta in PAIRS:

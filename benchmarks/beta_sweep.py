@@ -148,8 +148,8 @@ def zero_to_normal(num_components: int, solver: str, seed: int) -> dict[str, flo
     law = dist.Normal(torch.zeros(1), torch.ones(1)).to_event(1)
     steps = SIZE["normal"] if solver == "dual" else 200
     torch.manual_seed(seed)
-    bridge = LightSBBM(1, num_components, beta=10.0)
-    seconds = cpu_seconds(partial(bridge.fit, law, torch.zeros(1), solver=solver, num_steps=steps, progress=False))
+    bridge = LightSBBM(1, num_components=num_components, beta=10.0)
+    seconds = cpu_seconds(partial(bridge.fit, law, torch.zeros(1), solver=solver, num_updates=steps, progress=False))
     times, states = bridge.paths(SIZE["paths"], 20)
     alpha = torch.stack([bridge.drift(t, x) for t, x in zip(times, states)])
     sigma = torch.stack([bridge.volatility(t, x) for t, x in zip(times, states)])
@@ -198,13 +198,13 @@ def pair_named(name: str) -> Pair:
 
 
 def fit_to_pair(bridge: LightSBBM, pair: Pair, num_steps: int) -> None:
-    bridge.fit(pair.target, pair.source, num_steps=num_steps, progress=False)
+    bridge.fit(pair.target, pair.source, num_updates=num_steps, progress=False)
 
 
 def affordable_steps(kind: str) -> int:
     """Updates in the sweep's CPU time, on the first pair: a finite beta pays for inverses."""
     pair = PAIRS[0]
-    bridge = LightSBBM(2, 50, pair.epsilon, 10.0 if kind == "finite" else INF)
+    bridge = LightSBBM(2, num_components=50, epsilon=pair.epsilon, beta=10.0 if kind == "finite" else INF)
     return steps_within(SIZE["seconds"], partial(fit_to_pair, bridge, pair))
 
 
@@ -224,7 +224,7 @@ def swept(name: str, beta: float, seed: int, num_steps: int) -> dict[str, Any]:
     """One fit of the sweep."""
     pair = pair_named(name)
     torch.manual_seed(seed)
-    bridge = LightSBBM(2, 50, pair.epsilon, beta)
+    bridge = LightSBBM(2, num_components=50, epsilon=pair.epsilon, beta=beta)
     seconds = cpu_seconds(fit_to_pair, bridge, pair, num_steps)
     return judged(bridge, pair, seed) | {"seconds": seconds, "steps": num_steps}
 
@@ -233,7 +233,7 @@ def chosen(name: str, num_steps: int) -> dict[str, Any]:
     """The fit that chooses its own beta."""
     pair = pair_named(name)
     torch.manual_seed(SEED)
-    bridge = LightSBBM(2, 50, pair.epsilon, "auto")
+    bridge = LightSBBM(2, num_components=50, epsilon=pair.epsilon, beta="auto")
     seconds = cpu_seconds(fit_to_pair, bridge, pair, num_steps)
     units = 2 * float(bridge.scale.log())
     scores = [[beta, score - units] for beta, score in bridge.scores.items()]
@@ -358,8 +358,8 @@ def fitted(name: str, num_components: int, beta: float, seed: int, num_steps: in
     law = LAWS[name]
     epsilon = variance(name)
     torch.manual_seed(seed)
-    bridge = LightSBBM(law.event_shape[0], num_components, epsilon, beta)
-    bridge.fit(law, num_steps=num_steps, progress=False)
+    bridge = LightSBBM(law.event_shape[0], num_components=num_components, epsilon=epsilon, beta=beta)
+    bridge.fit(law, num_updates=num_steps, progress=False)
     return bridge
 
 

@@ -61,7 +61,7 @@ def fitted(paths: Tensor, num_pairs: int) -> tuple[KernelLangevinBridge, float]:
     now, later = paths[:-1].flatten(0, 1), paths[1:].flatten(0, 1)
     chosen = torch.randperm(len(now))[:num_pairs]
     begun = time.process_time()
-    bridge = KernelLangevinBridge(paths.shape[-1], paths.shape[-1], num_steps=5)
+    bridge = KernelLangevinBridge(paths.shape[-1], context_dim=paths.shape[-1], num_steps=5)
     bridge.fit((later - now)[chosen], context=now[chosen], progress=False)
     return bridge, time.process_time() - begun
 

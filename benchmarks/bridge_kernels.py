@@ -111,9 +111,9 @@ PROPOSALS = [
     Proposal("LightSB", LightSB),
     Proposal("LightSBM", LightSBM),
     Proposal("LightSBBM", LightSBBM),
-    Proposal("VSDM", VSDM, {"num_steps": 1000, "batch_size": 256}),
-    Proposal("DSB", DSB, {"num_iterations": 2, "num_steps": 500, "batch_size": 256}),
-    Proposal("LatentBridge", lambda dim: LatentBridge(LightSB(dim, 20), PCACodec(dim))),
+    Proposal("VSDM", VSDM, {"num_updates": 1000, "batch_size": 256}),
+    Proposal("DSB", DSB, {"num_iterations": 2, "num_updates": 500, "batch_size": 256}),
+    Proposal("LatentBridge", lambda dim: LatentBridge(LightSB(dim, num_components=20), PCACodec(dim))),
     Proposal("KernelLangevinBridge", lambda dim: KernelLangevinBridge(dim, scheme="plain")),
 ]
 KERNELS = [NUTS, KERNEL, *(one.name for one in PROPOSALS)]

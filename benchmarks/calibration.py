@@ -92,7 +92,7 @@ def main() -> None:
     short = parser.parse_args().short
     torch.set_num_threads(1)
     simulations, share = (500, 0.1) if short else (SIMULATIONS, 1.0)
-    more: dict[str, Any] = {"num_steps": 50} if short else {}
+    more: dict[str, Any] = {"num_updates": 50} if short else {}
     tables = []
     for name, model, args in (
         ("gaussian_linear", sbi_task("gaussian_linear").model, ()),

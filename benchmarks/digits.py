@@ -151,8 +151,8 @@ def contenders(short: bool) -> dict[str, Callable[[Halves], Tensor]]:
         return draws
 
     def from_pixels(halves: Halves) -> Tensor:
-        bridge = VSDM(DIM, HALF, covariance="analytic", hidden=(128, 128), embedding=narrow(HALF))
-        fitted(bridge, halves.codes, halves.upper, num_steps=steps["VSDM"], learning_rate=1e-3, ema=0.99)
+        bridge = VSDM(DIM, context_dim=HALF, covariance="analytic", hidden=(128, 128), embedding=narrow(HALF))
+        fitted(bridge, halves.codes, halves.upper, num_updates=steps["VSDM"], learning_rate=1e-3, ema=0.99)
         return halves.pixels(bridge(halves.asked).sample((DRAWS,)))
 
     def upon(make: Callable[[], Bridge], **options: float) -> Callable[[Halves], Tensor]:
@@ -176,13 +176,13 @@ def contenders(short: bool) -> dict[str, Callable[[Halves], Tensor]]:
         "kernel mean, Gaussian rest": gaussian(KernelMean),
         "VSDM of the pixels": from_pixels,
         "kernel mean, VSDM": upon(
-            lambda: VSDM(DIM, DIM, covariance="analytic", hidden=(128, 128), embedding=narrow(DIM)),
+            lambda: VSDM(DIM, context_dim=DIM, covariance="analytic", hidden=(128, 128), embedding=narrow(DIM)),
             num_steps=steps["VSDM"],
             learning_rate=1e-3,
             ema=0.99,
         ),
         "kernel mean, light": upon(
-            lambda: LightSB(DIM, 10, context_dim=DIM, hidden=(64,), dropout=0.3),
+            lambda: LightSB(DIM, num_components=10, context_dim=DIM, hidden=(64,), dropout=0.3),
             num_steps=steps["light"],
             learning_rate=3e-4,
         ),

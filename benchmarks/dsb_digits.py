@@ -155,7 +155,7 @@ def shown(bridge: DSB, split: Split) -> list[list[list[float]]]:
     return lines
 
 
-BASE = {"num_iterations": 6, "num_steps": 500}
+BASE = {"num_iterations": 6, "num_updates": 500}
 METHODS = [
     Method("IMF, .1", 0.1, options=BASE),
     Method("IPF, .1", 0.1, "ipf", BASE | {"num_pairs": 2048}),

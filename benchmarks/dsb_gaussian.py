@@ -30,7 +30,7 @@ from pyro_sb.ops.closed_form import GaussianBridge, GaussianPlan, gaussian_bridg
 
 EPSILON, ITERATIONS, NUM_DRAWS, STEPS, GOAL = 1.0, 6, 20_000, 20, 0.06
 DIMS, SEEDS = (5, 20, 50), 3
-TRIAL: dict[str, Any] = {"num_steps": 500, "batch_size": 256, "num_pairs": 4096}
+TRIAL: dict[str, Any] = {"num_updates": 500, "batch_size": 256, "num_pairs": 4096}
 SETTINGS: dict[str, dict[str, Any]] = {"defaults": {}, "trial": TRIAL}
 SHAPES: dict[str, dict[str, Any]] = {"defaults": {}, "trial": {"hidden": (128, 128), "chain_steps": STEPS}}
 PUBLISHED = {"DSBM-IPF": "8.75 +- 0.87", "DSBM-IMF": "9.76 +- 1.67", "DSB": "32.8 +- 1.3", "SB-CFM": "49.4 +- 3.9"}
@@ -327,7 +327,7 @@ def picture(report: Report) -> None:
 NOTE = f"""epsilon = {EPSILON:g}, {ITERATIONS} iterations, float32, fresh draws of both laws.
 "Defaults": the library's own settings, 1,000 updates a half iteration, batch 512, three layers of 128,
 10,000 pairs at a time at d = 5 and 25,000 above, 50 steps.
-"Trial": {TRIAL["num_steps"]} updates, batch {TRIAL["batch_size"]},
+"Trial": {TRIAL["num_updates"]} updates, batch {TRIAL["batch_size"]},
 two layers of 128, {TRIAL["num_pairs"]:,} pairs or paths at a time, {STEPS} steps.
 All figures are of the forward chain, from {NUM_DRAWS:,} draws; mean +- sd over seeds.
 KL, x 1e-3 nats: from the Gaussian fitted to the draws at each of the chain's times to the closed form's

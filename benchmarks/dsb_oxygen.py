@@ -134,7 +134,7 @@ class Conditional:
         torch.manual_seed(seed)
         theta, y = simulate(self.num_pairs)
         begun = time.process_time()
-        bridge = DSB(2, 5, epsilon=self.epsilon, method=self.method)
+        bridge = DSB(2, context_dim=5, epsilon=self.epsilon, method=self.method)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # the budget is fixed, converged or not
             bridge.fit(theta, context=y, progress=False, **self.options)

@@ -82,10 +82,10 @@ class Method:
         return bridge, time.process_time() - begun
 
 
-IMF = Method("IMF, independent", "imf", {"num_iterations": 2, "num_steps": UPDATES // 4})
-SINKHORN = Method("IMF, sinkhorn", "imf", {"num_iterations": 2, "num_steps": UPDATES // 4, "pairs": "sinkhorn"})
-SAME: dict[str, Any] = {"num_iterations": 6, "num_steps": UPDATES // 12, "num_pairs": 4096}
-MORE: dict[str, Any] = {"num_iterations": 12, "num_steps": UPDATES // 12, "num_pairs": 4096, "batch_size": 1024}
+IMF = Method("IMF, independent", "imf", {"num_iterations": 2, "num_updates": UPDATES // 4})
+SINKHORN = Method("IMF, sinkhorn", "imf", {"num_iterations": 2, "num_updates": UPDATES // 4, "pairs": "sinkhorn"})
+SAME: dict[str, Any] = {"num_iterations": 6, "num_updates": UPDATES // 12, "num_pairs": 4096}
+MORE: dict[str, Any] = {"num_iterations": 12, "num_updates": UPDATES // 12, "num_pairs": 4096, "batch_size": 1024}
 IPF, FIXED = Method("IPF", "ipf", SAME), Method("IPF, published steps", "ipf", SAME, "reference")
 LONG = Method("IPF, longer", "ipf", MORE)
 METHODS = [IMF, SINKHORN, IPF, FIXED, LONG]

@@ -27,7 +27,7 @@ EXACT, SEEDS, SHORT = 10_000, 3, 0.4  # sum of gamma .2, as in the DSB paper
 FEW, SCHEDULES = (12, 20, 50), ("constant", "triangular")
 SHORT_PAIRS = [Pair(pair.name, pair.source, pair.target, epsilon=SHORT, beta=math.inf) for pair in PAIRS[:2]]
 ITERATIONS = 20  # the published number
-MANY: dict[str, Any] = {"num_iterations": ITERATIONS, "num_steps": 500, "num_pairs": 4096, "batch_size": 1024}
+MANY: dict[str, Any] = {"num_iterations": ITERATIONS, "num_updates": 500, "num_pairs": 4096, "batch_size": 1024}
 IPF, PUBLISHED = Method("IPF", "ipf", MANY), Method("IPF, published steps", "ipf", MANY, "reference")
 CELLS = [(SINKHORN, STEPS), (IPF, 12), (IPF, 20), (PUBLISHED, 12), (PUBLISHED, 20)]
 OWN_SD, S_SD = 7.0, float(make_s_curve(200_000, random_state=0)[0][:, [0, 2]].std())

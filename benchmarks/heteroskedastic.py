@@ -186,10 +186,13 @@ SERIES: dict[str, Callable[[str], Series]] = {
 def bridges() -> dict[str, Bridge]:
     def light(beta: float) -> LightSB:
         if math.isinf(beta):
-            return LightSB(1, COMPONENTS, context_dim=3)
-        return LightSBBM(1, COMPONENTS, beta=beta, context_dim=3)
+            return LightSB(1, num_components=COMPONENTS, context_dim=3)
+        return LightSBBM(1, num_components=COMPONENTS, beta=beta, context_dim=3)
 
-    contenders: dict[str, Bridge] = {"LightSB, J = 1": LightSB(1, 1, context_dim=3), "LightSB": light(math.inf)}
+    contenders: dict[str, Bridge] = {
+        "LightSB, J = 1": LightSB(1, num_components=1, context_dim=3),
+        "LightSB": light(math.inf),
+    }
     contenders |= {f"beta = {b:g}": light(b) for b in BETAS}
     return contenders | {
         "tails, LightSB": TailMatched(light(math.inf)),
@@ -286,7 +289,7 @@ def fitted(bridge: Bridge, pairs: Pairs, num_steps: int) -> float:
     begun = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the budget is the same for all, converged or not
-        bridge.fit(pairs.increment, context=pairs.context, num_steps=num_steps, progress=False)
+        bridge.fit(pairs.increment, context=pairs.context, num_updates=num_steps, progress=False)
     return time.process_time() - begun
 
 

@@ -136,11 +136,11 @@ class Trial:
         return cost | self.scores(bridge)
 
     def options(self, method: str) -> Figures:
-        return {"num_steps": self.budget.steps[method], "batch_size": self.budget.batch_size}
+        return {"num_updates": self.budget.steps[method], "batch_size": self.budget.batch_size}
 
     def references(self) -> Figures:
         """What no training gives: the start (one update at a fiftieth of the rate), and independent ends."""
-        start = self.measure("LightSB", "full", num_steps=1)
+        start = self.measure("LightSB", "full", num_updates=1)
         return {"start": start, "independent": self.independent_score(), "variance": self.pair.target_variance}
 
 
@@ -163,7 +163,7 @@ def cached(path: Path, key: str, measure: Callable[[], Figures] | None) -> Figur
 
 def jobs(trial: Trial) -> dict[str, Callable[[], Figures]]:
     """What is measured on a pair, by name."""
-    steps = {"num_steps": min(EM_STEPS, trial.budget.steps["LightSB"]), "most": EM_DRAWS}
+    steps = {"num_updates": min(EM_STEPS, trial.budget.steps["LightSB"]), "most": EM_DRAWS}
     fits = {f"{method}, full": (method, "full", trial.options(method)) for method in METHODS}
     if trial.epsilon == 1 and trial.dim in (16, 64):
         fits["LightSB, diagonal"] = ("LightSB", "diagonal", trial.options("LightSB"))

@@ -137,8 +137,8 @@ def speeds(split: Split) -> dict[str, list[float]]:
         warnings.simplefilter("ignore", RuntimeWarning)
         for name, dim in (("data space", DIM), ("latent", 12)):
             law = Independent(Normal(torch.zeros(dim), 1.0), 1)
-            found[name] = timed(lambda n, law=law, dim=dim: SmoothedBridge(dim).fit(law, num_steps=n, progress=False))
-        found["autoencoder-12"] = timed(lambda n: AutoencoderCodec(12).fit(split.train, num_steps=n, progress=False))
+            found[name] = timed(lambda n, law=law, dim=dim: SmoothedBridge(dim).fit(law, num_updates=n, progress=False))
+        found["autoencoder-12"] = timed(lambda n: AutoencoderCodec(12).fit(split.train, num_updates=n, progress=False))
     return found
 
 
@@ -172,23 +172,23 @@ def fitted(name: str, budget: float, split: Split, speed: dict[str, list[float]]
         if name == "data space":
             bridge: Bridge = SmoothedBridge(DIM)
             steps = steps_for(speed[name], budget)
-            spent = seconds(lambda: bridge.fit(split.train, num_steps=steps, progress=False))
+            spent = seconds(lambda: bridge.fit(split.train, num_updates=steps, progress=False))
             return Fitted(bridge, None, {"codec": 0.0, "bridge": spent, "steps": steps})
         codec = CODECS[name]()
         learnt = isinstance(codec, AutoencoderCodec)
-        options = {"num_steps": min(MOST, steps_for(speed[ROWS[-1]], CODEC_SHARE * budget))} if learnt else {}
+        options = {"num_updates": min(MOST, steps_for(speed[ROWS[-1]], CODEC_SHARE * budget))} if learnt else {}
         first = seconds(lambda: codec.fit(split.train, progress=False, **options))
         if name == MIXTURE:
             bridge, steps = LatentBridge(LightSB(12, num_components=20, covariance="full"), codec), 2000
         else:
             bridge = LatentBridge(codec=codec)
             steps = min(MOST, steps_for(speed["latent"], budget - first))
-        spent = seconds(lambda: bridge.fit(split.train, num_steps=steps, progress=False))
+        spent = seconds(lambda: bridge.fit(split.train, num_updates=steps, progress=False))
     return Fitted(bridge, codec, {"codec": first, "bridge": spent, "steps": steps} | options_of(options))
 
 
 def options_of(options: dict[str, int]) -> dict[str, float]:
-    return {"codec_steps": options["num_steps"]} if options else {}
+    return {"codec_steps": options["num_updates"]} if options else {}
 
 
 def run(name: str, budget: int, seed: int, split: Split, store: Store) -> None:

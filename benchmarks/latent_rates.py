@@ -105,7 +105,7 @@ def path_error(bridge: SmoothedBridge, dim: int) -> float:
 def fit(bridge: Any, target: Any, num_steps: int = NUM_STEPS, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the budget is fixed, converged or not
-        bridge.fit(target, num_steps=num_steps, progress=False, **options)
+        bridge.fit(target, num_updates=num_steps, progress=False, **options)
     return bridge
 
 
@@ -154,7 +154,7 @@ def codec_cell(num: int, shift: float, seed: int) -> dict[str, float]:
     bridge = LatentBridge(SmoothedBridge(DIM, hidden=HIDDEN), AutoencoderCodec(DIM, hidden=(128, 128)))
     pretraining = decode(law.sample((num,)) + shift * SD)
     rows = decode(law.sample((TARGET,)))
-    fit(bridge, rows, FEWER, pretrain=pretraining, codec_options={"num_steps": FEWER})
+    fit(bridge, rows, FEWER, pretrain=pretraining, codec_options={"num_updates": FEWER})
     spent = time.process_time() - begun
     torch.manual_seed(1000 + seed)
     y, more, fresh = (decode(law.sample((CHAINS,))) for _ in range(3))

@@ -81,7 +81,7 @@ class Model:
     blind: bool = False
 
     def build(self) -> VSDM:
-        return self.make(DIM, DIM, embedding=Blind() if self.blind else None, **self.arguments)
+        return self.make(DIM, context_dim=DIM, embedding=Blind() if self.blind else None, **self.arguments)
 
 
 MODELS = [
@@ -100,7 +100,7 @@ def fitted(model: Model, problem: Problem, seed: int, folder: Path) -> tuple[VSD
     if path.exists():
         bridge.load_state_dict(torch.load(path, weights_only=True))
     else:
-        bridge.fit(problem.theta, context=problem.y, num_steps=NUM_STEPS, batch_size=BATCH, progress=False)
+        bridge.fit(problem.theta, context=problem.y, num_updates=NUM_STEPS, batch_size=BATCH, progress=False)
         torch.save(bridge.state_dict(), path)
     return bridge, time.process_time() - begun
 

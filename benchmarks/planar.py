@@ -84,12 +84,12 @@ class Method:
 
     def fitted(self, pair: Pair, num_steps: int) -> LightSB:
         bridge = self.make(pair)
-        bridge.fit(pair.target, pair.source, num_steps=num_steps, progress=False, **self.options)
+        bridge.fit(pair.target, pair.source, num_updates=num_steps, progress=False, **self.options)
         return bridge
 
 
-SB = Method("LightSB", lambda pair: LightSB(2, NUM_COMPONENTS, pair.epsilon))
-MATCHING = Method("LightSBM", lambda pair: LightSBM(2, NUM_COMPONENTS, pair.epsilon))
+SB = Method("LightSB", lambda pair: LightSB(2, num_components=NUM_COMPONENTS, epsilon=pair.epsilon))
+MATCHING = Method("LightSBM", lambda pair: LightSBM(2, num_components=NUM_COMPONENTS, epsilon=pair.epsilon))
 DUAL = Method("LightSBBM dual", schroedinger_bass)
 ALTERNATING = Method("LightSBBM alternating", schroedinger_bass, {"solver": "alternating"})
 METHODS = [SB, MATCHING, DUAL, ALTERNATING]

@@ -58,14 +58,14 @@ def cpu_seconds(action: Callable[..., object], *arguments: object) -> float:
 
 
 def steps_within(seconds: float, fit: Callable[[int], object]) -> int:
-    """Steps for which ``fit(num_steps)`` takes about so many CPU seconds, its start included, from two short runs."""
+    """Steps for which ``fit(num_updates)`` takes about so many CPU seconds, its start included, from two short runs."""
     cpu_seconds(fit, SHORT)
     short, long = cpu_seconds(fit, SHORT), cpu_seconds(fit, LONG)
     return max(LONG, int(SHORT + (seconds - short) / (long - short) * (LONG - SHORT)))
 
 
 def schroedinger_bass(pair: Pair, beta: float | None = None) -> LightSBBM:
-    return LightSBBM(2, NUM_COMPONENTS, pair.epsilon, pair.beta if beta is None else beta)
+    return LightSBBM(2, num_components=NUM_COMPONENTS, epsilon=pair.epsilon, beta=pair.beta if beta is None else beta)
 
 
 class Judge:

@@ -47,8 +47,8 @@ class Case:
     def bridge(self) -> LightSB:
         covariance = "full" if self.kind.endswith("full") else "diagonal"
         if self.kind.startswith("LightSBBM"):
-            return LightSBBM(self.dim, self.size, EPSILON, BETA, covariance=covariance)
-        return LightSB(self.dim, self.size, EPSILON, covariance=covariance)
+            return LightSBBM(self.dim, num_components=self.size, epsilon=EPSILON, beta=BETA, covariance=covariance)
+        return LightSB(self.dim, num_components=self.size, epsilon=EPSILON, covariance=covariance)
 
 
 KINDS = {"LightSB": 1000, "LightSBBM": 150, "LightSB, full": 300}  # updates of each
@@ -81,7 +81,7 @@ def timed_fit(case: Case, target: Tensor, source: Tensor) -> tuple[LightSB, Figu
     begun = time.process_time()
     with mock.patch.object(bridge, "loss", clocked), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the number of updates is fixed, converged or not
-        bridge.fit(target, source, num_steps=case.steps, batch_size=BATCH, progress=False)
+        bridge.fit(target, source, num_updates=case.steps, batch_size=BATCH, progress=False)
     gaps = [late - early for early, late in zip(stamps[WARM:-1], stamps[WARM + 1 :])]
     return bridge, {"start": stamps[0] - begun, "median": median(gaps), "mean": fmean(gaps), "updates": len(stamps)}
 

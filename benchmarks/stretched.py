@@ -68,7 +68,7 @@ class Diffusion:
         root = torch.linalg.cholesky(x.T.cov()) if self.whiten else torch.eye(2)
         bridge = self.make(2, covariance="analytic", **self.arguments)
         inner = torch.linalg.solve_triangular(root, (x - centre).T, upper=False).T
-        options = {"num_steps": NUM_STEPS, "batch_size": BATCH, "progress": False}
+        options = {"num_updates": NUM_STEPS, "batch_size": BATCH, "progress": False}
         bridge.fit(inner.contiguous(), **(options | self.options))
         return FittedDiffusion(bridge, centre, root)
 
@@ -113,7 +113,7 @@ class FlowMatching:
         train(
             flow.net.parameters(),
             lambda: flow.loss(*noised(rows[torch.randint(len(rows), (BATCH,))])),
-            num_steps=NUM_STEPS,
+            num_updates=NUM_STEPS,
             learning_rate=2e-3,
             validate=validate,
             keep_best=True,
@@ -160,7 +160,7 @@ class FittedFlow:
 
 
 # The stochastic rule trains for half as many steps again while A moves: two thirds keep the budget.
-STOCHASTIC = {"num_steps": NUM_STEPS * 2 // 3, "num_stages": 30}
+STOCHASTIC = {"num_updates": NUM_STEPS * 2 // 3, "num_stages": 30}
 CLOSED = Diffusion("VSDM, closed-form D", VSDM)
 TOLERANCE = Diffusion("VSDM, tolerance D", VSDM, {"drift": "tolerance"})
 ADAPTED = Diffusion("VSDM, stochastic D", VSDM, {"drift": "stochastic"}, STOCHASTIC)

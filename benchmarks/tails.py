@@ -96,7 +96,7 @@ def measured(kind: str, wrap: str, nu: float, seed: int) -> dict[str, Any]:
     if kind == "truth":
         return read(law.sample((SIZE["judge"],)), nu)
     bridge = built(kind, wrap, nu)
-    seconds = cpu_seconds(partial(bridge.fit, data, num_steps=SIZE["steps"], progress=False))
+    seconds = cpu_seconds(partial(bridge.fit, data, num_updates=SIZE["steps"], progress=False))
     index = [float(v) for v in (bridge.lower, bridge.upper)] if isinstance(bridge, TailMatched) else None
     found = read(bridge().sample((SIZE["judge"],)), nu)
     torch.manual_seed(1000 + seed)

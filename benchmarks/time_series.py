@@ -218,9 +218,13 @@ def contenders(short: bool) -> dict[str, Callable[[Fold], Tensor]]:
     def vsdm(fold: Fold) -> Tensor:
         target, context_dim = fold.train.flatten(1), fold.contexts.shape[1]
         bridge = VSDM(
-            target.shape[1], context_dim, covariance="analytic", hidden=(64, 64), embedding=narrow(context_dim)
+            target.shape[1],
+            context_dim=context_dim,
+            covariance="analytic",
+            hidden=(64, 64),
+            embedding=narrow(context_dim),
         )
-        fitted(bridge, target, fold, num_steps=steps["VSDM"], learning_rate=1e-3, ema=0.99, batch_size=256)
+        fitted(bridge, target, fold, num_updates=steps["VSDM"], learning_rate=1e-3, ema=0.99, batch_size=256)
         return fold.shaped(bridge(fold.asked).sample((DRAWS,)))
 
     def light(covariance: str, num_components: int) -> Callable[[Fold], Tensor]:
@@ -228,9 +232,14 @@ def contenders(short: bool) -> dict[str, Callable[[Fold], Tensor]]:
             regression = Regression(fold.contexts, fold.train.flatten(1))
             dim, context_dim = regression.rest.shape[1], fold.contexts.shape[1]
             bridge = LightSB(
-                dim, num_components, context_dim=context_dim, covariance=covariance, hidden=(32,), dropout=0.3
+                dim,
+                num_components=num_components,
+                context_dim=context_dim,
+                covariance=covariance,
+                hidden=(32,),
+                dropout=0.3,
             )
-            fitted(bridge, regression.rest, fold, num_steps=steps["light"], learning_rate=1e-3, batch_size=256)
+            fitted(bridge, regression.rest, fold, num_updates=steps["light"], learning_rate=1e-3, batch_size=256)
             return fold.shaped(regression.mean(fold.asked) + bridge(fold.asked).sample((DRAWS,)))
 
         return draws

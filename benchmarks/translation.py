@@ -124,7 +124,7 @@ def translated(latent: Latent, bridge: LightSB, num_steps: int) -> tuple[Tensor,
     begun = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the budget is fixed, converged or not
-        history = bridge.fit(latent.target, latent.source, num_steps=num_steps, batch_size=BATCH, progress=False)
+        history = bridge.fit(latent.target, latent.source, num_updates=num_steps, batch_size=BATCH, progress=False)
     seconds = time.process_time() - begun
     torch.manual_seed(SEED)
     z = bridge.transport(latent.test_source)
@@ -141,10 +141,13 @@ def drawn(plan: np.ndarray) -> Tensor:
 def bridges(dim: int, epsilon: float) -> dict[str, LightSB]:
     """All contenders at one epsilon."""
     light = {
-        "LightSBM": LightSBM(dim, COMPONENTS, epsilon),
-        "LightSB, beta = inf": LightSB(dim, COMPONENTS, epsilon),
+        "LightSBM": LightSBM(dim, num_components=COMPONENTS, epsilon=epsilon),
+        "LightSB, beta = inf": LightSB(dim, num_components=COMPONENTS, epsilon=epsilon),
     }
-    return light | {f"LightSBBM, beta = {b:g}": LightSBBM(dim, COMPONENTS, epsilon, b) for b in BETAS[dim]}
+    return light | {
+        f"LightSBBM, beta = {b:g}": LightSBBM(dim, num_components=COMPONENTS, epsilon=epsilon, beta=b)
+        for b in BETAS[dim]
+    }
 
 
 def references(latent: Latent) -> tuple[list[list[object]], dict[str, Tensor]]:

@@ -93,7 +93,7 @@ def generated(bridge: VSDM) -> tuple[Tensor, Law]:
 def fitted(kind: type[VSDM], target: Tensor, **arguments: Any) -> VSDM:
     torch.manual_seed(0)
     bridge = kind(2, drift="stochastic", covariance="analytic", **arguments)
-    bridge.fit(target, num_steps=NUM_STEPS, batch_size=BATCH, num_stages=NUM_STAGES, zeta=1.0, progress=False)
+    bridge.fit(target, num_updates=NUM_STEPS, batch_size=BATCH, num_stages=NUM_STAGES, zeta=1.0, progress=False)
     return bridge
 
 

@@ -119,7 +119,7 @@ def train(
     parameters: Iterable[nn.Parameter],
     loss: Callable[[], Tensor],
     *,
-    num_steps: int,
+    num_updates: int,
     learning_rate: float,
     final_rate: float = 0.02,
     clip: float = 1.0,
@@ -144,7 +144,7 @@ def train(
     Args:
         parameters: What is learnt.
         loss: Draws a minibatch and returns its loss, a scalar in nats.
-        num_steps: Updates, at least 1.
+        num_updates: Updates, at least 1.
         learning_rate: Of the first update, positive.
         final_rate: Share of the learning rate that is left at the end, in [0, 1].
         clip: Largest norm of the gradient.
@@ -169,30 +169,30 @@ def train(
 
     Example:
         >>> x = torch.nn.Parameter(torch.tensor(1.0))
-        >>> history = train([x], lambda: x**2, num_steps=200, learning_rate=0.1, progress=False)
+        >>> history = train([x], lambda: x**2, num_updates=200, learning_rate=0.1, progress=False)
         >>> abs(x.item()) < 0.01
         True
     """
-    if num_steps < 1 or not 0 < learning_rate < math.inf:
+    if num_updates < 1 or not 0 < learning_rate < math.inf:
         raise ValueError(
-            f"num_steps must be at least 1 and learning_rate positive, got {num_steps} and {learning_rate}."
+            f"num_updates must be at least 1 and learning_rate positive, got {num_updates} and {learning_rate}."
         )
     begun, history = time.perf_counter(), FitHistory()
     parameters = list(parameters)
     optimiser = torch.optim.Adam(parameters, learning_rate, foreach=True)
-    best, average, every = Best(parameters), Average(parameters, ema), max(1, num_steps // num_checks)
+    best, average, every = Best(parameters), Average(parameters, ema), max(1, num_updates // num_checks)
     recent, stale, spent = 0.0, 0, 0.0
     if resume is not None:
         history, stale, spent = _restore(resume, parameters, optimiser, average, best)
     elif keep_best and validate is not None:
         best.offer(validate())
     first = history.iterations + 1
-    bar = tqdm(range(first, num_steps + 1), desc=description, disable=not progress, leave=False)
-    with interruptible(history, num_steps, description):
-        ended = patience is not None and stale >= patience and history.iterations >= least * num_steps
+    bar = tqdm(range(first, num_updates + 1), desc=description, disable=not progress, leave=False)
+    with interruptible(history, num_updates, description):
+        ended = patience is not None and stale >= patience and history.iterations >= least * num_updates
         for step in bar if resume is None or not ended else ():
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate * cosine(step / num_steps, final_rate)
+                group["lr"] = learning_rate * cosine(step / num_updates, final_rate)
             value = loss()
             if not bool(torch.isfinite(value)):
                 best.restore()
@@ -207,7 +207,7 @@ def train(
             average.update()
             history.iterations = step
             recent += float(value.detach())
-            if step % every and step < num_steps:
+            if step % every and step < num_updates:
                 continue
             history.losses.append(recent / ((step - 1) % every + 1))
             recent = 0.0
@@ -224,14 +224,14 @@ def train(
             if on_state is not None:
                 history.seconds = spent + time.perf_counter() - begun
                 on_state(_state(history, stale, parameters, optimiser, average, best))
-            if patience is not None and stale >= patience and step >= least * num_steps:
+            if patience is not None and stale >= patience and step >= least * num_updates:
                 break
     optimiser.zero_grad(set_to_none=True)
     average.swap()
     if keep_best and math.isfinite(best.loss):
         best.restore()
     history.seconds = spent + time.perf_counter() - begun
-    history.converged = not history.interrupted and _settled(history, tolerance, num_steps, description)
+    history.converged = not history.interrupted and _settled(history, tolerance, num_updates, description)
     return history
 
 
@@ -290,14 +290,14 @@ def _restore(
 
 
 @contextmanager
-def interruptible(history: FitHistory, num_steps: int, description: str) -> Iterator[None]:
+def interruptible(history: FitHistory, num_updates: int, description: str) -> Iterator[None]:
     """A loop that Ctrl-C ends with a warning: ``history.interrupted`` then says so, and nothing is lost."""
     try:
         yield
     except KeyboardInterrupt:
         history.interrupted = True
         warnings.warn(
-            f"interrupted: {history.iterations} of {num_steps} updates of {description or 'the fit'} were made and "
+            f"interrupted: {history.iterations} of {num_updates} updates of {description or 'the fit'} were made and "
             "their result is kept. Fit again for the rest.",
             RuntimeWarning,
             stacklevel=4,
@@ -314,7 +314,7 @@ def cosine(progress: float, final: float) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def _settled(history: FitHistory, tolerance: float, num_steps: int, description: str) -> bool:
+def _settled(history: FitHistory, tolerance: float, num_updates: int, description: str) -> bool:
     """Whether the loss had stopped falling; a warning where it had not."""
     losses = history.validation_losses or history.losses
     tail = losses[-(len(losses) // 4 + 1) :]
@@ -323,7 +323,7 @@ def _settled(history: FitHistory, tolerance: float, num_steps: int, description:
         return True
     warnings.warn(
         f"{description or 'the fit'} has not converged: its loss fell by {fall:.2g} > {tolerance:g} nats over the last "
-        f"quarter of {history.iterations} updates. Raise num_steps (now {num_steps}).",
+        f"quarter of {history.iterations} updates. Raise num_updates (now {num_updates}).",
         RuntimeWarning,
         stacklevel=4,
     )

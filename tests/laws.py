@@ -27,49 +27,49 @@ class QuickSB(LightSB):
     """A few updates from its start: the laws hold of any fit."""
 
     def fit(self, *args, **options):
-        return super().fit(*args, **({"num_steps": 20, "learning_rate": 5e-4} | options))
+        return super().fit(*args, **({"num_updates": 20, "learning_rate": 5e-4} | options))
 
 
 class QuickSBM(LightSBM):
     """The same."""
 
     def fit(self, *args, **options):
-        return super().fit(*args, **({"num_steps": 20, "learning_rate": 5e-4} | options))
+        return super().fit(*args, **({"num_updates": 20, "learning_rate": 5e-4} | options))
 
 
 class QuickSBBM(LightSBBM):
     """The same."""
 
     def fit(self, *args, **options):
-        return super().fit(*args, **({"num_steps": 20, "learning_rate": 5e-4} | options))
+        return super().fit(*args, **({"num_updates": 20, "learning_rate": 5e-4} | options))
 
 
 class QuickVSDM(VSDM):
     """The same."""
 
     def fit(self, *args, **options):
-        return super().fit(*args, **({"num_steps": 20, "learning_rate": 5e-4} | options))
+        return super().fit(*args, **({"num_updates": 20, "learning_rate": 5e-4} | options))
 
 
 class QuickSGM(SGM):
     """The same."""
 
     def fit(self, *args, **options):
-        return super().fit(*args, **({"num_steps": 20, "learning_rate": 5e-4} | options))
+        return super().fit(*args, **({"num_updates": 20, "learning_rate": 5e-4} | options))
 
 
 class QuickSmoothed(SmoothedBridge):
     """The same."""
 
     def fit(self, *args, **options):
-        return super().fit(*args, **({"num_steps": 20, "learning_rate": 5e-4} | options))
+        return super().fit(*args, **({"num_updates": 20, "learning_rate": 5e-4} | options))
 
 
 class QuickDSB(DSB):
     """The same."""
 
     def fit(self, *args, **options):
-        quick = {"num_steps": 20, "learning_rate": 5e-4, "num_iterations": 1, "num_pairs": 200}
+        quick = {"num_updates": 20, "learning_rate": 5e-4, "num_iterations": 1, "num_pairs": 200}
         return super().fit(*args, **(quick | options))
 
 

@@ -20,12 +20,12 @@ def parameter(value=1.0):
 
 
 def quiet(parameters, loss, **options):
-    return train(parameters, loss, **({"num_steps": 100, "learning_rate": 0.05, "progress": False} | options))
+    return train(parameters, loss, **({"num_updates": 100, "learning_rate": 0.05, "progress": False} | options))
 
 
 def test_it_finds_the_minimum():
     x = parameter(3.0)
-    history = quiet([x], lambda: (x - 1) ** 2, num_steps=500, learning_rate=0.1)
+    history = quiet([x], lambda: (x - 1) ** 2, num_updates=500, learning_rate=0.1)
     assert abs(float(x.detach()) - 1) < 1e-4
     assert history.converged and history.iterations == 500 and history.seconds > 0
     assert len(history.losses) == 20 and not history.validation_losses
@@ -36,7 +36,7 @@ def test_the_learning_rate_follows_a_cosine():
     # On a slope without end Adam's every update is its learning rate: the way made is their sum
     x = parameter(0.0)
     with pytest.warns(RuntimeWarning, match="converged"):
-        quiet([x], lambda: -x, num_steps=50, learning_rate=0.1, final_rate=0.25)
+        quiet([x], lambda: -x, num_updates=50, learning_rate=0.1, final_rate=0.25)
     rates = [0.1 * cosine(step / 50, 0.25) for step in range(1, 51)]
     assert float(x.detach()) == pytest.approx(sum(rates), rel=1e-6)
     assert cosine(0.0, 0.25) == 1.0 and cosine(2.0, 0.25) == 0.25
@@ -55,7 +55,7 @@ def test_the_gradient_is_clipped_over_all_parameters():
 
     with pytest.MonkeyPatch.context() as patch, pytest.warns(RuntimeWarning, match="converged"):
         patch.setattr(nn.utils, "clip_grad_norm_", seen)
-        quiet([x, y], lambda: -next(scale) * (3 * x + 4 * y), num_steps=30, clip=2.0, tolerance=0.01)
+        quiet([x, y], lambda: -next(scale) * (3 * x + 4 * y), num_updates=30, clip=2.0, tolerance=0.01)
     assert max(norms) <= 2.0 * (1 + 1e-6) and len(norms) == 30
     assert float(x.detach()) == pytest.approx(float(y.detach()), rel=1e-4)  # one norm for all: directions are kept
 
@@ -70,7 +70,7 @@ def test_of_finite_data_the_lowest_validation_loss_is_kept(keep_best):
         return next(losses)
 
     history = quiet(
-        [x], lambda: (x - 5) ** 2, num_steps=40, num_checks=4, validate=validate, keep_best=keep_best, tolerance=9.0
+        [x], lambda: (x - 5) ** 2, num_updates=40, num_checks=4, validate=validate, keep_best=keep_best, tolerance=9.0
     )
     assert history.validation_losses == [3.0, 1.0, 2.0, 2.0]
     assert float(x.detach()) == seen[2 if keep_best else 3]
@@ -78,41 +78,41 @@ def test_of_finite_data_the_lowest_validation_loss_is_kept(keep_best):
 
 def test_a_start_that_nothing_betters_is_kept():
     x, losses = parameter(0.0), iter([1.0, 2.0, 3.0, 2.0, 2.0])
-    quiet([x], lambda: (x - 5) ** 2, num_steps=40, num_checks=4, validate=lambda: next(losses), keep_best=True)
+    quiet([x], lambda: (x - 5) ** 2, num_updates=40, num_checks=4, validate=lambda: next(losses), keep_best=True)
     assert float(x.detach()) == 0.0
 
 
 def test_patience_ends_a_fit_that_no_longer_falls():
     x, losses = parameter(), judged(True, 3.0, 1.0, 2.0, 2.0, 2.0, 0.0)
     history = quiet(
-        [x], lambda: x**2, num_steps=60, num_checks=6, validate=lambda: next(losses), keep_best=True, patience=3
+        [x], lambda: x**2, num_updates=60, num_checks=6, validate=lambda: next(losses), keep_best=True, patience=3
     )
     assert len(history.validation_losses) == 5 and history.iterations == 50 and history.converged
 
 
 def test_every_check_calls_back():
     x, calls = parameter(), []
-    quiet([x], lambda: x**2, num_steps=45, num_checks=4, on_check=lambda: calls.append(1))
+    quiet([x], lambda: x**2, num_updates=45, num_checks=4, on_check=lambda: calls.append(1))
     assert len(calls) == 5  # every 11 updates, and at the end
 
 
 def test_more_checks_than_updates_is_a_check_an_update():
     x = parameter()
-    assert len(quiet([x], lambda: x**2, num_steps=3, tolerance=9.0).losses) == 3
+    assert len(quiet([x], lambda: x**2, num_updates=3, tolerance=9.0).losses) == 3
 
 
 def test_recorded_losses_are_means_since_the_last_check():
     values = iter(range(1, 11))
     x = parameter()
-    history = quiet([x], lambda: 0 * x + next(values), num_steps=10, num_checks=3, tolerance=99.0)
+    history = quiet([x], lambda: 0 * x + next(values), num_updates=10, num_checks=3, tolerance=99.0)
     assert history.losses == [2.0, 5.0, 8.0, 10.0]
 
 
 def test_a_fit_that_still_falls_warns_with_its_figure_and_the_knob():
     x, losses = parameter(), iter([8.0, 6.0, 4.0, 2.0])
-    with pytest.warns(RuntimeWarning, match=r"mine has not converged.* 2 > 0\.05 nats.*Raise num_steps \(now 40\)"):
+    with pytest.warns(RuntimeWarning, match=r"mine has not converged.* 2 > 0\.05 nats.*Raise num_updates \(now 40\)"):
         history = quiet(
-            [x], lambda: x**2, num_steps=40, num_checks=4, validate=lambda: next(losses), description="mine"
+            [x], lambda: x**2, num_updates=40, num_checks=4, validate=lambda: next(losses), description="mine"
         )
     assert not history.converged
 
@@ -171,11 +171,11 @@ def test_ctrl_c_before_the_first_check_keeps_the_last_update():
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_steps": 0}, {"learning_rate": 0.0}, {"learning_rate": math.inf}, {"learning_rate": math.nan}]
+    "options", [{"num_updates": 0}, {"learning_rate": 0.0}, {"learning_rate": math.inf}, {"learning_rate": math.nan}]
 )
 def test_options_without_sense_are_refused(options):
     x = parameter()
-    with pytest.raises(ValueError, match="num_steps must be at least 1 and learning_rate positive"):
+    with pytest.raises(ValueError, match="num_updates must be at least 1 and learning_rate positive"):
         quiet([x], lambda: x**2, **options)
 
 
@@ -208,7 +208,7 @@ def test_the_average_follows_the_parameters_and_is_what_is_left():
     # constant gradient: x falls by its rate a step, and the average's lag settles at decay / (1 - decay) steps
     x, seen = parameter(0.0), []
     with pytest.warns(RuntimeWarning, match="converged"):
-        quiet([x], lambda: seen.append(float(x.detach())) or -x, num_steps=400, final_rate=1.0, ema=0.9)
+        quiet([x], lambda: seen.append(float(x.detach())) or -x, num_updates=400, final_rate=1.0, ema=0.9)
     last = seen[-1] + 0.05
     assert float(x.detach()) == pytest.approx(last - 0.05 * 0.9 / 0.1, rel=1e-3)
 
@@ -262,7 +262,7 @@ def test_a_state_goes_on_bit_for_bit(ema, keep_best):
 def test_a_state_whose_patience_was_spent_ends_at_once():
     x, states = parameter(), []
     losses = judged(True, 3.0, 1.0, 2.0, 2.0, 2.0)
-    options = {"num_steps": 60, "num_checks": 6, "keep_best": True, "patience": 3}
+    options = {"num_updates": 60, "num_checks": 6, "keep_best": True, "patience": 3}
     whole = quiet([x], lambda: x**2, validate=lambda: next(losses), on_state=states.append, **options)
     y = parameter()
     again = quiet([y], lambda: y**2, validate=lambda: 0.0, resume=states[-1], **options)

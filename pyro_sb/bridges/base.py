@@ -52,7 +52,7 @@ class Bridge(Fitted):
     has_rsample = False
     approximate_log_prob = False  # whether log_prob is there though density is not "marginal", as an approximation
 
-    def __init__(self, dim: int, context_dim: int = 0) -> None:
+    def __init__(self, dim: int, *, context_dim: int = 0) -> None:
         super().__init__()
         if dim < 1 or context_dim < 0:
             raise ValueError(f"dim must be at least 1 and context_dim at least 0, got {dim} and {context_dim}.")

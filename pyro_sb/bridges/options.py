@@ -9,7 +9,7 @@ class Options(NamedTuple):
     """How a fit is to learn; None where the solver's own default holds."""
 
     solver: str
-    num_steps: int | None
+    num_updates: int | None
     batch_size: int
     learning_rate: float | None
     num_draws: int
@@ -19,8 +19,10 @@ class Options(NamedTuple):
 
     def check(self) -> None:
         """Refuse what no solver can use."""
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}. Omit it for the solver's default.")
+        if self.num_updates is not None and self.num_updates < 1:
+            raise ValueError(
+                f"num_updates must be at least 1, got {self.num_updates}. Omit it for the solver's default."
+            )
         if self.batch_size < 1 or self.num_draws < 2:
             raise ValueError(
                 f"batch_size must be at least 1 and num_draws at least 2, got {self.batch_size} and {self.num_draws}."
@@ -32,7 +34,7 @@ class Options(NamedTuple):
 
     def steps(self, default: int) -> int:
         """Updates to make."""
-        return default if self.num_steps is None else self.num_steps
+        return default if self.num_updates is None else self.num_updates
 
     def rate(self, default: float) -> float:
         """Learning rate of the first update."""
@@ -42,7 +44,7 @@ class Options(NamedTuple):
 class FitOptions(NamedTuple):
     """How a fit is to learn; as in `VSDM.fit`."""
 
-    num_steps: int
+    num_updates: int
     batch_size: int
     learning_rate: float
     ema: float | None
@@ -54,10 +56,10 @@ class FitOptions(NamedTuple):
 
     def check(self) -> None:
         """Refuse what no fit can use."""
-        if self.num_steps < 1 or self.batch_size < 1 or self.num_draws < 2 or self.num_stages < 1:
+        if self.num_updates < 1 or self.batch_size < 1 or self.num_draws < 2 or self.num_stages < 1:
             raise ValueError(
-                f"num_steps, batch_size and num_stages must be at least 1 and num_draws at least 2, got "
-                f"{self.num_steps}, {self.batch_size}, {self.num_stages} and {self.num_draws}."
+                f"num_updates, batch_size and num_stages must be at least 1 and num_draws at least 2, got "
+                f"{self.num_updates}, {self.batch_size}, {self.num_stages} and {self.num_draws}."
             )
         if not 0 < self.learning_rate < math.inf or not 0 < self.zeta < math.inf:
             raise ValueError(f"learning_rate and zeta must be positive, got {self.learning_rate} and {self.zeta}.")

@@ -45,7 +45,7 @@ MAKES = {
 @cache
 def learnt(name):
     bridge = MAKES[name](2).double()
-    bridge.fit(ring(300), num_steps=60, progress=False)
+    bridge.fit(ring(300), num_updates=60, progress=False)
     return bridge.requires_grad_(False)
 
 
@@ -74,8 +74,8 @@ def test_push_has_the_gradient_of_its_differences(name):
 
 def test_push_takes_any_batch_and_a_context():
     y = torch.randn(300, 1, dtype=F64)
-    bridge = VSDM(2, 1, hidden=(16,)).double()
-    bridge.fit(torch.cat([y, -y], 1) + 0.1 * torch.randn(300, 2, dtype=F64), context=y, num_steps=200, progress=False)
+    bridge = VSDM(2, context_dim=1, hidden=(16,)).double()
+    bridge.fit(torch.cat([y, -y], 1) + 0.1 * torch.randn(300, 2, dtype=F64), context=y, num_updates=200, progress=False)
     noise, seen = torch.randn(4, 3, 2, dtype=F64), torch.tensor([[-2.0], [0.0], [2.0]], dtype=F64)
     made = bridge.push(noise, seen)
     assert made.shape == (4, 3, 2)
@@ -86,10 +86,10 @@ def test_push_takes_any_batch_and_a_context():
 @pytest.mark.parametrize("codec", [PCACodec(3), AutoencoderCodec(3, hidden=(16,))], ids=["pca", "autoencoder"])
 def test_a_latent_bridge_decodes_what_its_inner_bridge_makes(codec):
     bridge = LatentBridge(VSDM(3, hidden=(16,)).double(), codec.double())
-    options = {} if isinstance(codec, PCACodec) else {"num_steps": 50}
+    options = {} if isinstance(codec, PCACodec) else {"num_updates": 50}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # 50 updates are few for an autoencoder
-        bridge.fit(rows(300), num_steps=60, progress=False, codec_options=options)
+        bridge.fit(rows(300), num_updates=60, progress=False, codec_options=options)
     bridge.requires_grad_(False)
     noise = torch.randn(5, 3, dtype=F64, requires_grad=True)
     made = bridge.push(noise)
@@ -159,7 +159,7 @@ def test_the_bridges_weights_are_constants_of_push():
 
 def test_a_codec_with_a_residual_is_refused():
     bridge = LatentBridge(VSDM(2, hidden=(16,)).double(), PCACodec(2, residual=True).double())
-    bridge.fit(rows(300), num_steps=10, progress=False)
+    bridge.fit(rows(300), num_updates=10, progress=False)
     with pytest.raises(NotImplementedError, match="residual=False"):
         bridge.push(torch.zeros(1, 2, dtype=F64))
 
@@ -171,7 +171,7 @@ def test_a_gradient_of_the_flows_log_density_is_refused_not_dropped():
     assert torch.isfinite(bridge().log_prob(x)).all()
     with pytest.raises(NotImplementedError, match=r"push"):
         bridge().log_prob(x.requires_grad_())
-    given = VSDM(1, 1, hidden=(16,)).double()
-    given.fit(torch.randn(200, 1, dtype=F64), context=torch.randn(200, 1, dtype=F64), num_steps=5, progress=False)
+    given = VSDM(1, context_dim=1, hidden=(16,)).double()
+    given.fit(torch.randn(200, 1, dtype=F64), context=torch.randn(200, 1, dtype=F64), num_updates=5, progress=False)
     with pytest.raises(NotImplementedError, match="its context"):
         given(torch.zeros(1, dtype=F64, requires_grad=True)).log_prob(torch.zeros(1, dtype=F64))

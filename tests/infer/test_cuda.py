@@ -41,7 +41,7 @@ def test_an_amortised_posterior_stays_on_the_gpu(bridge: str) -> None:
 
     rows = torch.zeros(4, device="cuda")
     amortized = AmortizedPosterior(model, bridge=bridge)
-    amortized.fit(rows, num_simulations=1000, num_steps=300, progress=False)
+    amortized.fit(rows, num_simulations=1000, num_updates=300, progress=False)
     y = torch.tensor([1.2, 0.3, 2.1, 0.8], device="cuda")
     posterior = amortized.condition(torch.stack([y, y + 1]))
     assert posterior.sample(10)["mu"].is_cuda

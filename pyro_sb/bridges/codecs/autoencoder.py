@@ -37,7 +37,7 @@ class AutoencoderCodec(Codec):
     Example:
         >>> codec = AutoencoderCodec(1, hidden=(16,))
         >>> angle = torch.rand(200, 1) * 3
-        >>> history = codec.fit(torch.cat([angle.cos(), angle.sin()], 1), num_steps=40, progress=False)
+        >>> history = codec.fit(torch.cat([angle.cos(), angle.sin()], 1), num_updates=40, progress=False)
         >>> codec.decode(codec.encode(torch.zeros(3, 2))).shape
         torch.Size([3, 2])
     """
@@ -91,7 +91,7 @@ class AutoencoderCodec(Codec):
         weights: Tensor,
         progress: bool,
         *,
-        num_steps: int = 3000,
+        num_updates: int = 3000,
         batch_size: int = 256,
         learning_rate: float = 2e-3,
         ema: float | None = 0.995,
@@ -103,7 +103,7 @@ class AutoencoderCodec(Codec):
             raise ValueError(f"batch_size must be at least 2, got {batch_size}. Omit it for 256.")
         num = self.given_dim
         if num is None:
-            some = {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate, "ema": ema}
+            some = {"num_updates": num_updates, "batch_size": batch_size, "learning_rate": learning_rate, "ema": ema}
             kept = {key: value for key, value in self.config().items() if key != "latent_dim"}
             num = choose_dim(rows, weights, lambda k: AutoencoderCodec(k, **kept), progress, self.share, **some)
         self.data_dim, self.latent_dim = rows.shape[1], num
@@ -134,7 +134,7 @@ class AutoencoderCodec(Codec):
         history = train(
             [*self.encoder.parameters(), *self.decoder.parameters()],
             loss,
-            num_steps=num_steps,
+            num_updates=num_updates,
             learning_rate=learning_rate,
             validate=validate,
             keep_best=True,

@@ -53,7 +53,7 @@ class DiffusionDraws(DiffusionState):
             >>> import pyro.distributions as dist
             >>> from pyro_sb.bridges.diffusion.vsdm import VSDM
             >>> bridge = VSDM(2)
-            >>> history = bridge.fit(torch.randn(200, 2), num_steps=10, progress=False)
+            >>> history = bridge.fit(torch.randn(200, 2), num_updates=10, progress=False)
             >>> def model(y):
             ...     z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             ...     place = pyro.deterministic("place", bridge.push(z))

@@ -116,8 +116,8 @@ class Fit:
 
     def _adapt(self, resume: dict[str, Any] | None) -> FitHistory:
         """Train the denoiser at a constant rate while A moves, stage by stage."""
-        num_steps = max(1, self.options.num_steps // 2)
-        every = max(1, num_steps // self.options.num_stages)
+        num_updates = max(1, self.options.num_updates // 2)
+        every = max(1, num_updates // self.options.num_stages)
         if not self.bridge.rates_history.numel():
             self.bridge.rates_history = self.bridge.rates[None].clone()
         calls = 0 if resume is None else resume["history"]["iterations"]
@@ -129,7 +129,9 @@ class Fit:
                 self._move(calls // every - 1)
             return self._training_loss()
 
-        return self._train(self._denoiser(), loss, num_steps, resume, final_rate=1.0, validate=None, tolerance=math.inf)
+        return self._train(
+            self._denoiser(), loss, num_updates, resume, final_rate=1.0, validate=None, tolerance=math.inf
+        )
 
     def _mean(self, resume: dict[str, Any] | None) -> FitHistory:
         """Train the denoiser, and measure what it misses."""
@@ -139,7 +141,9 @@ class Fit:
             with torch.no_grad():
                 return float(self._mean_loss(self.judge))
 
-        history = self._train(self._denoiser(), self._training_loss, self.options.num_steps, resume, validate=validate)
+        history = self._train(
+            self._denoiser(), self._training_loss, self.options.num_updates, resume, validate=validate
+        )
         self.bridge.net.eval()
         self._measure_errors()
         return history
@@ -154,18 +158,18 @@ class Fit:
         return self._train(
             self.bridge.net.covariance.parameters(),
             lambda: self._covariance_loss(self._batch()),
-            max(1, self.options.num_steps // 2),
+            max(1, self.options.num_updates // 2),
             resume,
             validate=validate,
         )
 
-    def _train(self, parameters: Any, loss: Any, num_steps: int, resume: Any, **options: Any) -> FitHistory:
+    def _train(self, parameters: Any, loss: Any, num_updates: int, resume: Any, **options: Any) -> FitHistory:
         finite, judged = isinstance(self.end, Rows), options["validate"] is not None
         phase = self.phases[len(self.done)]
         return train(
             parameters,
             loss,
-            num_steps=num_steps,
+            num_updates=num_updates,
             learning_rate=self.options.learning_rate,
             keep_best=finite and judged,
             patience=PATIENCE if finite and judged else None,

@@ -83,7 +83,7 @@ class SmoothedBridge(DiffusionDraws):
 
     Example:
         >>> bridge = SmoothedBridge(2)
-        >>> history = bridge.fit(torch.randn(500, 2), num_steps=60, progress=False)
+        >>> history = bridge.fit(torch.randn(500, 2), num_updates=60, progress=False)
         >>> value, log_q = bridge().draws((4,))
         >>> value.shape, log_q.shape
         (torch.Size([4, 2]), torch.Size([4]))
@@ -95,9 +95,9 @@ class SmoothedBridge(DiffusionDraws):
     def __init__(
         self,
         dim: int,
+        *,
         context_dim: int = 0,
         epsilon: float | None = None,
-        *,
         start: str | None = None,
         covariance: str = "analytic",
         hidden: tuple[int, ...] = (256, 256, 256),
@@ -113,7 +113,7 @@ class SmoothedBridge(DiffusionDraws):
             raise ValueError('start must be "moment" where there is a context, got "rows". Omit it.')
         super().__init__(
             dim,
-            context_dim,
+            context_dim=context_dim,
             b_min=1.0,
             b_max=1.0,
             power=0.0,
@@ -148,7 +148,7 @@ class SmoothedBridge(DiffusionDraws):
         weights: Any = None,
         progress: bool = True,
         checkpoint: str | Path | None = None,
-        num_steps: int = 3000,
+        num_updates: int = 3000,
         batch_size: int = 256,
         learning_rate: float = 2e-3,
         ema: float | None = 0.999,
@@ -168,7 +168,7 @@ class SmoothedBridge(DiffusionDraws):
             progress: Show a bar.
             checkpoint: Path of the bridge, loadable after every check. An unfinished fit that is called again with the
                 same arguments goes on from it, bit for bit; at the end it holds what `save` writes.
-            num_steps: Updates of the denoiser; a covariance head gets half as many.
+            num_updates: Updates of the denoiser; a covariance head gets half as many.
             batch_size: Draws an update.
             learning_rate: Of Adam's first update.
             ema: Decay of the parameters' moving average, in [0, 1); None for none.
@@ -184,7 +184,7 @@ class SmoothedBridge(DiffusionDraws):
                 "by noise. Omit it, or take a bridge with two free ends, as LightSB."
             )
         begun = time.perf_counter()
-        options = FitOptions(num_steps, batch_size, learning_rate, ema, num_draws, 1, 1.0, progress, checkpoint)
+        options = FitOptions(num_updates, batch_size, learning_rate, ema, num_draws, 1, 1.0, progress, checkpoint)
         options.check()
         history = fit_diffusion(self, options, target, context, weights, held_out)
         history.seconds = max(history.seconds, time.perf_counter() - begun)

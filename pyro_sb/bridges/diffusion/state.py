@@ -67,8 +67,8 @@ class DiffusionState(Bridge):
     def __init__(
         self,
         dim: int,
-        context_dim: int = 0,
         *,
+        context_dim: int = 0,
         b_max: float = 10.0,
         b_min: float = 0.1,
         power: float = 1.7,
@@ -80,7 +80,7 @@ class DiffusionState(Bridge):
         covariance_hidden: tuple[int, ...] = (96, 96),
         embedding: nn.Module | None = None,
     ) -> None:
-        super().__init__(dim, context_dim)
+        super().__init__(dim, context_dim=context_dim)
         if not 0 < b_min <= b_max < math.inf or not 0 <= power < math.inf:
             raise ValueError(
                 f"the noise rate needs 0 < b_min <= b_max and power >= 0, got {b_min}, {b_max} and {power}."

@@ -62,7 +62,7 @@ class VSDM(DiffusionDraws):
     Example:
         >>> import torch
         >>> bridge = VSDM(2)
-        >>> history = bridge.fit(torch.randn(500, 2) * torch.tensor([1.0, 8.0]), num_steps=60, progress=False)
+        >>> history = bridge.fit(torch.randn(500, 2) * torch.tensor([1.0, 8.0]), num_updates=60, progress=False)
         >>> bridge().sample((4,)).shape
         torch.Size([4, 2])
         >>> bridge().draws((4,)).log_q.shape
@@ -78,7 +78,7 @@ class VSDM(DiffusionDraws):
         weights: Any = None,
         progress: bool = True,
         checkpoint: str | Path | None = None,
-        num_steps: int = 4000,
+        num_updates: int = 4000,
         batch_size: int = 512,
         learning_rate: float = 2e-3,
         ema: float | None = 0.999,
@@ -99,7 +99,7 @@ class VSDM(DiffusionDraws):
             progress: Show a bar.
             checkpoint: Path of the bridge, loadable after every check. An unfinished fit that is called again with the
                 same arguments goes on from it, bit for bit; at the end it holds what `save` writes.
-            num_steps: Updates of the denoiser; the covariance head gets half as many, and so does the stochastic
+            num_updates: Updates of the denoiser; the covariance head gets half as many, and so does the stochastic
                 approximation.
             batch_size: Draws an update.
             learning_rate: Of Adam's first update.
@@ -120,7 +120,7 @@ class VSDM(DiffusionDraws):
             )
         begun = time.perf_counter()
         options = FitOptions(
-            num_steps, batch_size, learning_rate, ema, num_draws, num_stages, zeta, progress, checkpoint
+            num_updates, batch_size, learning_rate, ema, num_draws, num_stages, zeta, progress, checkpoint
         )
         options.check()
         history = fit_diffusion(self, options, target, context, weights, held_out)
@@ -137,12 +137,12 @@ class SGM(VSDM):
     Example:
         >>> import torch
         >>> bridge = SGM(1)
-        >>> history = bridge.fit(torch.randn(500, 1), num_steps=60, progress=False)
+        >>> history = bridge.fit(torch.randn(500, 1), num_updates=60, progress=False)
         >>> bridge.drift_matrix
         tensor([[1.]])
     """
 
-    def __init__(self, dim: int, context_dim: int = 0, **options: Any) -> None:
+    def __init__(self, dim: int, *, context_dim: int = 0, **options: Any) -> None:
         if options.pop("drift", "identity") != "identity":
             raise ValueError("SGM has D = I, got a drift. Write VSDM(dim, drift=...) for another.")
-        super().__init__(dim, context_dim, drift="identity", **options)
+        super().__init__(dim, context_dim=context_dim, drift="identity", **options)

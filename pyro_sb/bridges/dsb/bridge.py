@@ -77,7 +77,7 @@ class DSB(DSBState):
 
     Example:
         >>> bridge = DSB(2)
-        >>> history = bridge.fit(torch.randn(500, 2), num_iterations=1, num_steps=20, progress=False)
+        >>> history = bridge.fit(torch.randn(500, 2), num_iterations=1, num_updates=20, progress=False)
         >>> x0, x1 = bridge.coupling(100)
         >>> x1.shape, bridge().draws((4,)).log_q.shape
         (torch.Size([100, 2]), torch.Size([4]))
@@ -93,7 +93,7 @@ class DSB(DSBState):
         progress: bool = True,
         checkpoint: str | Path | None = None,
         num_iterations: int = 6,
-        num_steps: int = 1000,
+        num_updates: int = 1000,
         batch_size: int = 512,
         learning_rate: float = 2e-3,
         ema: float | None = 0.995,
@@ -120,7 +120,7 @@ class DSB(DSBState):
             checkpoint: Path of the bridge, loadable after every check. An unfinished fit that is called again with the
                 same arguments goes on from it, bit for bit; at the end it holds what `save` writes.
             num_iterations: Full iterations: both chains once.
-            num_steps: Updates of each chain in each iteration.
+            num_updates: Updates of each chain in each iteration.
             batch_size: States an update.
             learning_rate: Of Adam's first update in each phase.
             ema: Decay of the parameters' moving average, in [0, 1); None for none.
@@ -149,7 +149,7 @@ class DSB(DSBState):
         begun = time.perf_counter()
         options = DSBOptions(
             num_iterations=num_iterations,
-            num_steps=num_steps,
+            num_updates=num_updates,
             batch_size=batch_size,
             learning_rate=learning_rate,
             ema=ema,

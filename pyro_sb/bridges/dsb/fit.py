@@ -40,7 +40,7 @@ class DSBOptions(NamedTuple):
     """How a fit is to learn; as in `DSB.fit`."""
 
     num_iterations: int
-    num_steps: int
+    num_updates: int
     batch_size: int
     learning_rate: float
     ema: float | None
@@ -56,7 +56,7 @@ class DSBOptions(NamedTuple):
 
     def check(self, context_dim: int, method: str) -> None:
         """Refuse what no fit can use."""
-        counts = {name: getattr(self, name) for name in ("num_iterations", "num_steps", "batch_size", "refresh")}
+        counts = {name: getattr(self, name) for name in ("num_iterations", "num_updates", "batch_size", "refresh")}
         counts |= {"num_draws": self.num_draws - 1, "num_pairs": self.num_pairs - 1}
         bad = [name for name, value in counts.items() if value < 1]
         if bad:
@@ -239,7 +239,7 @@ class Fit:
         history = train(
             half.parameters(),
             loss,
-            num_steps=options.num_steps,
+            num_updates=options.num_updates,
             learning_rate=options.learning_rate,
             validate=validate,
             keep_best=finite,

@@ -32,17 +32,17 @@ class DSBState(Bridge):
     def __init__(
         self,
         dim: int,
+        *,
         context_dim: int = 0,
         epsilon: float = 1.0,
         method: str = "imf",
-        *,
         chain_steps: int | None = None,
         schedule: str | None = None,
         variance: str = "measured",
         hidden: tuple[int, ...] = (128, 128, 128),
         embedding: nn.Module | None = None,
     ) -> None:
-        super().__init__(dim, context_dim)
+        super().__init__(dim, context_dim=context_dim)
         if not 0 < (float(epsilon) if isinstance(epsilon, SupportsFloat) else math.nan) < math.inf:
             raise ValueError(
                 f"epsilon must be positive and finite, got {epsilon}. Write the variance of the reference over [0, 1]."

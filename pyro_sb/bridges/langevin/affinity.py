@@ -41,14 +41,14 @@ class AffinityBridge(Bridge):
     def __init__(
         self,
         dim: int,
-        context_dim: int = 0,
         *,
+        context_dim: int = 0,
         epsilon: float | None = None,
         context_epsilon: float | None = None,
         metric: str | Tensor = "covariance",
         bandwidth_exponent: float = 0.0,
     ) -> None:
-        super().__init__(dim, context_dim)
+        super().__init__(dim, context_dim=context_dim)
         for name, value in (("epsilon", epsilon), ("context_epsilon", context_epsilon)):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}. Omit it for the default.")

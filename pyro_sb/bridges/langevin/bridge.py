@@ -102,8 +102,8 @@ class KernelLangevinBridge(AffinityBridge):
     def __init__(
         self,
         dim: int,
-        context_dim: int = 0,
         *,
+        context_dim: int = 0,
         epsilon: float | None = None,
         context_epsilon: float | None = None,
         scheme: str = "data-aware",
@@ -115,7 +115,7 @@ class KernelLangevinBridge(AffinityBridge):
     ) -> None:
         super().__init__(
             dim,
-            context_dim,
+            context_dim=context_dim,
             epsilon=epsilon,
             context_epsilon=context_epsilon,
             metric=metric,

@@ -43,7 +43,7 @@ class LatentState(Bridge):
         inner = None if bridge is None else bridge.context_dim
         if inner is not None and context_dim is not None and context_dim != inner:
             raise ValueError(f"context_dim is the inner bridge's, {inner}, got {context_dim}. Omit it.")
-        super().__init__(1, inner if inner is not None else context_dim or 0)
+        super().__init__(1, context_dim=inner if inner is not None else context_dim or 0)
         self.makes_inner = bridge is None
         self.bridge, self.codec = bridge, AutoencoderCodec() if codec is None else codec
         if bridge is not None and self.codec.latent_dim is not None:
@@ -157,7 +157,7 @@ class LatentState(Bridge):
         if self.bridge is not None and not (self.makes_inner and self.bridge.dim != latent_dim):
             self._check_dims(self.bridge, latent_dim)
             return self.bridge
-        return SmoothedBridge(latent_dim, self.context_dim)
+        return SmoothedBridge(latent_dim, context_dim=self.context_dim)
 
     def _check_dims(self, bridge: Bridge, latent_dim: int) -> None:
         if bridge.dim != latent_dim:
@@ -226,7 +226,7 @@ class LatentBridge(LatentState):
     Example:
         >>> from pyro_sb.bridges import LightSB, PCACodec
         >>> bridge = LatentBridge(LightSB(2, num_components=3), PCACodec(2))
-        >>> history = bridge.fit(torch.randn(500, 2) @ torch.randn(2, 2), num_steps=50, progress=False)
+        >>> history = bridge.fit(torch.randn(500, 2) @ torch.randn(2, 2), num_updates=50, progress=False)
         >>> value, log_q = bridge().draws((5,))
         >>> torch.allclose(bridge().log_prob(value), log_q, atol=1e-4)
         True

@@ -64,7 +64,7 @@ class LightSBBM(LightSB):
 
     Example:
         >>> bridge = LightSBBM(1, num_components=3, beta=5.0)
-        >>> history = bridge.fit(torch.randn(500, 1), num_steps=50, progress=False)
+        >>> history = bridge.fit(torch.randn(500, 1), num_updates=50, progress=False)
         >>> bridge.volatility(0.5, torch.zeros(4, 1)).shape
         torch.Size([4, 1, 1])
     """
@@ -74,10 +74,10 @@ class LightSBBM(LightSB):
     def __init__(
         self,
         dim: int,
+        *,
         num_components: int = 50,
         epsilon: float = 1.0,
         beta: float | str = 10.0,
-        *,
         context_dim: int = 0,
         covariance: str = "diagonal",
         hidden: tuple[int, ...] = (64, 64),
@@ -86,8 +86,8 @@ class LightSBBM(LightSB):
     ) -> None:
         super().__init__(
             dim,
-            num_components,
-            epsilon,
+            num_components=num_components,
+            epsilon=epsilon,
             context_dim=context_dim,
             covariance=covariance,
             hidden=hidden,
@@ -193,13 +193,13 @@ class LightSBBM(LightSB):
     def _batch_fit(self, ends: Ends, options: Options) -> FitHistory:
         """Moment steps at inverse points, each as long as G of all draws allows; the best by held-out G is kept."""
         source, target = (all_points(end, options.num_draws) for end in ends)
-        problem, num_steps = DualProblem(source, target, self.beta), options.steps(200)
+        problem, num_updates = DualProblem(source, target, self.beta), options.steps(200)
         history, best = FitHistory(), Best(list(self.parameters_of.parameters()))
         state = problem.at(self.parameters_of(None, self._epsilon))
         best.offer(self.held_out_loss(ends))
         size, quiet = 1.0, 0
-        with interruptible(history, num_steps, "LightSBBM"):
-            for step in range(1, num_steps + 1):
+        with interruptible(history, num_updates, "LightSBBM"):
+            for step in range(1, num_updates + 1):
                 new, size = problem.ascend(state, size, self._floor)
                 rise = (new.dual - state.dual) / self._epsilon
                 state, quiet = new, quiet + 1 if rise < 1e-9 else 0
@@ -218,7 +218,7 @@ class LightSBBM(LightSB):
         if not history.converged and not history.interrupted:
             warnings.warn(
                 f"LightSBBM's batch solver has not converged: G still rose by {history.residual:.2g} > 1e-9 nats in "
-                f"step {num_steps}. Raise num_steps.",
+                f"step {num_updates}. Raise num_updates.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -226,7 +226,7 @@ class LightSBBM(LightSB):
 
     def _choose_beta(self, ends: Ends, options: Options) -> FitHistory:
         """Take the largest candidate whose held-out likelihood is within a standard error of the best one's."""
-        short = options._replace(num_steps=max(1, options.steps(5000) // 5), checkpoint=None, progress=False)
+        short = options._replace(num_updates=max(1, options.steps(5000) // 5), checkpoint=None, progress=False)
         scores, history = {}, FitHistory()
         judge = ends.target.held_out(HELD_OUT)
         base = ends.source.held_out(HELD_OUT).points

@@ -55,7 +55,7 @@ class LightSB(MixtureBridge):
 
     Example:
         >>> bridge = LightSB(2, num_components=5, epsilon=0.5)
-        >>> history = bridge.fit(torch.randn(500, 2), num_steps=100, progress=False)
+        >>> history = bridge.fit(torch.randn(500, 2), num_updates=100, progress=False)
         >>> bridge().log_prob(torch.zeros(3, 2)).shape
         torch.Size([3])
         >>> bridge.transport(torch.zeros(4, 2)).shape
@@ -73,7 +73,7 @@ class LightSB(MixtureBridge):
         weights: Any = None,
         progress: bool = True,
         checkpoint: str | Path | None = None,
-        num_steps: int | None = None,
+        num_updates: int | None = None,
         batch_size: int = 512,
         learning_rate: float | None = None,
         solver: str | None = None,
@@ -93,7 +93,7 @@ class LightSB(MixtureBridge):
             weights: Non-negative weights of the target's draws. Shape ``(N,)``.
             progress: Show a bar.
             checkpoint: Path that the bridge is saved to at the end, and at every check of Adam's.
-            num_steps: Updates. Omitted: 5000 of Adam, 200 moment steps, 10,000 of the alternation's two nets together.
+            num_updates: Updates. Omitted: 5000 of Adam, 200 moment steps, 10,000 of the two nets that alternate.
             batch_size: Points of each side an update.
             learning_rate: Of Adam's first update, in units of the target's standard deviation. Omitted: 5e-3, or 2e-3
                 for a network.
@@ -117,7 +117,7 @@ class LightSB(MixtureBridge):
         """
         begun = time.perf_counter()
         options = Options(
-            self._read_solver(solver), num_steps, batch_size, learning_rate, num_draws, progress, checkpoint, patience
+            self._read_solver(solver), num_updates, batch_size, learning_rate, num_draws, progress, checkpoint, patience
         )
         options.check()
         before = copy.deepcopy(self.state_dict()), self.source
@@ -174,9 +174,9 @@ class LightSB(MixtureBridge):
 
     def _adam_fit(self, ends: Ends, options: Options) -> FitHistory:
         finite, parameters = not ends.target.fresh, list(self.parameters_of.parameters())
-        num_steps, rate = options.steps(5000), options.rate(2e-3 if self.context_dim else 5e-3)
+        num_updates, rate = options.steps(5000), options.rate(2e-3 if self.context_dim else 5e-3)
         judges = min(HELD_OUT, HELD_OUT_BATCHES * options.batch_size)  # a check costs no more than three updates
-        checks = EarlyChecks(parameters, lambda: self.held_out_loss(ends, judges), max(1, num_steps // NUM_CHECKS))
+        checks = EarlyChecks(parameters, lambda: self.held_out_loss(ends, judges), max(1, num_updates // NUM_CHECKS))
 
         def loss() -> Tensor:
             if self.context_dim:
@@ -186,7 +186,7 @@ class LightSB(MixtureBridge):
         history = train(
             parameters,
             loss,
-            num_steps=num_steps,
+            num_updates=num_updates,
             learning_rate=rate,
             validate=checks.validate,
             keep_best=finite,
@@ -198,7 +198,7 @@ class LightSB(MixtureBridge):
         )
         if isinstance(ends.target, DrawsEnd) and self.context_dim:
             checks.settle(history)
-            knobs = f"dropout {self.dropout:g}, learning_rate {rate:g}, num_steps {num_steps}"
+            knobs = f"dropout {self.dropout:g}, learning_rate {rate:g}, num_updates {num_updates}"
             if not history.interrupted:
                 checks.warn_if_start(history, type(self).__name__, ends.target.num_train, knobs, stacklevel=4)
         return history
@@ -207,13 +207,13 @@ class LightSB(MixtureBridge):
     def _moment_fit(self, ends: Ends, options: Options) -> FitHistory:
         """Moment steps on all draws until the held-out loss stops falling."""
         source, target = (all_points(end, options.num_draws) for end in ends)
-        num_steps = options.steps(200)
+        num_updates = options.steps(200)
         history, best = FitHistory(), Best(list(self.parameters_of.parameters()))
         potential = self.parameters_of(None, self._epsilon)
         points, weights = zip(source, target)
         best.offer(self.held_out_loss(ends))
-        with interruptible(history, num_steps, type(self).__name__):
-            for step in range(1, num_steps + 1):
+        with interruptible(history, num_updates, type(self).__name__):
+            for step in range(1, num_updates + 1):
                 potential = moment_step(potential, source, target, floor=self._floor)
                 self.parameters_of.set(potential, self._floor)
                 history.losses.append(float(likelihood_loss(potential, *points, *weights)))
@@ -227,7 +227,7 @@ class LightSB(MixtureBridge):
         if not history.converged and not history.interrupted:
             warnings.warn(
                 f"{type(self).__name__}'s moment steps have not converged: the loss still falls after "
-                f"{num_steps}. Raise num_steps.",
+                f"{num_updates}. Raise num_updates.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -263,7 +263,7 @@ class LightSBM(LightSB):
 
     Example:
         >>> bridge = LightSBM(1, num_components=3)
-        >>> history = bridge.fit(torch.randn(500, 1), torch.randn(500, 1), num_steps=100, progress=False)
+        >>> history = bridge.fit(torch.randn(500, 1), torch.randn(500, 1), num_updates=100, progress=False)
         >>> bridge.drift(0.5, torch.zeros(4, 1)).shape
         torch.Size([4, 1])
     """
@@ -379,7 +379,7 @@ class EarlyChecks:
             f"{name} kept its start, which does not use the context: its held-out loss of {start:.4g} nats was never "
             f"reached again at {len(later)} checks, at best {min(later):.4g}. Unless the context tells nothing about "
             f"the target, {rows} draws are too few for the network ({knobs}): give more draws, raise dropout, or lower "
-            "learning_rate or num_steps.",
+            "learning_rate or num_updates.",
             RuntimeWarning,
             stacklevel=stacklevel + 1,
         )

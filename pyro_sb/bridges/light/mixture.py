@@ -43,16 +43,16 @@ class MixtureState(Bridge):
     def __init__(
         self,
         dim: int,
+        *,
         num_components: int = 50,
         epsilon: float = 1.0,
-        *,
         context_dim: int = 0,
         covariance: str = "diagonal",
         hidden: tuple[int, ...] = (64, 64),
         dropout: float = 0.0,
         embedding: nn.Module | None = None,
     ) -> None:
-        super().__init__(dim, context_dim)
+        super().__init__(dim, context_dim=context_dim)
         if embedding is not None and not context_dim:
             raise ValueError("embedding needs context_dim > 0, got 0: it maps contexts to features.")
         if num_components < 1:

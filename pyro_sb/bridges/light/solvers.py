@@ -42,7 +42,7 @@ def alternate(bridge: "LightSBBM", ends: Ends, options: Options) -> FitHistory:
     mapped, batch_size = False, options.batch_size
     steps = max(1, options.steps(10_000) // (2 * NUM_STAGES))
     shared: dict[str, Any] = {
-        "num_steps": steps,
+        "num_updates": steps,
         "progress": options.progress,
         "tolerance": float("inf"),
         "num_checks": 4,

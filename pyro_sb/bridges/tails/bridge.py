@@ -133,7 +133,7 @@ class TailMatched(Bridge):
     def __init__(self, bridge: Bridge, *, df: Any = "auto", fraction: float = 0.05) -> None:
         if not isinstance(bridge, Bridge):
             raise ValueError(f"bridge must be a Bridge, got {type(bridge).__name__}. Write TailMatched(LightSB(2)).")
-        super().__init__(bridge.dim, bridge.context_dim)
+        super().__init__(bridge.dim, context_dim=bridge.context_dim)
         if not 0 < fraction <= 0.5:
             raise ValueError(f"fraction must be in (0, 0.5], got {fraction}. Omit it for 0.05.")
         for side in _sides(df):

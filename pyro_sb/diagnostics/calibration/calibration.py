@@ -176,7 +176,7 @@ def sbc(
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         ...     pyro.sample("y", dist.Normal(mu, 0.5))
         >>> amortized = AmortizedPosterior(model, bridge="light")
-        >>> history = amortized.fit(num_simulations=500, num_steps=200, progress=False)
+        >>> history = amortized.fit(num_simulations=500, num_updates=200, progress=False)
         >>> calibration = sbc(amortized, num_data_sets=100)
         >>> calibration.names
         ('mu',)

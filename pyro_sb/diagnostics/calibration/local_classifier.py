@@ -172,7 +172,7 @@ def local_c2st(
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         ...     pyro.sample("y", dist.Normal(mu, 1.0))
         >>> amortized = AmortizedPosterior(model, bridge="light")
-        >>> history = amortized.fit(num_simulations=500, num_steps=200, progress=False)
+        >>> history = amortized.fit(num_simulations=500, num_updates=200, progress=False)
         >>> local_c2st(amortized, torch.tensor(0.5), num_data_sets=200, num_null=9).score < 0.7
         True
     """

@@ -68,7 +68,7 @@ class AmortizedPosterior:
         ...     with pyro.plate("rows", 5):
         ...         pyro.sample("y", dist.Normal(mu, 0.5))
         >>> amortized = AmortizedPosterior(model, bridge="light")
-        >>> history = amortized.fit(num_simulations=500, num_steps=200, progress=False)
+        >>> history = amortized.fit(num_simulations=500, num_updates=200, progress=False)
         >>> posterior = amortized.condition(torch.tensor([1.0, 0.5, 1.4, 0.2, 1.1]))
         >>> posterior.sample(1000)["mu"].shape
         torch.Size([1000])
@@ -106,7 +106,7 @@ class AmortizedPosterior:
         held_out: float = 0.1,
         progress: bool = True,
         checkpoint: str | Path | None = None,
-        num_steps: int | None = None,
+        num_updates: int | None = None,
         bridge_options: dict[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> FitHistory:
@@ -126,7 +126,7 @@ class AmortizedPosterior:
             checkpoint: Path of the bridge's checkpoints; with two bridges to try, their names are added to it. The
                 simulations lie beside it until the fit ends: called again with the same arguments, a fit that was cut
                 off goes on with them, and VSDM with its training.
-            num_steps: Updates of the bridge's fit. None: its default.
+            num_updates: Updates of the bridge's fit. None: its default.
             bridge_options: Further options of the bridge's ``fit``.
             **model_kwargs: The model's keyword arguments.
 
@@ -174,7 +174,9 @@ class AmortizedPosterior:
             )
             store.write(simulations, rows, self.exchangeable)
         options = (
-            (bridge_options or {}) | {"progress": progress} | ({} if num_steps is None else {"num_steps": num_steps})
+            (bridge_options or {})
+            | {"progress": progress}
+            | ({} if num_updates is None else {"num_updates": num_updates})
         )
         history = self._fit_candidates(rows, len(simulations.latents), checkpoint, options)
         self._source, self._features, self._rows = source, features, rows.residuals

@@ -50,7 +50,7 @@ def build(spec: Any, dim: int, context_dim: int, num_simulations: int, embedding
     if spec == "light":
         return LightSB(
             dim,
-            16 if dim <= 5 else 8,
+            num_components=16 if dim <= 5 else 8,
             context_dim=context_dim,
             covariance="full" if dim <= FULL_DIM else "diagonal",
             hidden=(128, 128),
@@ -58,7 +58,7 @@ def build(spec: Any, dim: int, context_dim: int, num_simulations: int, embedding
             **more,
         )
     if spec == "vsdm":
-        return VSDM(dim, context_dim, **more)
+        return VSDM(dim, context_dim=context_dim, **more)
     if isinstance(spec, Bridge):
         config = spec.config() | {"dim": dim, "context_dim": context_dim}
         if more:
@@ -94,9 +94,9 @@ def fit_bridge(bridge: Bridge, rows: TrainingSet, **options: Any) -> FitHistory:
     few = int(rows.num_simulations) <= FEW
     defaults: dict[str, Any] = {}
     if isinstance(bridge, LightSB):
-        defaults = few_options(int(rows.num_simulations)) if few else {"num_steps": 2500}
+        defaults = few_options(int(rows.num_simulations)) if few else {"num_updates": 2500}
     elif isinstance(bridge, VSDM):
-        defaults = {"num_steps": 1000 if few else 3000}
+        defaults = {"num_updates": 1000 if few else 3000}
     learner: Any = bridge
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*kept its start", RuntimeWarning)  # it may be the truth: see the docstring
@@ -114,7 +114,7 @@ def few_options(num: int) -> dict[str, Any]:
     by heart; where it does so all the same, its held-out loss rises early, and the fit ends after five checks of 20.
     """
     size, steps = max(64, num // 8), max(300, num // 2)
-    return {"num_steps": steps, "batch_size": size, "learning_rate": 5e-3, "patience": 5}
+    return {"num_updates": steps, "batch_size": size, "learning_rate": 5e-3, "patience": 5}
 
 
 def held_out_score(bridge: Bridge, rows: TrainingSet) -> float:

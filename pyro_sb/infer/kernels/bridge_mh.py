@@ -241,7 +241,7 @@ class BridgeMH(WalkingKernel):
             return copy.deepcopy(self.bridge)
         if self.bridge is None:
             assert self.population is not None
-            return LightSB(self.log_joint.dim, self.population.core.num_components, covariance="full")
+            return LightSB(self.log_joint.dim, num_components=self.population.core.num_components, covariance="full")
         assert not isinstance(self.bridge, Posterior)
         made = self.bridge(self.log_joint.dim)
         check_bridge(made, None)

@@ -215,7 +215,7 @@ def test_an_autoencoder_follows_a_curve_that_no_line_does():
     train, test = curve(), curve()
     shares = []
     for codec in (PCACodec(1), AutoencoderCodec(1, hidden=(32, 32), latent_noise=0.02)):
-        fitted(codec, train, **({} if isinstance(codec, PCACodec) else {"num_steps": 600}))
+        fitted(codec, train, **({} if isinstance(codec, PCACodec) else {"num_updates": 600}))
         with torch.no_grad():
             back = codec.decode(codec.encode(test))
         shares.append(float(1 - (back - test).square().sum() / (test - train.mean(0)).square().sum()))
@@ -224,7 +224,7 @@ def test_an_autoencoder_follows_a_curve_that_no_line_does():
 
 def test_an_autoencoder_s_latents_have_unit_moments_and_it_is_the_same_in_both_modes():
     x, weights = curve(), torch.rand(400, **F64)
-    codec = fitted(AutoencoderCodec(2, hidden=(16,)), x, num_steps=20, weights=weights)
+    codec = fitted(AutoencoderCodec(2, hidden=(16,)), x, num_updates=20, weights=weights)
     z = codec.encode(x).detach()
     weights = weights / weights.sum()
     torch.testing.assert_close(weights @ z, torch.zeros(2, **F64), rtol=0, atol=1e-9)
@@ -237,7 +237,7 @@ def test_weights_say_what_an_autoencoder_learns():
     x = torch.zeros(200, 2, **F64)
     x[:100, 0], x[100:, 1] = torch.randn(100, **F64), torch.randn(100, **F64)
     weights = torch.cat([torch.full((100,), 1000.0), torch.ones(100)])
-    codec = fitted(AutoencoderCodec(1, hidden=(16,), latent_noise=0.0), x, weights=weights, num_steps=300)
+    codec = fitted(AutoencoderCodec(1, hidden=(16,), latent_noise=0.0), x, weights=weights, num_updates=300)
     with torch.no_grad():
         errors = (codec.decode(codec.encode(x)) - x).square().sum(1)
     assert errors[:100].mean() < 0.05 < 0.5 < errors[100:].mean()  # of variances about 1
@@ -247,14 +247,14 @@ def test_an_autoencoder_s_dimension_is_chosen_on_rows_held_out():
     codec = AutoencoderCodec(hidden=(32,), latent_noise=0.0, share=0.9)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        codec.fit(curve(), num_steps=400, progress=False)
+        codec.fit(curve(), num_updates=400, progress=False)
     assert codec.latent_dim in (1, 2)
 
 
 @pytest.mark.parametrize("make", [lambda: PCACodec(2, residual=True), lambda: AutoencoderCodec(2, hidden=(16,))])
 def test_a_fresh_codec_takes_a_saved_state(make):
     x = curve()
-    codec = fitted(make(), x, **({"num_steps": 5} if isinstance(make(), AutoencoderCodec) else {}))
+    codec = fitted(make(), x, **({"num_updates": 5} if isinstance(make(), AutoencoderCodec) else {}))
     fresh = type(codec).from_config(codec.config())
     fresh.load_state_dict(codec.state_dict())
     assert torch.equal(fresh.encode(x), codec.encode(x)) and (fresh.data_dim, fresh.latent_dim) == (3, 2)

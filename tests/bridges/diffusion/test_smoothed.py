@@ -17,7 +17,7 @@ F64 = {"dtype": torch.float64}
 def untrained(draws, bridge=None, **options):
     """The net at zero, where the denoiser is that of a Gaussian with the draws' moments."""
     bridge = bridge or SmoothedBridge(draws.shape[1], hidden=(8,), **options)
-    bridge.fit(draws, num_steps=1, learning_rate=1e-12, held_out=0.0, ema=None, progress=False)
+    bridge.fit(draws, num_updates=1, learning_rate=1e-12, held_out=0.0, ema=None, progress=False)
     bridge.log_errors = torch.zeros_like(bridge.log_errors)
     return bridge
 
@@ -111,7 +111,7 @@ def test_its_start_is_the_mixture_over_the_rows():
     draws, weights = torch.randn(40, 2, **F64) * torch.tensor([1.0, 5.0], **F64), torch.rand(40, **F64)
     weights[:10] = 0
     bridge = SmoothedBridge(2, epsilon=7.0, hidden=(8,))
-    bridge.fit(draws, weights=weights, num_steps=1, held_out=0.0, progress=False)
+    bridge.fit(draws, weights=weights, num_updates=1, held_out=0.0, progress=False)
     components = Independent(Normal(draws[10:], math.sqrt(7.0)), 1)
     law = MixtureSameFamily(Categorical(weights[10:]), components)
     x = torch.randn(9, 2, **F64) * 6
@@ -137,8 +137,8 @@ def test_weights_are_exact_for_a_bad_fit_and_few_steps(start, num_steps):
 
 def test_the_weights_of_a_context_are_exact():
     context = torch.randn(80, 1, **F64)
-    bridge = SmoothedBridge(1, 1, hidden=(8,))
-    bridge.fit(2 * context + torch.randn(80, 1, **F64), context=context, num_steps=5, progress=False)
+    bridge = SmoothedBridge(1, context_dim=1, hidden=(8,))
+    bridge.fit(2 * context + torch.randn(80, 1, **F64), context=context, num_updates=5, progress=False)
     bridge = spoilt(bridge)
     value, log_q = bridge(torch.tensor([1.5], **F64)).draws((20_000,))
     weights = (Normal(value.mean(), 0.7 * value.std()).log_prob(value[:, 0]) - log_q).exp()
@@ -160,7 +160,7 @@ def test_in_other_units_it_is_the_same_bridge():
     for scale in (1.0, 50.0):
         torch.manual_seed(2)
         bridge = SmoothedBridge(2, hidden=(8,))
-        bridge.fit(scale * draws, num_steps=10, progress=False)
+        bridge.fit(scale * draws, num_updates=10, progress=False)
         laws.append(bridge.drift(0.97, scale * draws[:5]) / scale)
         assert bridge.epsilon == pytest.approx(100 * float(bridge.covariance.diagonal().mean()), rel=1e-9)
     torch.testing.assert_close(laws[1], laws[0], rtol=1e-5, atol=1e-5)
@@ -171,7 +171,7 @@ def test_it_keeps_at_most_so_many_rows(monkeypatch):
     bridge = untrained(torch.randn(60, 2, **F64))
     assert bridge.rows.shape == (10, 2)
     law = MultivariateNormal(torch.zeros(2, **F64), torch.eye(2, **F64))
-    bridge.fit(law, num_steps=2, progress=False)
+    bridge.fit(law, num_updates=2, progress=False)
     assert bridge.rows.shape == (10, 2)
     assert not len(untrained(torch.randn(60, 2, **F64), start="moment").rows)
 
@@ -194,7 +194,7 @@ def test_a_fit_that_was_cut_short_goes_on_bit_for_bit(tmp_path, monkeypatch):
         bridge = SmoothedBridge(2, hidden=(8,))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            bridge.fit(draws, num_steps=80, progress=False, checkpoint=checkpoint)
+            bridge.fit(draws, num_updates=80, progress=False, checkpoint=checkpoint)
         return bridge.state_dict()
 
     whole, original, calls = fit(None), Fit._mean_loss, iter(range(10_000))
@@ -223,7 +223,7 @@ def test_what_it_refuses():
     with pytest.raises(ValueError, match="smoothed by noise"):
         SmoothedBridge(2).fit(draws, draws, progress=False)
     with pytest.raises(ValueError, match='"moment" where there is a context'):
-        SmoothedBridge(2, 1, start="rows")
+        SmoothedBridge(2, context_dim=1, start="rows")
     with pytest.raises(ValueError, match="start must be one of"):
         SmoothedBridge(2, start="gaussian")
     with pytest.raises(ValueError, match="num_steps"):

@@ -27,7 +27,7 @@ def whitened(num, dim):
 
 
 def quick(bridge, draws, **options):
-    bridge.fit(draws, **({"num_steps": 20, "progress": False, "held_out": 0.0} | options))
+    bridge.fit(draws, **({"num_updates": 20, "progress": False, "held_out": 0.0} | options))
     return bridge
 
 
@@ -77,7 +77,7 @@ def test_other_drifts(drift):
 def test_untrained_it_is_the_gaussian_with_the_target_s_moments():
     # the net starts at zero, where denoiser, covariance and flow are those of a Gaussian target: all densities agree
     draws = stretched()
-    bridge = quick(VSDM(2, **SMALL), draws, num_steps=1, learning_rate=1e-12)
+    bridge = quick(VSDM(2, **SMALL), draws, num_updates=1, learning_rate=1e-12)
     bridge.log_errors.zero_()
     law = torch.distributions.MultivariateNormal(draws.mean(0), draws.T.cov(correction=0))
     for num_steps in (1, 3, 20):
@@ -142,7 +142,7 @@ def test_robbins_and_monro():
 
 def test_the_stochastic_drift_keeps_its_history():
     bridge = VSDM(2, drift="stochastic", **SMALL)
-    history = bridge.fit(stretched(), num_steps=40, num_stages=10, progress=False)
+    history = bridge.fit(stretched(), num_updates=40, num_stages=10, progress=False)
     assert bridge.rates_history.shape == (11, 2) and len(history.residuals) == 10
     torch.testing.assert_close(bridge.rates_history[-1], bridge.rates)
     assert not torch.equal(bridge.rates_history[0], bridge.rates_history[-1])
@@ -163,7 +163,7 @@ def test_the_affine_part_of_the_context_is_folded_in():
     context = torch.randn(500, 3, **F64)
     slope = torch.randn(2, 3, **F64)
     draws = context @ slope.T + 4 + 0.1 * torch.randn(500, 2, **F64)
-    bridge = quick(VSDM(2, 3, **SMALL), draws, context=context)
+    bridge = quick(VSDM(2, context_dim=3, **SMALL), draws, context=context)
     ends = bridge(5 * torch.eye(3, **F64)).sample((200,)).mean(0)
     assert (ends - 5 * slope.T - 4).abs().max() < 0.2
     assert float(bridge.covariance.diagonal().max()) < 0.02  # D sees what the regression leaves
@@ -172,12 +172,12 @@ def test_the_affine_part_of_the_context_is_folded_in():
 def test_exchangeable_observations_may_come_in_any_order():
     context = torch.randn(300, 8, **F64)
     draws = context.unflatten(1, (4, 2)).mean(1) + 0.1 * torch.randn(300, 2, **F64)
-    bridge = quick(VSDM(2, 8, embedding=SetEmbedding(2, 5, hidden=(8,)), **SMALL), draws, context=context)
+    bridge = quick(VSDM(2, context_dim=8, embedding=SetEmbedding(2, 5, hidden=(8,)), **SMALL), draws, context=context)
     x, one = torch.randn(6, 2, **F64), context[0]
     other = one.unflatten(0, (4, 2))[[2, 0, 3, 1]].flatten()
     torch.testing.assert_close(bridge.drift(0.5, x, one), bridge.drift(0.5, x, other), rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match="multiple of the embedding's item_dim"):
-        quick(VSDM(2, 7, embedding=SetEmbedding(2, 5), **SMALL), draws, context=context[:, :7])
+        quick(VSDM(2, context_dim=7, embedding=SetEmbedding(2, 5), **SMALL), draws, context=context[:, :7])
 
 
 def test_an_embedding_is_trained_and_saved(tmp_path):
@@ -185,7 +185,7 @@ def test_an_embedding_is_trained_and_saved(tmp_path):
     draws = context[:, :2] ** 2 + 0.1 * torch.randn(300, 2, **F64)
     embedding = SetEmbedding(2, 3, hidden=(8,))
     before = [p.detach().clone().double() for p in embedding.parameters()]
-    bridge = quick(VSDM(2, 4, embedding=embedding, **SMALL), draws, context=context, ema=None)
+    bridge = quick(VSDM(2, context_dim=4, embedding=embedding, **SMALL), draws, context=context, ema=None)
     assert any(not torch.equal(a, b) for a, b in zip(before, embedding.parameters()))
     bridge.save(tmp_path / "set.pt")
     loaded, x = Bridge.load(tmp_path / "set.pt"), torch.randn(5, 2, **F64)
@@ -195,11 +195,13 @@ def test_an_embedding_is_trained_and_saved(tmp_path):
 def test_a_user_s_embedding_says_how_to_load(tmp_path):
     context = torch.randn(200, 4, **F64)
     draws = context[:, :2] + 0.1 * torch.randn(200, 2, **F64)
-    bridge = quick(VSDM(2, 4, embedding=nn.Sequential(nn.Linear(4, 3), nn.Tanh()), **SMALL), draws, context=context)
+    bridge = quick(
+        VSDM(2, context_dim=4, embedding=nn.Sequential(nn.Linear(4, 3), nn.Tanh()), **SMALL), draws, context=context
+    )
     bridge.save(tmp_path / "own.pt")
     with pytest.raises(ValueError, match=r'Sequential.*embedding=\.\.\..*weights_only=True\)\["state"\]'):
         Bridge.load(tmp_path / "own.pt")
-    fresh = VSDM(2, 4, embedding=nn.Sequential(nn.Linear(4, 3), nn.Tanh()), **SMALL)
+    fresh = VSDM(2, context_dim=4, embedding=nn.Sequential(nn.Linear(4, 3), nn.Tanh()), **SMALL)
     fresh.load_state_dict(torch.load(tmp_path / "own.pt", weights_only=True)["state"])
     x = torch.randn(5, 2, **F64)
     assert torch.equal(fresh.drift(0.4, x, context[0]), bridge.drift(0.4, x, context[0]))
@@ -262,7 +264,7 @@ REFUSED = {
     "solver": (lambda: Sampler(solver="rk4"), "solver must be one of"),
     "steps": (lambda: Sampler(num_steps=0), "at least 1"),
     "source": (lambda: VSDM(2).fit(torch.randn(50, 2), torch.randn(50, 2)), "source must be None, got Tensor"),
-    "num_steps": (lambda: VSDM(2).fit(torch.randn(50, 2), num_steps=0), "num_steps"),
+    "num_updates": (lambda: VSDM(2).fit(torch.randn(50, 2), num_updates=0), "num_updates"),
     "ema": (lambda: VSDM(2).fit(torch.randn(50, 2), ema=1.0), "ema must lie"),
     "held_out": (lambda: VSDM(2).fit(torch.randn(50, 2), held_out=1.0), "held_out must lie"),
 }
@@ -289,8 +291,8 @@ def test_on_a_linear_gaussian_problem_the_densities_are_near_the_posterior():
     slope = torch.randn(4, 4)
     theta = torch.randn(20_000, 4)
     y = theta @ slope.T + 0.3 * torch.randn(20_000, 4)
-    bridge = VSDM(4, 4)
-    history = bridge.fit(theta, context=y, num_steps=1000, progress=False)
+    bridge = VSDM(4, context_dim=4)
+    history = bridge.fit(theta, context=y, num_updates=1000, progress=False)
     assert history.converged
     precision = torch.eye(4) + slope.T @ slope / 0.09
     covariance = torch.linalg.inv(precision)
@@ -314,7 +316,7 @@ def test_two_modes_are_both_found_with_path_weights_that_see_them(kind):
     centres = torch.tensor([[-2.0, 0.0], [2.0, 1.0]])
     draws = centres[(torch.rand(10_000) < 0.3).long()] + 0.3 * torch.randn(10_000, 2)
     bridge = kind(2)
-    bridge.fit(draws, num_steps=1500, progress=False)
+    bridge.fit(draws, num_updates=1500, progress=False)
     value, log_q = bridge().draws((4000,))
     share = float((value[:, 0] > 0).float().mean())
     assert abs(share - 0.3) < 0.05

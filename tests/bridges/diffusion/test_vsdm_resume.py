@@ -14,7 +14,9 @@ F64 = {"dtype": torch.float64}
 BRIDGES = {
     "closed-form": lambda: VSDM(2, hidden=(8, 8), covariance_hidden=(8,)),
     "stochastic": lambda: VSDM(2, hidden=(8, 8), covariance_hidden=(8,), drift="stochastic"),
-    "conditional": lambda: VSDM(2, 4, hidden=(8, 8), covariance_hidden=(8,), embedding=SetEmbedding(2, 3, hidden=(8,))),
+    "conditional": lambda: VSDM(
+        2, context_dim=4, hidden=(8, 8), covariance_hidden=(8,), embedding=SetEmbedding(2, 3, hidden=(8,))
+    ),
 }
 STEPS = 80
 
@@ -35,7 +37,7 @@ def fit(bridge, checkpoint=None, seed=7, **options):
     draws, context = data()
     torch.manual_seed(seed)
     options = {
-        "num_steps": STEPS,
+        "num_updates": STEPS,
         "batch_size": 32,
         "num_stages": 8,
         "progress": False,
@@ -128,7 +130,7 @@ def test_another_fit_s_checkpoint_is_refused(change, tmp_path, monkeypatch):
         if change == "options":
             fit(bridge, path, batch_size=31)
         else:
-            bridge.fit(data()[0] + 1, num_steps=STEPS, batch_size=32, num_stages=8, progress=False, checkpoint=path)
+            bridge.fit(data()[0] + 1, num_updates=STEPS, batch_size=32, num_stages=8, progress=False, checkpoint=path)
     with pytest.raises(RuntimeError, match="fitted first"):
         bridge()  # it is what it was
 
@@ -138,6 +140,6 @@ def test_ctrl_c_keeps_what_was_learnt_without_a_checkpoint(monkeypatch):
     cut(monkeypatch, KeyboardInterrupt(), "_mean_loss", 37)
     with pytest.warns(RuntimeWarning, match="36 of 80 updates"):
         torch.manual_seed(7)
-        history = bridge.fit(data()[0], num_steps=STEPS, batch_size=32, progress=False)
+        history = bridge.fit(data()[0], num_updates=STEPS, batch_size=32, progress=False)
     assert history.interrupted and history.iterations == 36
     assert torch.isfinite(bridge().draws((5,)).log_q).all()

@@ -19,7 +19,7 @@ from pyro_sb.ops.mixture import MixturePotential
 from pyro_sb.ops.regression import Affine
 
 F64 = {"dtype": torch.float64}
-QUICK = {"num_iterations": 1, "num_steps": 10, "learning_rate": 5e-4, "num_pairs": 200, "progress": False}
+QUICK = {"num_iterations": 1, "num_updates": 10, "learning_rate": 5e-4, "num_pairs": 200, "progress": False}
 
 
 def covariance(dim, floor=0.2):
@@ -105,7 +105,7 @@ def test_given_a_context_it_starts_at_the_gaussian_bridge_between_the_regression
     noise = torch.randn(400, 2, **F64)
     noise = noise - noise.mean(0)
     target = context @ slope.T + noise @ rest.T
-    bridge = DSB(2, 2, epsilon=0.5, hidden=(8,), chain_steps=3)
+    bridge = DSB(2, context_dim=2, epsilon=0.5, hidden=(8,), chain_steps=3)
     bridge.fit(target, context=context, held_out=0.0, **QUICK)
     bridge.ahead.net.reset(), bridge.back.net.reset()
     for half in (bridge.ahead, bridge.back):
@@ -173,10 +173,10 @@ def test_the_first_iteration_of_ipf_is_the_score_model(variance, most):
     # the same noising on both sides: rate b, to unit variance; SGM learns by denoising, DSB by reversing paths
     rate, target = 4.0, torch.cat([torch.randn(4000, 1) * 0.3 - 1, torch.randn(4000, 1) * 0.3 + 1])
     score = SGM(1, b_min=rate, b_max=rate, power=1.0, hidden=(64, 64))
-    score.fit(target, num_steps=1500, progress=False)
+    score.fit(target, num_updates=1500, progress=False)
     bridge = DSB(1, epsilon=rate, method="ipf", chain_steps=50, variance=variance, hidden=(64, 64))
     source = dist.Normal(torch.zeros(1), torch.ones(1)).to_event(1)
-    bridge.fit(target, source, reference="ou", num_iterations=1, num_steps=1500, progress=False)
+    bridge.fit(target, source, reference="ou", num_iterations=1, num_updates=1500, progress=False)
     x = torch.linspace(-1.5, 1.5, 41)[:, None]
     for t, share in zip((0.2, 0.5, 0.8), most):
         ours, theirs = bridge.drift(t, x), score.drift(t, x)
@@ -194,7 +194,7 @@ def test_a_known_schroedinger_plan_is_found():
     target = potential.plan_sample(x0)
     source = dist.Normal(torch.zeros(1), torch.ones(1)).to_event(1)
     bridge = DSB(1, epsilon=epsilon, hidden=(64, 64))
-    bridge.fit(target, source, num_iterations=4, num_steps=400, progress=False)
+    bridge.fit(target, source, num_iterations=4, num_updates=400, progress=False)
     place = torch.linspace(-1.5, 1.5, 7)[:, None]
     ours = bridge.transport(place.expand(4000, 7, 1)).mean(0)
     exact = potential.plan_sample(place.expand(4000, 7, 1).reshape(-1, 1)).reshape(4000, 7, 1).mean(0)
@@ -208,8 +208,8 @@ def test_what_a_regression_cannot_see_is_learnt_from_the_context():
     context = 4 * torch.rand(4000, 1) - 2
     target = context.abs() + 0.2 * torch.randn(4000, 1)
     for method in ("imf", "ipf"):
-        bridge = DSB(1, 1, epsilon=1.0, method=method, hidden=(64, 64), chain_steps=20)
-        bridge.fit(target, context=context, num_iterations=2, num_steps=300, num_pairs=4000, progress=False)
+        bridge = DSB(1, context_dim=1, epsilon=1.0, method=method, hidden=(64, 64), chain_steps=20)
+        bridge.fit(target, context=context, num_iterations=2, num_updates=300, num_pairs=4000, progress=False)
         place = torch.tensor([[-1.5], [-0.75], [0.75], [1.5]])
         means = bridge(place).sample((1000,)).mean(0)
         assert (means - place.abs()).abs().max() < (0.15 if method == "imf" else 0.3)
@@ -292,7 +292,7 @@ def test_ipf_in_four_steps_goes_through_the_exact_iterates():
         x0, x1 = bridge.coupling(20_000)
         found.append(torch.cat([x0, x1], 1).T.cov())
 
-    bridge.fit(target, source, num_iterations=3, num_steps=500, on_iteration=keep, progress=False)
+    bridge.fit(target, source, num_iterations=3, num_updates=500, on_iteration=keep, progress=False)
     for covariance, plan in zip(found, exact):
         assert abs(float(covariance[1, 1] / plan.cov1) - 1) < 0.06
         assert abs(float(covariance[0, 1] / plan.cross) - 1) < 0.06
@@ -303,7 +303,7 @@ def test_ipf_in_four_steps_goes_through_the_exact_iterates():
 def test_an_unfinished_fit_goes_on_bit_for_bit(tmp_path, method, kind):
     target = torch.randn(300, 2) if kind == "draws" else MultivariateNormal(torch.ones(2), torch.eye(2))
     source = torch.rand(90, 2) if kind == "draws" else None
-    options = QUICK | {"num_iterations": 2, "num_steps": 40, "refresh": 15, "num_draws": 500}
+    options = QUICK | {"num_iterations": 2, "num_updates": 40, "refresh": 15, "num_draws": 500}
     path, runs = tmp_path / "a.pt", []
 
     def fresh():
@@ -344,11 +344,11 @@ def test_a_checkpoint_of_another_fit_is_refused(tmp_path):
     bridge = DSB(2, hidden=(8,))
     bridge.back.net.register_forward_pre_hook(stop)
     with pytest.raises(RuntimeError, match="power"):
-        bridge.fit(target, source, **(QUICK | {"num_steps": 100}), checkpoint=path)
+        bridge.fit(target, source, **(QUICK | {"num_updates": 100}), checkpoint=path)
     law = MultivariateNormal(source.mean(0), torch.eye(2))
     for other in [(target + 1, source), (target, source + 1), (target, None), (target, law)]:
         with pytest.raises(ValueError, match="another"):
-            DSB(2, hidden=(8,)).fit(*other, **(QUICK | {"num_steps": 100}), checkpoint=path)
+            DSB(2, hidden=(8,)).fit(*other, **(QUICK | {"num_updates": 100}), checkpoint=path)
 
 
 def test_ctrl_c_keeps_what_was_learnt():
@@ -361,7 +361,7 @@ def test_ctrl_c_keeps_what_was_learnt():
 
     bridge.back.net.register_forward_pre_hook(interrupt)
     with pytest.warns(RuntimeWarning, match="interrupted"):
-        history = bridge.fit(torch.randn(100, 2, **F64), **(QUICK | {"num_steps": 100}))
+        history = bridge.fit(torch.randn(100, 2, **F64), **(QUICK | {"num_updates": 100}))
     assert history.interrupted and bridge().sample((3,)).shape == (3, 2)
 
 
@@ -474,7 +474,7 @@ def test_bad_options_are_refused(options, message):
 
 def test_sinkhorn_pairs_are_refused_where_there_is_a_context():
     with pytest.raises(ValueError, match="mixes contexts"):
-        DSB(2, 1).fit(torch.randn(50, 2), context=torch.randn(50, 1), pairs="sinkhorn", **QUICK)
+        DSB(2, context_dim=1).fit(torch.randn(50, 2), context=torch.randn(50, 1), pairs="sinkhorn", **QUICK)
 
 
 def test_held_out_source_draws_teach_nothing():

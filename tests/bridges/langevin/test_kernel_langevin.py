@@ -256,7 +256,7 @@ JOINT = torch.tensor([[1.0, 0.8], [0.8, 1.0]], **F64)  # (context, event): event
 @pytest.mark.parametrize(("eta_y", "eta_x"), [(0.05, 0.05), (0.05, 0.3), (0.3, 0.3)])
 def test_with_the_context_clamped_the_chain_has_the_moments_of_the_joint_bridge(eta_y, eta_x):
     joint, weights = product_grid(JOINT, 61, 6.0)
-    bridge = KernelLangevinBridge(1, 1, epsilon=2 * eta_x, context_epsilon=2 * eta_y, metric="identity")
+    bridge = KernelLangevinBridge(1, context_dim=1, epsilon=2 * eta_x, context_epsilon=2 * eta_y, metric="identity")
     bridge.fit(joint[:, 1:], context=joint[:, :1], weights=weights, tolerance=1e-13, progress=False)
     A = matrix_contraction(JOINT, torch.diag(torch.tensor([eta_y, eta_x], **F64)), 1.0)
     noise = (JOINT - A @ JOINT @ A.T)[1, 1]
@@ -298,7 +298,7 @@ def correlated(num, seed=3):
 def test_conditional_draws_unattended(make, y, mean, sd):
     # The standard error is the training set's: as many independent draws as share in the weight of this context
     context, target = make(2000)
-    bridge = KernelLangevinBridge(1, 1)
+    bridge = KernelLangevinBridge(1, context_dim=1)
     bridge.fit(target, context=context, progress=False)
     draws = bridge(torch.tensor([y])).sample((1000,))
     near = torch.exp(-(context[:, 0] - y).square() / (2 * bridge.context_epsilon * context.var()))
@@ -310,7 +310,7 @@ def test_conditional_draws_unattended(make, y, mean, sd):
 
 def test_a_batch_of_contexts_is_its_members():
     context, target = banana(500)
-    bridge = KernelLangevinBridge(1, 1, num_steps=5)
+    bridge = KernelLangevinBridge(1, context_dim=1, num_steps=5)
     bridge.fit(target, context=context, progress=False)
     law = bridge(torch.tensor([[-3.0], [0.0], [3.0]]))
     assert law.batch_shape == (3,)
@@ -360,7 +360,7 @@ def test_on_a_gaussian_the_path_density_is_the_stationary_one():
 def test_path_weights_recover_the_normaliser(options, conditional):
     context = torch.randn(300, 1, **F64)
     target = torch.randn(300, 2, **F64) + context
-    bridge = KernelLangevinBridge(2, int(conditional), scheme="plain", num_steps=4, **options)
+    bridge = KernelLangevinBridge(2, context_dim=int(conditional), scheme="plain", num_steps=4, **options)
     bridge.fit(target, context=context if conditional else None, progress=False)
     value, log_q = bridge(*([torch.tensor([0.5])] if conditional else [])).draws((8000,))
     p = MultivariateNormal(torch.full((2,), 0.4, **F64), 0.6 * torch.eye(2, **F64))
@@ -399,7 +399,7 @@ def test_chains_start_where_the_source_says():
 def test_with_a_context_chains_start_at_its_neighbours():
     context = torch.randn(400, 1, **F64)
     target = context.square() + 0.1 * torch.randn(400, 1, **F64)
-    bridge = KernelLangevinBridge(1, 1, epsilon=0.1, context_epsilon=0.5)
+    bridge = KernelLangevinBridge(1, context_dim=1, epsilon=0.1, context_epsilon=0.5)
     bridge.fit(target, context=context, progress=False)
     near = torch.softmax(-(context[:, 0] - 1.5).square() / (2 * 0.5 * context.var(correction=0)), 0)
     mean = near @ target[:, 0]

@@ -41,7 +41,7 @@ def light(dim=2, **options):
 def fitted(bridge, target, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        bridge.fit(target, progress=False, **({"num_steps": 30} | options))
+        bridge.fit(target, progress=False, **({"num_updates": 30} | options))
     return bridge
 
 
@@ -137,12 +137,12 @@ INNER = {
 @pytest.mark.parametrize("name", INNER)
 @pytest.mark.parametrize("codec", [PCACodec(2), AutoencoderCodec(2, hidden=(16,))], ids=["pca", "autoencoder"])
 def test_through_a_lossy_codec_every_bridge_draws_and_promises_no_density(name, codec, tmp_path):
-    options = {"num_steps": 5} if isinstance(codec, AutoencoderCodec) else {}
+    options = {"num_updates": 5} if isinstance(codec, AutoencoderCodec) else {}
     target = wide()
     bridge = LatentBridge(INNER[name](2), codec)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        own = {} if name == "langevin" else {"num_steps": 5}
+        own = {} if name == "langevin" else {"num_updates": 5}
         bridge.fit(target, progress=False, codec_options=options, **own)
     draws = bridge().sample((7,))
     assert draws.shape == (7, 6) and bridge.density is None
@@ -169,7 +169,7 @@ def test_by_default_all_is_chosen_and_goes_through_a_file(tmp_path):
     with pytest.raises(RuntimeError, match="fitted first"):
         _ = LatentBridge().dim
     assert isinstance(LatentBridge().codec, AutoencoderCodec)
-    fitted(bridge, target, num_steps=3)
+    fitted(bridge, target, num_updates=3)
     assert isinstance(bridge.bridge, SmoothedBridge) and bridge.bridge.dim == bridge.codec.latent_dim == 2
     bridge.save(tmp_path / "bridge.pt")
     loaded, fresh = Bridge.load(tmp_path / "bridge.pt"), LatentBridge(codec=PCACodec())
@@ -179,7 +179,7 @@ def test_by_default_all_is_chosen_and_goes_through_a_file(tmp_path):
         torch.manual_seed(1)
         draws.append(each().sample((3,)))
     assert torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
-    fitted(loaded, torch.randn(300, 4, **F64), refit_codec=True, num_steps=3)  # other sizes: all is made anew
+    fitted(loaded, torch.randn(300, 4, **F64), refit_codec=True, num_updates=3)  # other sizes: all is made anew
     assert loaded.dim == 4 and loaded.bridge.dim == loaded.codec.latent_dim == 4
 
 
@@ -219,7 +219,7 @@ def test_both_ways_and_pairs_are_the_inner_bridge_s_decoded():
 def test_a_context_reaches_the_inner_bridge():
     context = torch.randn(300, 1, **F64)
     target = context * torch.tensor([2.0, -1.0], **F64) + 0.1 * torch.randn(300, 2, **F64)
-    bridge = fitted(LatentBridge(codec=PCACodec(2), context_dim=1), target, context=context, num_steps=5)
+    bridge = fitted(LatentBridge(codec=PCACodec(2), context_dim=1), target, context=context, num_updates=5)
     means = bridge(torch.tensor([[-1.0], [1.0]], **F64)).sample((500,)).mean(0)
     expected = torch.tensor([[-2.0, 1.0], [2.0, -1.0]], **F64)
     torch.testing.assert_close(means, expected, rtol=0, atol=0.2)
@@ -278,7 +278,7 @@ def test_rows_without_weight_have_no_say_in_the_rank():
 def test_rows_too_few_to_tell_a_rank_are_taken():
     codec = PCACodec(6)
     codec.fit(torch.randn(300, 6))
-    fitted(LatentBridge(small(6), codec), torch.randn(6, 6), num_steps=2)
+    fitted(LatentBridge(small(6), codec), torch.randn(6, 6), num_updates=2)
 
 
 def test_a_bound_carries_no_gradient_of_the_determinant_alone():
@@ -372,7 +372,7 @@ def test_a_fit_that_was_cut_short_goes_on_with_its_codec(update, kind, tmp_path,
     def fit(checkpoint, seed=4):
         torch.manual_seed(seed)
         bridge = LatentBridge(small(), AutoencoderCodec(2, hidden=(8,)))
-        options = {"num_steps": 60, "codec_options": {"num_steps": 5}, "num_draws": 200}
+        options = {"num_updates": 60, "codec_options": {"num_updates": 5}, "num_draws": 200}
         return fitted(bridge, target, checkpoint=checkpoint, **options).state_dict()
 
     whole, original, calls = fit(None), SmoothedBridge._goal, iter(range(10_000))
@@ -420,7 +420,7 @@ def test_a_fit_of_another_codec_is_not_gone_on_from(tmp_path, monkeypatch):
     refused(weights=torch.arange(200).flip(0) + 1)
     refused(PCACodec(2, whiten=False))
     refused(AutoencoderCodec(2))
-    refused(codec_options={"num_steps": 3})
+    refused(codec_options={"num_updates": 3})
     path.with_name("bridge.pt.codec").unlink()
     codecs = [PCACodec(2), PCACodec(2)]
     for codec, rows in zip(codecs, (x, x + 1)):

@@ -19,7 +19,7 @@ def joint_draws(num=800):
 
 def fitted(covariance="full", source=None):
     bridge = LightSB(3, num_components=3, covariance=covariance)
-    bridge.fit(joint_draws(), source, solver="em", num_steps=30, progress=False)
+    bridge.fit(joint_draws(), source, solver="em", num_updates=30, progress=False)
     return bridge
 
 
@@ -70,7 +70,7 @@ def test_what_has_no_closed_form_is_refused():
     with pytest.raises(ValueError, match=r"shape \(\*batch, 2\), got \(3,\)"):
         fitted().condition([0, 1], torch.zeros(3))
     bass = LightSBBM(3, num_components=2, beta=5.0)
-    bass.fit(joint_draws(), num_steps=5, progress=False)
+    bass.fit(joint_draws(), num_updates=5, progress=False)
     with pytest.raises(NotImplementedError, match="beta = 5"):
         bass.condition([0], [0.0])
 

@@ -34,7 +34,7 @@ def quick(bridge, target=None, source=None, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         bridge.fit(
-            clusters(300) if target is None else target, source, **({"progress": False, "num_steps": 20} | options)
+            clusters(300) if target is None else target, source, **({"progress": False, "num_updates": 20} | options)
         )
     return bridge
 
@@ -116,7 +116,7 @@ def test_both_losses_have_one_slope_for_a_batch_of_contexts():
 
 @full_or_not
 def test_from_a_point_it_is_torchs_mixture(covariance):
-    bridge = quick(LightSB(2, 3, 0.5, covariance=covariance))
+    bridge = quick(LightSB(2, num_components=3, epsilon=0.5, covariance=covariance))
     assert bridge.density == "marginal"
     potential = bridge.parameters_of(None, 1.0)
     scales = potential.scales if covariance == "full" else torch.diag_embed(potential.scales)
@@ -136,19 +136,19 @@ def test_from_a_point_it_is_torchs_mixture(covariance):
 def test_the_source_decides_what_the_density_is(make):
     expected = {"point": "marginal", "draws": None, "law": "path"}
     for kind, source in sources().items():
-        bridge = quick(make(2, 3, 0.5), source=source)
+        bridge = quick(make(2, num_components=3, epsilon=0.5), source=source)
         assert bridge.density == expected[kind]
         if kind != "point":
             with pytest.raises(NotImplementedError, match=r"draws\(\)"):
                 bridge().log_prob(torch.zeros(2, **F64))
     with pytest.raises(NotImplementedError, match="Give a distribution as source"):
-        quick(make(2, 3, 0.5), source=sources()["draws"])().draws((5,))
+        quick(make(2, num_components=3, epsilon=0.5), source=sources()["draws"])().draws((5,))
 
 
 @full_or_not
 @pytest.mark.parametrize("kind", ["point", "draws", "law"])
 def test_the_plan_is_normalised_whatever_the_source(covariance, kind):
-    bridge = quick(LightSB(2, 3, 0.5, covariance=covariance), source=sources()[kind])
+    bridge = quick(LightSB(2, num_components=3, epsilon=0.5, covariance=covariance), source=sources()[kind])
     x0, (points, cell) = torch.randn(3, 2, **F64), plane()
     mass = cell * bridge.plan(x0).log_prob(points[:, None]).exp()
     torch.testing.assert_close(mass.sum(0), torch.ones(3, **F64), rtol=1e-9, atol=1e-9)
@@ -160,7 +160,7 @@ def test_the_plan_is_normalised_whatever_the_source(covariance, kind):
 
 @pytest.mark.parametrize("kind", ["draws", "law"])
 def test_the_averaged_plan_is_normalised(kind):
-    bridge, (points, cell) = quick(LightSB(2, 3, 0.5), source=sources()[kind]), plane(num=121)
+    bridge, (points, cell) = quick(LightSB(2, num_components=3, epsilon=0.5), source=sources()[kind]), plane(num=121)
     assert float(bridge.marginal_log_prob(points, num_source=50).exp().sum() * cell) == pytest.approx(1, abs=1e-8)
 
 
@@ -169,7 +169,7 @@ def test_the_averaged_plan_is_normalised(kind):
 def test_path_weights_correct_exactly_whatever_law_is_the_source(source):
     # E_q exp(log p - log q) = 1, and self-normalised means are p's; Moons has draws alone
     law = {"normal": standard_normal(), "eight gaussians": EightGaussians(), "moons": Moons()}[source]
-    bridge, num = quick(LightSB(2, 3, 1.0), source=law), 4000
+    bridge, num = quick(LightSB(2, num_components=3, epsilon=1.0), source=law), 4000
     p = MultivariateNormal(CENTRES[0], 0.12 * torch.eye(2, **F64))  # within one cluster
     value, log_q = bridge().draws((num,))
     weights = (p.log_prob(value) - log_q).exp()
@@ -182,7 +182,9 @@ def test_path_weights_correct_exactly_whatever_law_is_the_source(source):
 
 def test_path_weights_correct_given_a_context():
     context = torch.randn(300, 1, **F64)
-    bridge = quick(LightSB(2, 3, 2.0, context_dim=1), clusters(300), standard_normal(), context=context)
+    bridge = quick(
+        LightSB(2, num_components=3, epsilon=2.0, context_dim=1), clusters(300), standard_normal(), context=context
+    )
     p, given = MultivariateNormal(CENTRES[0], 0.12 * torch.eye(2, **F64)), torch.tensor([[-1.0], [0.5]], **F64)
     value, log_q = bridge(given).draws((1500,))
     weights = (p.log_prob(value) - log_q).exp()
@@ -199,7 +201,7 @@ def test_a_known_plan_is_found(make, steps):
     pair = make_pair(2, 1.0, seed=0)
     bridge = make(2, num_components=8, covariance="full", epsilon=1.0)
     history = bridge.fit(
-        pair.sample_target(20_000), pair.sample_source(20_000), num_steps=steps, learning_rate=0.02, progress=False
+        pair.sample_target(20_000), pair.sample_source(20_000), num_updates=steps, learning_rate=0.02, progress=False
     )
     assert history.converged
     x0 = pair.sample_source(500)
@@ -215,7 +217,7 @@ def test_a_known_plan_is_found(make, steps):
 def test_moment_steps_give_the_training_moments_exactly(covariance):
     # Where they stand still the plan carries the source's draws to the mean and the variances of the target's
     target, source = clusters(500), 0.5 + torch.randn(400, 2, **F64)
-    bridge = LightSB(2, 3, 0.5, covariance=covariance)
+    bridge = LightSB(2, num_components=3, epsilon=0.5, covariance=covariance)
     history = bridge.fit(target, source, solver="em", held_out=0.0, progress=False)
     assert history.converged and history.iterations == len(history.losses) == len(history.validation_losses)
     mean, cov = bridge.plan_moments(source)
@@ -229,8 +231,8 @@ def test_moment_steps_give_the_training_moments_exactly(covariance):
 
 def test_draws_of_a_fitted_bridge_are_the_targets():
     target = clusters(10_000)
-    bridge = LightSB(2, 6, 1.0)
-    bridge.fit(target, standard_normal(), num_steps=400, learning_rate=0.02, progress=False)
+    bridge = LightSB(2, num_components=6, epsilon=1.0)
+    bridge.fit(target, standard_normal(), num_updates=400, learning_rate=0.02, progress=False)
     draws, truth = bridge().sample((5000,)), clusters(5000)
     assert z_of_two(draws, truth).abs().max() < 4
     for k in range(3):
@@ -242,8 +244,8 @@ def test_moment_steps_and_adam_agree():
     target, source, losses = clusters(3000), torch.randn(3000, 2, **F64), []
     for solver, steps in (("adam", 400), ("em", None)):
         torch.manual_seed(1)  # the same draws are held out
-        bridge = LightSB(2, 3, 0.5)
-        history = bridge.fit(target, source, solver=solver, num_steps=steps, learning_rate=0.02, progress=False)
+        bridge = LightSB(2, num_components=3, epsilon=0.5)
+        history = bridge.fit(target, source, solver=solver, num_updates=steps, learning_rate=0.02, progress=False)
         losses.append(min(history.validation_losses))
     assert abs(losses[0] - losses[1]) < 0.01
 
@@ -253,11 +255,11 @@ def test_weights_are_duplicated_rows(solver):
     target, source = clusters(200), torch.randn(200, 2, **F64)
     counts = torch.randint(0, 4, (200,))
     counts[target[:, 0] > 0] *= 3  # far from equal between the clusters
-    options = {"solver": solver, "held_out": 0.0, "num_steps": 100, "num_draws": 4000}
+    options = {"solver": solver, "held_out": 0.0, "num_updates": 100, "num_draws": 4000}
     torch.manual_seed(1)
-    weighted = quick(LightSB(2, 3, 0.5), target, source, weights=counts.double(), **options)
+    weighted = quick(LightSB(2, num_components=3, epsilon=0.5), target, source, weights=counts.double(), **options)
     torch.manual_seed(1)
-    repeated = quick(LightSB(2, 3, 0.5), target.repeat_interleave(counts, 0), source, **options)
+    repeated = quick(LightSB(2, num_components=3, epsilon=0.5), target.repeat_interleave(counts, 0), source, **options)
     torch.testing.assert_close(weighted.location, repeated.location, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(weighted.scale, repeated.scale, rtol=1e-12, atol=1e-12)
     x0 = torch.randn(50, 2, **F64)
@@ -276,10 +278,10 @@ def test_with_nothing_held_out_the_judge_heeds_the_weights():
     counts[target[:, 0] > 0] = 9
     losses = []
     for draws, weights in ((target, counts.double()), (target.repeat_interleave(counts, 0), None)):
-        bridge = LightSB(2, 1, 0.5)  # one component: the same potential for both
+        bridge = LightSB(2, num_components=1, epsilon=0.5)  # one component: the same potential for both
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            options = {"weights": weights, "solver": "em", "held_out": 0.0, "num_steps": 2}
+            options = {"weights": weights, "solver": "em", "held_out": 0.0, "num_updates": 2}
             history = bridge.fit(draws, source, progress=False, **options)
         assert history.losses[-1] == pytest.approx(losses[0][0] if losses else history.losses[-1], abs=1e-8)
         losses.append((history.losses[-1], history.validation_losses[-1]))
@@ -301,7 +303,7 @@ def test_the_fit_is_free_of_units_and_of_the_origin(make, kind):
     draws, drifts, densities, x = [], [], [], torch.randn(20, 2, **F64)
     for factor, origin, data, start in ((1.0, 0.0 * shift, target, source), (3.0, shift, shift + 3 * target, moved)):
         torch.manual_seed(3)
-        bridge = quick(make(2, 3, factor**2 * 0.5), data, start)
+        bridge = quick(make(2, num_components=3, epsilon=factor**2 * 0.5), data, start)
         draws.append((bridge().sample((100,)) - origin) / factor)
         drifts.append(bridge.drift(0.4, origin + factor * x) / factor)
         densities.append(bridge.plan(origin + factor * x).log_prob(origin + factor * x.flip(0)) + 2 * math.log(factor))
@@ -315,7 +317,7 @@ def test_the_fit_is_free_of_units_and_of_the_origin(make, kind):
 @full_or_not
 def test_paths_lead_from_the_source_to_the_law_of_transport(covariance):
     source, num = torch.randn(200, 2, **F64), 4000
-    bridge = quick(LightSB(2, 3, 0.5, covariance=covariance), source=source)
+    bridge = quick(LightSB(2, num_components=3, epsilon=0.5, covariance=covariance), source=source)
     times, states = bridge.paths(num, 5)
     assert (states[0][:, None] - source).abs().amax(-1).min(1).values.max() < 1e-12
     assert z_of_two(states[-1], bridge.transport(states[0])).abs().max() < 4
@@ -328,7 +330,7 @@ def test_paths_lead_from_the_source_to_the_law_of_transport(covariance):
 
 def test_paths_solve_the_sde_of_drift_and_volatility():
     num, steps = 8000, 60
-    bridge = quick(LightSB(2, 3, 1.5, covariance="full"), source=standard_normal())
+    bridge = quick(LightSB(2, num_components=3, epsilon=1.5, covariance="full"), source=standard_normal())
     _, states = bridge.paths(num, 4)
     x, t = standard_normal().sample((num,)), 0.0
     sigma = bridge.volatility(0.3, x[:1])[0]
@@ -343,7 +345,7 @@ def test_paths_solve_the_sde_of_drift_and_volatility():
 
 def test_increments_along_a_path_have_the_brownian_variance():
     # Whatever the drift: quadratic variation is epsilon a unit of time, along every axis
-    bridge = quick(LightSB(2, 3, 1.5), source=standard_normal())
+    bridge = quick(LightSB(2, num_components=3, epsilon=1.5), source=standard_normal())
     _, states = bridge.paths(200, 500)
     variation = states.diff(dim=0).square().sum(0)
     assert z_of_means(variation, 1.5).abs().max() < 4
@@ -359,8 +361,15 @@ def test_a_linear_gaussian_posterior_is_recovered(covariance):
     noise, num = 0.5, 4000
     theta = torch.randn(num, 2, **F64)
     y = theta.sum(1, keepdim=True) + math.sqrt(noise) * torch.randn(num, 1, **F64)
-    bridge = LightSB(2, 2 if covariance == "full" else 5, 1.0, context_dim=1, covariance=covariance, hidden=(32,))
-    bridge.fit(theta, context=y, num_steps=500, learning_rate=5e-3, progress=False)
+    bridge = LightSB(
+        2,
+        num_components=2 if covariance == "full" else 5,
+        epsilon=1.0,
+        context_dim=1,
+        covariance=covariance,
+        hidden=(32,),
+    )
+    bridge.fit(theta, context=y, num_updates=500, learning_rate=5e-3, progress=False)
     given = torch.tensor([[-1.5], [0.0], [2.0]], **F64)
     draws = bridge(given).sample((20_000,))
     cov = torch.eye(2, **F64) - torch.ones(2, 2, **F64) / (2 + noise)
@@ -379,7 +388,13 @@ def test_a_linear_gaussian_posterior_is_recovered(covariance):
 @either
 def test_every_context_has_its_own_law(make):
     context = torch.randn(200, 1, **F64)
-    bridge = quick(make(1, 3, 0.5, context_dim=1), 2 * context, context=context, num_steps=60, learning_rate=1e-2)
+    bridge = quick(
+        make(1, num_components=3, epsilon=0.5, context_dim=1),
+        2 * context,
+        context=context,
+        num_updates=60,
+        learning_rate=1e-2,
+    )
     given, x = torch.tensor([[-1.0], [1.0]], **F64), torch.linspace(-25, 25, 4001, **F64)[:, None]
     together = bridge(given).log_prob(x[:, None])
     for i in range(2):
@@ -393,7 +408,7 @@ def test_every_context_has_its_own_law(make):
 
 def test_contexts_broadcast_with_points():
     context = torch.randn(200, 1, **F64)
-    bridge = quick(LightSB(2, 3, 0.5, context_dim=1), clusters(200), context=context)
+    bridge = quick(LightSB(2, num_components=3, epsilon=0.5, context_dim=1), clusters(200), context=context)
     x0, given = torch.randn(2, **F64), torch.tensor([[-1.0], [1.0]], **F64)
     expected = torch.stack([bridge.drift(0.5, x0, c) for c in given])
     torch.testing.assert_close(bridge.drift(0.5, x0, given), expected, rtol=1e-12, atol=1e-12)
@@ -403,7 +418,7 @@ def test_contexts_broadcast_with_points():
 
 @full_or_not
 def test_conditioning_in_closed_form_is_the_joint_density_renormalised(covariance):
-    bridge = quick(LightSB(2, 3, 0.5, covariance=covariance))
+    bridge = quick(LightSB(2, num_components=3, epsilon=0.5, covariance=covariance))
     axis = torch.linspace(-15, 15, 3001, **F64)
     for axes, rest in (([0], 1), ([-1], 0)):
         observed = torch.tensor([[-1.0], [2.5]], **F64)
@@ -414,7 +429,7 @@ def test_conditioning_in_closed_form_is_the_joint_density_renormalised(covarianc
         expected = bridge().log_prob(joint)
         expected = expected - torch.logsumexp(expected, 0) - math.log(float(axis[1] - axis[0]))
         torch.testing.assert_close(law.log_prob(axis[:, None, None]), expected, rtol=1e-8, atol=1e-8)
-    from_law = quick(LightSB(2, 3, 0.5, covariance=covariance), source=standard_normal())
+    from_law = quick(LightSB(2, num_components=3, epsilon=0.5, covariance=covariance), source=standard_normal())
     x0, value = torch.randn(2, **F64), torch.tensor([0.3], **F64)
     joint = torch.stack([value.expand(len(axis)), axis], -1)
     expected = from_law.plan(x0).log_prob(joint)
@@ -433,7 +448,7 @@ def test_conditioning_in_closed_form_is_the_joint_density_renormalised(covarianc
 
 @either
 def test_ctrl_c_keeps_what_was_learnt(make, tmp_path, monkeypatch):
-    bridge, original, calls = make(2, 3, 0.5), make.loss, iter(range(1, 1000))
+    bridge, original, calls = make(2, num_components=3, epsilon=0.5), make.loss, iter(range(1, 1000))
 
     def loss(self, *args):
         if next(calls) == 60:
@@ -443,7 +458,7 @@ def test_ctrl_c_keeps_what_was_learnt(make, tmp_path, monkeypatch):
     monkeypatch.setattr(make, "loss", loss)
     with pytest.warns(RuntimeWarning, match=rf"interrupted: 59 of 200 updates of {make.__name__}"):
         history = bridge.fit(
-            clusters(300), standard_normal(), num_steps=200, checkpoint=tmp_path / "stopped.pt", progress=False
+            clusters(300), standard_normal(), num_updates=200, checkpoint=tmp_path / "stopped.pt", progress=False
         )
     assert history.iterations == 59 and not history.converged
     loaded = Bridge.load(tmp_path / "stopped.pt")
@@ -454,14 +469,14 @@ def test_ctrl_c_keeps_what_was_learnt(make, tmp_path, monkeypatch):
 
 @either
 def test_a_loss_that_is_not_finite_raises_and_leaves_a_bridge_that_works(make, monkeypatch):
-    bridge, original, calls = make(2, 3, 0.5), make.loss, iter(range(1, 1000))
+    bridge, original, calls = make(2, num_components=3, epsilon=0.5), make.loss, iter(range(1, 1000))
 
     def loss(self, *args):
         return original(self, *args) * (math.nan if next(calls) == 30 else 1.0)
 
     monkeypatch.setattr(make, "loss", loss)
     with pytest.raises(RuntimeError, match="finite, got nan at step 30.*learning_rate"):
-        bridge.fit(clusters(300), num_steps=100, progress=False)
+        bridge.fit(clusters(300), num_updates=100, progress=False)
     assert all(bool(torch.isfinite(p).all()) for p in bridge.parameters())
     assert torch.isfinite(bridge().draws((10,)).log_q).all()
 
@@ -469,13 +484,13 @@ def test_a_loss_that_is_not_finite_raises_and_leaves_a_bridge_that_works(make, m
 def test_a_checkpoint_is_the_fitted_bridge(tmp_path):
     for solver in ("adam", "em"):
         path = tmp_path / f"{solver}.pt"
-        bridge = quick(LightSB(2, 3, 0.5, covariance="full"), solver=solver, checkpoint=path)
+        bridge = quick(LightSB(2, num_components=3, epsilon=0.5, covariance="full"), solver=solver, checkpoint=path)
         x = torch.randn(5, 2, **F64)
         assert torch.equal(Bridge.load(path)().log_prob(x), bridge().log_prob(x))
 
 
 def test_a_loaded_bridge_asks_for_its_source(tmp_path):
-    bridge = quick(LightSB(2, 3, 0.5), source=standard_normal())
+    bridge = quick(LightSB(2, num_components=3, epsilon=0.5), source=standard_normal())
     bridge.save(tmp_path / "bridge.pt")
     loaded, x = Bridge.load(tmp_path / "bridge.pt"), torch.randn(5, 2, **F64)
     assert loaded.density == "path"
@@ -492,7 +507,7 @@ def test_a_loaded_bridge_asks_for_its_source(tmp_path):
 
 
 def test_source_draws_are_saved(tmp_path):
-    bridge = quick(LightSB(2, 3, 0.5), source=torch.randn(50, 2, **F64))
+    bridge = quick(LightSB(2, num_components=3, epsilon=0.5), source=torch.randn(50, 2, **F64))
     bridge.save(tmp_path / "bridge.pt")
     loaded = Bridge.load(tmp_path / "bridge.pt")
     assert torch.equal(loaded.source_points, bridge.source_points) and loaded.density is None
@@ -500,35 +515,41 @@ def test_source_draws_are_saved(tmp_path):
 
 
 def test_a_fit_that_has_not_converged_says_by_how_much_and_what_to_do():
-    with pytest.warns(RuntimeWarning, match="moment steps have not converged.*after 3.*Raise num_steps"):
-        LightSB(2, 3, 0.5).fit(clusters(300), standard_normal(), solver="em", num_steps=3, progress=False)
+    with pytest.warns(RuntimeWarning, match="moment steps have not converged.*after 3.*Raise num_updates"):
+        LightSB(2, num_components=3, epsilon=0.5).fit(
+            clusters(300), standard_normal(), solver="em", num_updates=3, progress=False
+        )
     context = torch.randn(300, 1, **F64)
     with pytest.warns(
-        RuntimeWarning, match=r"LightSB has not converged: its loss fell by .* Raise num_steps \(now 40\)"
+        RuntimeWarning, match=r"LightSB has not converged: its loss fell by .* Raise num_updates \(now 40\)"
     ):
-        LightSB(1, 2, 0.1, context_dim=1).fit(
+        LightSB(1, num_components=2, epsilon=0.1, context_dim=1).fit(
             3 * context + 0.1 * torch.randn(300, 1, **F64),
             context=context,
-            num_steps=40,
+            num_updates=40,
             learning_rate=0.02,
             progress=False,
         )
 
 
 def test_a_second_fit_forgets_the_first():
-    target, bridge = clusters(300), LightSB(2, 3, 0.5)
+    target, bridge = clusters(300), LightSB(2, num_components=3, epsilon=0.5)
     quick(bridge, 100 + 7 * target, standard_normal())
     torch.manual_seed(2)
     quick(bridge, target)
     torch.manual_seed(2)
-    fresh = quick(LightSB(2, 3, 0.5), target)
+    fresh = quick(LightSB(2, num_components=3, epsilon=0.5), target)
     assert bridge.density == "marginal"
     same_bridge(bridge, fresh, torch.randn(5, 2, **F64), 1e-12)
 
 
 def test_with_a_context_too_a_second_fit_forgets_the_first():
-    target, context, bridge = clusters(300), torch.randn(300, 1, **F64), LightSB(2, 3, 0.5, context_dim=1)
-    quick(bridge, target, context=context, num_steps=100, learning_rate=0.05)
+    target, context, bridge = (
+        clusters(300),
+        torch.randn(300, 1, **F64),
+        LightSB(2, num_components=3, epsilon=0.5, context_dim=1),
+    )
+    quick(bridge, target, context=context, num_updates=100, learning_rate=0.05)
     before = [p.detach().clone() for p in bridge.parameters_of.net.layers.parameters() if p.dim() == 2]
     bridge.parameters_of.reset()
     after = [p for p in bridge.parameters_of.net.layers.parameters() if p.dim() == 2]
@@ -581,8 +602,8 @@ BAD_FITS = {
     "held out less than none": ({"held_out": -0.1}, "held_out must lie in"),
     "held out NaN": ({"held_out": math.nan}, "held_out must lie in"),
     "superfluous context": ({"context": torch.randn(100, 1)}, "context_dim = 0"),
-    "no step": ({"num_steps": -1}, "num_steps must be at least 1"),
-    "zero steps": ({"num_steps": 0}, "num_steps must be at least 1"),
+    "no step": ({"num_updates": -1}, "num_updates must be at least 1"),
+    "zero steps": ({"num_updates": 0}, "num_updates must be at least 1"),
     "learning rate": ({"learning_rate": -1.0}, "learning_rate must be positive, got -1"),
 }
 
@@ -603,22 +624,22 @@ def test_bad_fits_are_refused(bad):
 
 def test_collinear_axes_are_named_where_components_are_full():
     with pytest.raises(ValueError, match=r"well conditioned.*axes \[(0, 2|2, 0).*covariance=\"diagonal\""):
-        LightSB(3, 5, covariance="full").fit(COLLINEAR, progress=False)
-    quick(LightSB(3, 5), COLLINEAR)  # diagonal components take it
+        LightSB(3, num_components=5, covariance="full").fit(COLLINEAR, progress=False)
+    quick(LightSB(3, num_components=5), COLLINEAR)  # diagonal components take it
 
 
 def test_what_has_no_network_refuses_a_context():
     options = {"context": torch.randn(100, 1, **F64), "progress": False}
     with pytest.raises(ValueError, match='solver="em" has no network'):
-        LightSB(2, 3, context_dim=1).fit(clusters(100), solver="em", **options)
+        LightSB(2, num_components=3, context_dim=1).fit(clusters(100), solver="em", **options)
     with pytest.raises(ValueError, match="target must be draws where there is a context"):
-        LightSB(2, 3, context_dim=1).fit(standard_normal(), **options)
+        LightSB(2, num_components=3, context_dim=1).fit(standard_normal(), **options)
     with pytest.raises(ValueError, match=r"LightSBM's solver must be one of \['adam'\], got 'em'"):
-        LightSBM(2, 3).fit(clusters(100), solver="em", progress=False)
+        LightSBM(2, num_components=3).fit(clusters(100), solver="em", progress=False)
 
 
 def test_bad_questions_are_refused():
-    bridge = quick(LightSB(2, 3, 0.5))
+    bridge = quick(LightSB(2, num_components=3, epsilon=0.5))
     for t in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
             bridge.drift(t, torch.zeros(2, **F64))

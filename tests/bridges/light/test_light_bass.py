@@ -47,7 +47,7 @@ def quick(bridge, target=None, source=None, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         bridge.fit(
-            clusters(300) if target is None else target, source, **({"progress": False, "num_steps": 20} | options)
+            clusters(300) if target is None else target, source, **({"progress": False, "num_updates": 20} | options)
         )
     return bridge
 
@@ -75,7 +75,7 @@ PAIRS = [(0.1, 2.0), (0.1, 10.0), (0.5, 1.5), (0.5, 10.0), (2.0, 2.0), (10.0, 1.
 @pytest.mark.parametrize("s2, beta", PAIRS)
 def test_the_batch_solver_finds_the_gaussian_bridge(s2, beta, covariance):
     source, target = scaled(200, 1.0), scaled(200, s2)
-    bridge = LightSBBM(1, 1, 1.0, beta, covariance=covariance)
+    bridge = LightSBBM(1, num_components=1, epsilon=1.0, beta=beta, covariance=covariance)
     history = bridge.fit(target, source, solver="batch", held_out=0.0, progress=False)
     one, variance = torch.ones(1, 1, **F64), torch.tensor([[s2]], **F64)
     oracle = commuting_bass_bridge(one, variance, 1.0, beta)
@@ -101,10 +101,10 @@ def test_pairs_where_the_plain_alternation_is_lost_are_among_them():
 @pytest.mark.slow
 @pytest.mark.parametrize("s2, beta", [(0.1, 2.0), (10.0, 10.0)])
 def test_the_dual_solver_finds_the_gaussian_bridge(s2, beta):
-    bridge, one = LightSBBM(1, 1, 1.0, beta), torch.ones(1, **F64)
+    bridge, one = LightSBBM(1, num_components=1, epsilon=1.0, beta=beta), torch.ones(1, **F64)
     source = MultivariateNormal(torch.zeros(1, **F64), torch.eye(1, **F64))
     target = MultivariateNormal(torch.zeros(1, **F64), s2 * torch.eye(1, **F64))
-    bridge.fit(target, source, num_steps=200, learning_rate=0.03, progress=False)
+    bridge.fit(target, source, num_updates=200, learning_rate=0.03, progress=False)
     torch.testing.assert_close(gain_of(bridge), bass_gain(one, s2 * one, 1.0, beta), rtol=0.05, atol=0)
     x0 = source.sample((20_000,))
     x1 = bridge.transport(x0)
@@ -118,7 +118,7 @@ def test_the_dual_solver_finds_the_gaussian_bridge(s2, beta):
 def test_in_the_plane_axes_are_bridges_of_their_own(covariance):
     variances = torch.tensor([0.3, 4.0], **F64)
     source, target = scaled(400, 1.0, 2), scaled(400, variances, 2)
-    bridge = LightSBBM(2, 1, 1.0, 3.0, covariance=covariance)
+    bridge = LightSBBM(2, num_components=1, epsilon=1.0, beta=3.0, covariance=covariance)
     for x in (source, target):  # whitened: the draws' covariances are diagonal, so they commute
         root = torch.linalg.cholesky(x.T @ x / len(x))
         x.copy_(torch.linalg.solve_triangular(root, x.T, upper=False).T * x.std(0, correction=0))
@@ -129,7 +129,7 @@ def test_in_the_plane_axes_are_bridges_of_their_own(covariance):
 
 def test_from_a_point_to_the_normal_law_there_is_nothing_to_pay():
     # delta_0 -> N(0, 1): drift 0 and volatility 1, the reference itself
-    bridge, x = LightSBBM(1, 1, 1.0, 2.0), torch.tensor([[-2.0], [0.5]], **F64)
+    bridge, x = LightSBBM(1, num_components=1, epsilon=1.0, beta=2.0), torch.tensor([[-2.0], [0.5]], **F64)
     bridge.fit(scaled(500, 1.0), solver="batch", held_out=0.0, progress=False)
     for t in (0.0, 0.3, 1.0):
         assert bridge.drift(t, x).abs().max() < 1e-3
@@ -145,10 +145,10 @@ def test_from_a_point_to_the_normal_law_there_is_nothing_to_pay():
 @pytest.mark.parametrize("beta", [1.5, 10.0])
 def test_the_batch_solver_never_descends_and_keeps_the_floor(beta, covariance):
     target, source = (x - x.mean(0) for x in (clusters(100), torch.randn(100, 2, **F64)))
-    bridge = LightSBBM(2, 3, 0.5, beta, covariance=covariance)
+    bridge = LightSBBM(2, num_components=3, epsilon=0.5, beta=beta, covariance=covariance)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        history = bridge.fit(target, source, solver="batch", held_out=0.0, num_steps=6, progress=False)
+        history = bridge.fit(target, source, solver="batch", held_out=0.0, num_updates=6, progress=False)
     assert min(history.residuals) >= 0 and len(history.losses) == history.iterations
     assert all(later <= earlier for earlier, later in zip(history.losses, history.losses[1:]))
     assert -bridge.dual(source, target) / bridge.epsilon == pytest.approx(history.losses[-1], abs=1e-6)
@@ -161,8 +161,8 @@ def test_the_batch_solver_never_descends_and_keeps_the_floor(beta, covariance):
 @full_or_not
 def test_the_floor_holds_after_a_fit_of_what_is_concentrated(solver, covariance):
     target = torch.cat([0.01 * torch.randn(100, 2, **F64), 1 + 0.01 * torch.randn(100, 2, **F64)])
-    bridge = LightSBBM(2, 2, 1.0, 2.0, covariance=covariance)
-    quick(bridge, target, standard_normal(), solver=solver, num_steps=5, num_draws=200)
+    bridge = LightSBBM(2, num_components=2, epsilon=1.0, beta=2.0, covariance=covariance)
+    quick(bridge, target, standard_normal(), solver=solver, num_updates=5, num_draws=200)
     scales = bridge.parameters_of(None, 1.0).scales.detach()
     scales = scales if covariance == "full" else torch.diag_embed(scales)
     assert torch.linalg.eigvalsh(scales).min() >= 1.05 / 3 - 1e-12
@@ -176,25 +176,39 @@ def test_the_dual_is_in_squared_units_of_the_data():
     shift = torch.tensor([4.0, -1.0], **F64)
     for factor, origin in ((1.0, 0 * shift), (3.0, shift)):
         torch.manual_seed(3)
-        bridge = quick(LightSBBM(2, 3, 0.5 * factor**2, 5.0), origin + factor * target, origin + factor * source)
+        bridge = quick(
+            LightSBBM(2, num_components=3, epsilon=0.5 * factor**2, beta=5.0),
+            origin + factor * target,
+            origin + factor * source,
+        )
         duals.append(bridge.dual(origin + factor * source, origin + factor * target))
     assert duals[1] == pytest.approx(9 * duals[0], rel=1e-7)
 
 
 def test_no_other_potential_has_a_higher_dual():
     target, source = clusters(100), torch.randn(100, 2, **F64)
-    best = quick(LightSBBM(2, 3, 0.5, 5.0), target, source, solver="batch", held_out=0.0, num_steps=15)
+    best = quick(
+        LightSBBM(2, num_components=3, epsilon=0.5, beta=5.0),
+        target,
+        source,
+        solver="batch",
+        held_out=0.0,
+        num_updates=15,
+    )
     top = best.dual(source, target)
     for seed in range(3):
         torch.manual_seed(seed)
-        other = quick(LightSBBM(2, 3, 0.5, 5.0), clusters(150), source, num_steps=3)
+        other = quick(LightSBBM(2, num_components=3, epsilon=0.5, beta=5.0), clusters(150), source, num_updates=3)
         assert other.dual(source, target) <= top
 
 
 def test_infinite_beta_is_lightsb():
     target, source = clusters(300), torch.randn(300, 2, **F64)
     bridges = []
-    for make in (lambda: LightSB(2, 3, 0.5), lambda: LightSBBM(2, 3, 0.5, math.inf)):
+    for make in (
+        lambda: LightSB(2, num_components=3, epsilon=0.5),
+        lambda: LightSBBM(2, num_components=3, epsilon=0.5, beta=math.inf),
+    ):
         torch.manual_seed(1)
         bridges.append(quick(make(), target, source))
     x = torch.randn(20, 2, **F64)
@@ -209,7 +223,16 @@ def test_large_beta_tends_to_lightsb():
         bridges = []
         for b in (beta, math.inf):
             torch.manual_seed(1)
-            bridges.append(quick(LightSBBM(2, 3, 0.5, b), target, source, solver="batch", num_steps=1, held_out=0.0))
+            bridges.append(
+                quick(
+                    LightSBBM(2, num_components=3, epsilon=0.5, beta=b),
+                    target,
+                    source,
+                    solver="batch",
+                    num_updates=1,
+                    held_out=0.0,
+                )
+            )
         bridges[1].parameters_of.load_state_dict(bridges[0].parameters_of.state_dict())
         gaps.append(float((bridges[0].drift(0.5, x) - bridges[1].drift(0.5, x)).abs().max()))
     assert gaps[1] < 0.02 * gaps[0]
@@ -221,7 +244,7 @@ def test_large_beta_tends_to_lightsb():
 @pytest.mark.parametrize("beta", [1.5, 10.0])
 @full_or_not
 def test_from_a_point_the_density_is_normalised(beta, covariance):
-    bridge = quick(LightSBBM(1, 3, 0.5, beta, covariance=covariance), bumps(300))
+    bridge = quick(LightSBBM(1, num_components=3, epsilon=0.5, beta=beta, covariance=covariance), bumps(300))
     x = torch.linspace(-12, 12, 6001, **F64)[:, None]
     density = bridge().log_prob(x).exp()
     assert bridge.density == "marginal"
@@ -236,7 +259,9 @@ def test_from_a_point_the_density_is_normalised(beta, covariance):
 
 @full_or_not
 def test_in_the_plane_the_plan_is_normalised_from_every_point(covariance):
-    bridge = quick(LightSBBM(2, 3, 0.5, 3.0, covariance=covariance), source=standard_normal())
+    bridge = quick(
+        LightSBBM(2, num_components=3, epsilon=0.5, beta=3.0, covariance=covariance), source=standard_normal()
+    )
     axis = torch.linspace(-8, 8, 101, **F64)
     points, x0 = torch.cartesian_prod(axis, axis), torch.randn(2, 2, **F64)
     mass = float(axis[1] - axis[0]) ** 2 * bridge.plan(x0).log_prob(points[:, None]).exp()
@@ -249,7 +274,10 @@ def test_in_the_plane_the_plan_is_normalised_from_every_point(covariance):
 
 @pytest.mark.parametrize("source", [None, "law"])
 def test_weights_correct_exactly(source):
-    bridge, num = quick(LightSBBM(2, 3, 1.0, 3.0), source=source and standard_normal()), 2000
+    bridge, num = (
+        quick(LightSBBM(2, num_components=3, epsilon=1.0, beta=3.0), source=source and standard_normal()),
+        2000,
+    )
     p = MultivariateNormal(CENTRES[0], 0.12 * torch.eye(2, **F64))
     value, log_q = bridge().draws((num,))
     weights = (p.log_prob(value) - log_q).exp()
@@ -259,7 +287,11 @@ def test_weights_correct_exactly(source):
 
 def test_given_a_context_the_density_is_normalised():
     context = torch.randn(300, 1, **F64)
-    bridge = quick(LightSBBM(1, 3, 0.5, 3.0, context_dim=1), context + 0.3 * bumps(300), context=context)
+    bridge = quick(
+        LightSBBM(1, num_components=3, epsilon=0.5, beta=3.0, context_dim=1),
+        context + 0.3 * bumps(300),
+        context=context,
+    )
     x, given = torch.linspace(-15, 15, 3001, **F64)[:, None], torch.tensor([[-1.0], [0.5]], **F64)
     mass = bridge(given).log_prob(x[:, None]).exp() * (x[1] - x[0])
     torch.testing.assert_close(mass.sum(0), torch.ones(2, **F64), rtol=1e-8, atol=1e-8)
@@ -272,7 +304,10 @@ def test_given_a_context_the_density_is_normalised():
 
 @full_or_not
 def test_volatility_is_symmetric_and_positive_and_drift_is_a_gradient(covariance):
-    bridge, x = quick(LightSBBM(2, 3, 0.5, 1.5, covariance=covariance)), 3 * torch.randn(100, 2, **F64)
+    bridge, x = (
+        quick(LightSBBM(2, num_components=3, epsilon=0.5, beta=1.5, covariance=covariance)),
+        3 * torch.randn(100, 2, **F64),
+    )
     for t in (0.0, 0.5, 1.0):
         sigma = bridge.volatility(t, x)
         torch.testing.assert_close(sigma, sigma.mT, rtol=1e-12, atol=1e-12)
@@ -288,7 +323,7 @@ def test_volatility_is_symmetric_and_positive_and_drift_is_a_gradient(covariance
 @pytest.mark.slow
 def test_paths_solve_the_sde_of_drift_and_volatility():
     num, steps = 3000, 40
-    bridge = quick(LightSBBM(2, 3, 1.5, 2.0), source=standard_normal())
+    bridge = quick(LightSBBM(2, num_components=3, epsilon=1.5, beta=2.0), source=standard_normal())
     _, states = bridge.paths(num, 4)
     x = standard_normal().sample((num,))
     assert z_of_two(states[0], x).abs().max() < 4
@@ -306,7 +341,7 @@ def test_paths_solve_the_sde_of_drift_and_volatility():
 
 def test_paths_begin_at_the_sources_draws():
     source = torch.randn(100, 2, **F64)
-    bridge = quick(LightSBBM(2, 3, 0.5, 3.0), source=source)
+    bridge = quick(LightSBBM(2, num_components=3, epsilon=0.5, beta=3.0), source=source)
     _, states = bridge.paths(300, 3)
     assert (states[0][:, None] - source).abs().amax(-1).min(1).values.max() < 1e-12
     assert bridge.density is None
@@ -319,7 +354,9 @@ def test_the_fit_is_free_of_units_and_of_the_origin(kind):
     for factor, origin in ((1.0, 0.0 * shift), (3.0, shift)):
         torch.manual_seed(3)
         start = None if source is None else origin + factor * source
-        bridge = quick(LightSBBM(2, 3, factor**2 * 0.5, 3.0), origin + factor * target, start)
+        bridge = quick(
+            LightSBBM(2, num_components=3, epsilon=factor**2 * 0.5, beta=3.0), origin + factor * target, start
+        )
         draws.append((bridge().sample((100,)) - origin) / factor)
         sigmas.append(bridge.volatility(0.4, origin + factor * target[:20]) / factor)
     torch.testing.assert_close(*draws, rtol=1e-6, atol=1e-6)
@@ -328,7 +365,7 @@ def test_the_fit_is_free_of_units_and_of_the_origin(kind):
 
 @pytest.mark.parametrize("beta", [3.0, 1e5])
 def test_a_pool_never_moves_the_points_it_inverts(beta):
-    bridge = quick(LightSBBM(2, 3, 0.5, beta), num_steps=1)
+    bridge = quick(LightSBBM(2, num_components=3, epsilon=0.5, beta=beta), num_updates=1)
     ends = bridge._read(clusters(300), standard_normal(), None, None, 1000, 0.1)
     bridge._begin(ends)
     bridge.loss(ends, 64)
@@ -344,12 +381,12 @@ def test_a_pool_never_moves_the_points_it_inverts(beta):
 
 @pytest.mark.slow
 def test_auto_takes_a_candidate_by_its_score():
-    bridge = LightSBBM(1, 2, 1.0, "auto")
-    quick(bridge, scaled(400, 0.2), scaled(400, 1.0), num_steps=50)
+    bridge = LightSBBM(1, num_components=2, epsilon=1.0, beta="auto")
+    quick(bridge, scaled(400, 0.2), scaled(400, 1.0), num_updates=50)
     assert bridge.beta in CANDIDATES and set(bridge.scores) == set(CANDIDATES)
     assert all(math.isfinite(score) for score in bridge.scores.values())
     with pytest.raises(ValueError, match='beta="auto" needs solver="dual"'):
-        LightSBBM(1, 2, 1.0, "auto").fit(scaled(100, 1.0), solver="batch", progress=False)
+        LightSBBM(1, num_components=2, epsilon=1.0, beta="auto").fit(scaled(100, 1.0), solver="batch", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -365,13 +402,13 @@ def test_auto_takes_the_largest_within_a_standard_error_of_the_best(monkeypatch,
     scores = iter([mean + torch.randn(60, **F64) * 0.8 + noise - noise.mean() for mean in means])
     centred = (score - score.mean() + mean for score, mean in zip(scores, means))
     monkeypatch.setattr(LightSBBM, "_mean_log_prob", lambda *args: next(centred))
-    bridge = LightSBBM(1, 2, 1.0, "auto")
-    quick(bridge, scaled(600, 0.5), num_steps=5)
+    bridge = LightSBBM(1, num_components=2, epsilon=1.0, beta="auto")
+    quick(bridge, scaled(600, 0.5), num_updates=5)
     assert bridge.beta == choice
 
 
 def test_auto_survives_saving(tmp_path):
-    bridge = quick(LightSBBM(1, 2, 1.0, "auto"), scaled(100, 0.2), num_steps=10)
+    bridge = quick(LightSBBM(1, num_components=2, epsilon=1.0, beta="auto"), scaled(100, 0.2), num_updates=10)
     bridge.save(tmp_path / "bridge.pt")
     loaded, x = Bridge.load(tmp_path / "bridge.pt"), torch.randn(5, 1, **F64)
     assert loaded.beta == bridge.beta
@@ -379,7 +416,12 @@ def test_auto_survives_saving(tmp_path):
 
 
 def test_the_alternating_solver_has_no_density(tmp_path):
-    bridge = quick(LightSBBM(2, 3, 0.5, 5.0), source=standard_normal(), solver="alternating", num_steps=50)
+    bridge = quick(
+        LightSBBM(2, num_components=3, epsilon=0.5, beta=5.0),
+        source=standard_normal(),
+        solver="alternating",
+        num_updates=50,
+    )
     assert bridge.density is None
     x = torch.randn(4, 2, **F64)
     for ask in (lambda: bridge().log_prob(x), lambda: bridge().draws((3,)), lambda: bridge.plan(x).log_prob(x)):
@@ -399,7 +441,12 @@ def test_the_alternating_solver_has_no_density(tmp_path):
 
 
 def test_after_the_alternating_solver_nothing_pretends_to_be_exact():
-    bridge = quick(LightSBBM(2, 3, 0.5, 5.0), source=standard_normal(), solver="alternating", num_steps=50)
+    bridge = quick(
+        LightSBBM(2, num_components=3, epsilon=0.5, beta=5.0),
+        source=standard_normal(),
+        solver="alternating",
+        num_updates=50,
+    )
     with pytest.raises(NotImplementedError, match="alternating"):
         bridge.marginal_log_prob(torch.randn(4, 2, **F64))
 
@@ -415,13 +462,13 @@ def test_bad_choices_are_refused():
         LightSBBM(2, beta="best")
     target, context = clusters(100), torch.randn(100, 1, **F64)
     with pytest.raises(ValueError, match="solver must be one of .*'dual', 'batch', 'alternating'.*'em'"):
-        LightSBBM(2, 3).fit(target, solver="em", progress=False)
+        LightSBBM(2, num_components=3).fit(target, solver="em", progress=False)
     for solver in ("batch", "alternating"):
         with pytest.raises(ValueError, match=f'solver="{solver}" has no network'):
-            LightSBBM(2, 3, context_dim=1).fit(target, context=context, solver=solver, progress=False)
+            LightSBBM(2, num_components=3, context_dim=1).fit(target, context=context, solver=solver, progress=False)
     with pytest.raises(ValueError, match="needs a finite beta, got inf. Use LightSBM"):
-        LightSBBM(2, 3, beta=math.inf).fit(target, solver="alternating", progress=False)
-    bridge = quick(LightSBBM(2, 3, beta=3.0))
+        LightSBBM(2, num_components=3, beta=math.inf).fit(target, solver="alternating", progress=False)
+    bridge = quick(LightSBBM(2, num_components=3, beta=3.0))
     with pytest.raises(NotImplementedError, match=r"beta = inf, got beta = 3.*plan\(x0\)\.sample"):
         bridge.plan_moments(torch.zeros(2, **F64))
     with pytest.raises(NotImplementedError, match="beta = inf, got beta = 3"):
@@ -429,7 +476,7 @@ def test_bad_choices_are_refused():
 
 
 def test_a_batch_fit_that_has_not_converged_says_so():
-    with pytest.warns(RuntimeWarning, match=r"batch solver has not converged: G still rose by .* Raise num_steps"):
-        LightSBBM(2, 3, 0.5, 3.0).fit(
-            clusters(150), torch.randn(150, 2, **F64), solver="batch", num_steps=2, progress=False
+    with pytest.warns(RuntimeWarning, match=r"batch solver has not converged: G still rose by .* Raise num_updates"):
+        LightSBBM(2, num_components=3, epsilon=0.5, beta=3.0).fit(
+            clusters(150), torch.randn(150, 2, **F64), solver="batch", num_updates=2, progress=False
         )

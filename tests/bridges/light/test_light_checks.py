@@ -19,7 +19,7 @@ def fitted(**options):
     """A bridge with a network, on draws whose mean is the context's."""
     context = torch.randn(60, 3, dtype=torch.float64)
     target = context[:, :2] + 0.5 * torch.randn(60, 2, dtype=torch.float64)
-    bridge = LightSB(2, 2, context_dim=3, covariance="full")
+    bridge = LightSB(2, num_components=2, context_dim=3, covariance="full")
     history = bridge.fit(target, context=context, progress=False, **options)
     return bridge, history
 
@@ -33,9 +33,9 @@ def judged(monkeypatch, losses):
 def test_a_bridge_that_kept_its_start_says_so_with_figures_and_knobs(monkeypatch):
     judged(monkeypatch, [1.5, 2.5])
     with pytest.warns(RuntimeWarning, match=KEPT) as caught:
-        bridge, _ = fitted(num_steps=40, learning_rate=0.02)
+        bridge, _ = fitted(num_updates=40, learning_rate=0.02)
     told = next(str(w.message) for w in caught if KEPT in str(w.message))
-    for part in ("1.5 nats", "11 checks, at best 2.5", "54 draws", "dropout 0", "learning_rate 0.02", "num_steps 40"):
+    for part in ("1.5 nats", "11 checks, at best 2.5", "54 draws", "dropout 0", "learning_rate 0.02", "num_updates 40"):
         assert part in told
     assert caught[0].filename == __file__
     one, other = torch.randn(2, 3, dtype=torch.float64)
@@ -46,7 +46,7 @@ def test_a_bridge_that_kept_its_start_says_so_with_figures_and_knobs(monkeypatch
 @pytest.mark.parametrize("losses", [[1.5, 1.0], [1.5, 2.0, 2.0, 1.0]])
 def test_a_bridge_that_learnt_something_keeps_silent(losses, monkeypatch):
     judged(monkeypatch, losses)
-    bridge, _ = fitted(num_steps=100)
+    bridge, _ = fitted(num_updates=100)
     one, other = torch.randn(2, 3, dtype=torch.float64)
     points = torch.randn(5, 2, dtype=torch.float64)
     assert not torch.equal(bridge(one).log_prob(points), bridge(other).log_prob(points))
@@ -54,12 +54,12 @@ def test_a_bridge_that_learnt_something_keeps_silent(losses, monkeypatch):
 
 def test_a_context_that_tells_nothing_is_no_cause_to_warn(monkeypatch):
     judged(monkeypatch, [1.5, *[1.54] * 50])
-    fitted(num_steps=40)
+    fitted(num_updates=40)
 
 
 def test_a_bridge_without_context_keeps_its_start_in_silence(monkeypatch):
     judged(monkeypatch, [1.5, 2.5])
-    LightSB(2, 1).fit(torch.randn(60, 2), num_steps=40, progress=False)
+    LightSB(2, num_components=1).fit(torch.randn(60, 2), num_updates=40, progress=False)
 
 
 @pytest.mark.parametrize(("best", "updates"), [(1, 2), (2, 4), (3, 8), (4, 16)])
@@ -95,15 +95,15 @@ def test_early_looks_leave_the_loop_as_it_is(monkeypatch):
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            runs.append(fitted(num_steps=160)[1])
+            runs.append(fitted(num_updates=160)[1])
     assert runs[0].losses == runs[1].losses and runs[0].validation_losses == runs[1].validation_losses
 
 
 def test_patience_ends_a_fit_that_gets_no_better(monkeypatch):
     judged(monkeypatch, [1.5, 1.0])  # checks of the loop, one in five updates, are all worse than its start
-    assert fitted(num_steps=100, patience=3)[1].iterations == 15
+    assert fitted(num_updates=100, patience=3)[1].iterations == 15
     with pytest.raises(ValueError, match="patience must be at least 1, got 0"):
-        fitted(num_steps=10, patience=0)
+        fitted(num_updates=10, patience=0)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 5])

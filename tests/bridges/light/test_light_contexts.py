@@ -12,7 +12,7 @@ from pyro_sb.bridges.light.parameters import MixtureParameters
 from pyro_sb.nn import SetEmbedding
 from tests.ops.potentials import F64, random_potential
 
-QUICK = {"progress": False, "num_steps": 40}
+QUICK = {"progress": False, "num_updates": 40}
 
 
 def quiet_fit(bridge, target, **options):
@@ -28,7 +28,7 @@ def pairs(num=400, dim=2):
 
 def fitted(dim=2, **options):
     target, context = pairs(dim=dim)
-    bridge = LightSB(dim, 3, 0.5, context_dim=3, covariance="full", hidden=(16, 16), **options)
+    bridge = LightSB(dim, num_components=3, epsilon=0.5, context_dim=3, covariance="full", hidden=(16, 16), **options)
     quiet_fit(bridge, target, context=context)
     torch.nn.init.normal_(bridge.parameters_of.net.head.weight, std=0.2)  # what is exact is exact of any parameters
     return bridge, target, context
@@ -101,7 +101,7 @@ def test_the_density_is_that_of_the_plan_from_the_source_point():
 def test_the_loss_is_minus_the_density_of_what_was_held_out():
     target, context = pairs()
     held = torch.arange(400) % 4 == 0
-    bridge = LightSB(2, 3, 0.5, context_dim=3, covariance="full", hidden=(16, 16))
+    bridge = LightSB(2, num_components=3, epsilon=0.5, context_dim=3, covariance="full", hidden=(16, 16))
     history = quiet_fit(bridge, target, context=context, held_out=held)
     # units of the bridge are those of the data over a scale: the losses differ by dim log scale
     mean = float(bridge(context[held]).log_prob(target[held]).mean()) + 2 * float(bridge.scale.log())
@@ -199,8 +199,8 @@ def test_a_mask_is_of_all_draws_also_where_some_weigh_nothing():
     target, context = pairs()
     weights, held = torch.ones(400), torch.arange(400) % 5 == 0
     weights[::7] = 0.0
-    bridge = LightSB(2, 3, 0.5, context_dim=3, covariance="full", hidden=(16,))
-    history = quiet_fit(bridge, target, context=context, weights=weights, held_out=held, num_steps=200)
+    bridge = LightSB(2, num_components=3, epsilon=0.5, context_dim=3, covariance="full", hidden=(16,))
+    history = quiet_fit(bridge, target, context=context, weights=weights, held_out=held, num_updates=200)
     rows = held & (weights > 0)
     mean = float(bridge(context[rows]).log_prob(target[rows]).mean()) + 2 * float(bridge.scale.log())
     assert min(history.validation_losses) == pytest.approx(-mean, abs=1e-6)
@@ -222,13 +222,13 @@ def test_bad_masks_are_refused(bad):
     target, context = pairs()
     mask, message = BAD_MASKS[bad]
     with pytest.raises(ValueError, match=message):
-        LightSB(2, 3, context_dim=3).fit(target, context=context, held_out=mask, **QUICK)
+        LightSB(2, num_components=3, context_dim=3).fit(target, context=context, held_out=mask, **QUICK)
 
 
 def test_a_mask_needs_draws():
     law = torch.distributions.MultivariateNormal(torch.zeros(2, **F64), torch.eye(2, **F64))
     with pytest.raises(ValueError, match="held_out must be a share where the target is a distribution"):
-        LightSB(2, 3).fit(law, held_out=torch.tensor([True, False]), **QUICK)
+        LightSB(2, num_components=3).fit(law, held_out=torch.tensor([True, False]), **QUICK)
     assert read_held_out([True, False], 2).tolist() == [True, False]
     assert read_held_out(0.3, 10) == 0.3
 
@@ -246,9 +246,15 @@ def sets(num=600):
 def with_embedding(num_steps=40):
     target, context = sets()
     bridge = LightSB(
-        2, 2, 0.5, context_dim=4, covariance="full", hidden=(32,), embedding=SetEmbedding(1, 6, hidden=(32,))
+        2,
+        num_components=2,
+        epsilon=0.5,
+        context_dim=4,
+        covariance="full",
+        hidden=(32,),
+        embedding=SetEmbedding(1, 6, hidden=(32,)),
     )
-    return bridge, target, context, quiet_fit(bridge, target, context=context, num_steps=num_steps)
+    return bridge, target, context, quiet_fit(bridge, target, context=context, num_updates=num_steps)
 
 
 def test_an_embedding_is_learnt_with_the_rest():
@@ -281,7 +287,9 @@ def test_a_users_own_embedding_is_saved_but_not_rebuilt(tmp_path):
     target, context = sets()
 
     def make():
-        return LightSB(2, 2, context_dim=4, covariance="full", hidden=(8,), embedding=torch.nn.Linear(4, 3))
+        return LightSB(
+            2, num_components=2, context_dim=4, covariance="full", hidden=(8,), embedding=torch.nn.Linear(4, 3)
+        )
 
     bridge = make()
     quiet_fit(bridge, target, context=context)

@@ -19,7 +19,7 @@ def fitted(name, context_dim=0):
         "tails": lambda: TailMatched(LightSBBM(2, beta=4.0, **options), df=3.0),
     }[name]()
     draws, context = torch.randn(200, 2, **F64), torch.randn(200, 1, **F64)
-    bridge.fit(draws, context=context if context_dim else None, num_steps=10, progress=False)
+    bridge.fit(draws, context=context if context_dim else None, num_updates=10, progress=False)
     return bridge
 
 
@@ -51,7 +51,7 @@ def test_a_fitted_bridge_asks_for_no_gradient_of_its_own():
 @pytest.mark.slow
 def test_nuts_draws_from_the_prior_that_a_bridge_is():
     bridge = LightSBBM(1, num_components=2, beta=4.0)
-    bridge.fit(torch.cat([torch.randn(300, 1, **F64), 2 + torch.randn(300, 1, **F64)]), num_steps=50, progress=False)
+    bridge.fit(torch.cat([torch.randn(300, 1, **F64), 2 + torch.randn(300, 1, **F64)]), num_updates=50, progress=False)
     exact = bridge().sample((20_000,))
     mcmc = MCMC(NUTS(lambda: pyro.sample("x", bridge()), step_size=1.0), 400, 100, disable_progbar=True)
     mcmc.run()
@@ -79,7 +79,7 @@ def test_the_state_at_time_one_half_lies_between():
 def test_a_point_may_be_named_as_the_source(beta):
     draws, point = torch.randn(400, 2, **F64), torch.tensor([1.5, -0.5], **F64)
     bridge = LightSBBM(2, num_components=3, beta=beta)
-    bridge.fit(draws, point, num_steps=50, progress=False)
+    bridge.fit(draws, point, num_updates=50, progress=False)
     assert bridge.density == "marginal"
     times, states = bridge.paths(5, 3)
     assert torch.allclose(states[0], point.expand(5, 2), atol=1e-9)

@@ -17,7 +17,7 @@ F64 = {"dtype": torch.float64}
 def test_a_narrow_axis_keeps_its_width(covariance, width):
     draws = torch.randn(400, 2, **F64) * torch.tensor([1.0, width], **F64)
     bridge = LightSB(2, num_components=4, covariance=covariance)
-    bridge.fit(draws, num_steps=200, progress=False)
+    bridge.fit(draws, num_updates=200, progress=False)
     ratio = bridge().sample((20_000,)).std(0) / draws.std(0)
     assert bool((ratio - 1).abs().max() < 0.1)
 
@@ -25,7 +25,7 @@ def test_a_narrow_axis_keeps_its_width(covariance, width):
 def test_an_axis_too_narrow_for_beta_is_named():
     draws = torch.randn(400, 2, **F64) * torch.tensor([1.0, 1e-4], **F64)
     with pytest.warns(RuntimeWarning, match=r"narrowest axis .* beta = 10 no component is narrower.* Raise beta"):
-        LightSBBM(2, num_components=2).fit(draws, num_steps=5, progress=False)
+        LightSBBM(2, num_components=2).fit(draws, num_updates=5, progress=False)
 
 
 @pytest.mark.parametrize("conditional", [False, True])
@@ -34,7 +34,7 @@ def test_draws_of_no_weight_are_no_draws(conditional):
     weights = torch.ones(200, **F64)
     weights[:80], draws[:80] = 0.0, 1e6
     bridge = LightSB(1, num_components=3, context_dim=int(conditional))
-    bridge.fit(draws, context=context if conditional else None, weights=weights, num_steps=20, progress=False)
+    bridge.fit(draws, context=context if conditional else None, weights=weights, num_updates=20, progress=False)
     sample = bridge(torch.zeros(1, **F64)) if conditional else bridge()
     assert sample.sample((1000,)).abs().max() < 100
 
@@ -47,28 +47,28 @@ def test_repeated_draws_are_counted_once():
 def test_a_constant_context_is_no_news():
     context = torch.full((200, 1), 1000.1)
     bridge = LightSB(1, num_components=2, context_dim=1)
-    bridge.fit(torch.randn(200, 1), context=context, num_steps=20, progress=False)
+    bridge.fit(torch.randn(200, 1), context=context, num_updates=20, progress=False)
     assert bool((bridge(context[:1]).sample((500,)).abs() < 10).all())
 
 
 def test_points_of_another_dtype_are_taken():
     bridge = LightSB(2, num_components=2)
-    bridge.fit(torch.randn(100, 2), num_steps=5, progress=False)
+    bridge.fit(torch.randn(100, 2), num_updates=5, progress=False)
     x = torch.randn(3, 2, **F64)
     torch.testing.assert_close(bridge().log_prob(x), bridge().log_prob(x.float()))
 
 
 def test_numpy_numbers_are_saved_as_plain_ones(tmp_path):
-    bridge = LightSBBM(np.int64(2), np.int64(2), np.float64(0.5), np.float64(4.0))
-    bridge.fit(np.random.default_rng(0).normal(size=(100, 2)), num_steps=5, progress=False)
+    bridge = LightSBBM(np.int64(2), num_components=np.int64(2), epsilon=np.float64(0.5), beta=np.float64(4.0))
+    bridge.fit(np.random.default_rng(0).normal(size=(100, 2)), num_updates=5, progress=False)
     bridge.save(tmp_path / "bridge.pt")
     assert Bridge.load(tmp_path / "bridge.pt").beta == 4.0
 
 
-@pytest.mark.parametrize("options", [{"num_steps": 0}, {"learning_rate": 0.0}, {"batch_size": 0}], ids=str)
+@pytest.mark.parametrize("options", [{"num_updates": 0}, {"learning_rate": 0.0}, {"batch_size": 0}], ids=str)
 def test_a_refused_fit_leaves_the_bridge_as_it_was(options):
     bridge = LightSB(2, num_components=2)
-    bridge.fit(torch.randn(100, 2), num_steps=5, progress=False)
+    bridge.fit(torch.randn(100, 2), num_updates=5, progress=False)
     before = {key: value.clone() for key, value in bridge.state_dict().items() if torch.is_tensor(value)}
     with pytest.raises(ValueError, match=next(iter(options))):
         bridge.fit(5 + torch.randn(100, 2), progress=False, **options)
@@ -84,7 +84,7 @@ def test_a_far_source_costs_nothing(beta, offset):
     for shift in (0.0, offset):
         torch.manual_seed(0)
         bridge = LightSBBM(1, num_components=4, beta=beta)
-        bridge.fit(draws, start + shift, num_steps=60, progress=False)
+        bridge.fit(draws, start + shift, num_updates=60, progress=False)
         gap = float(bridge.location - bridge.source_location)
         torch.manual_seed(1)
         ends = bridge.transport(start + shift)
@@ -101,7 +101,9 @@ def test_a_far_source_costs_nothing(beta, offset):
 
 def test_a_saturated_epsilon_warns():
     with pytest.warns(RuntimeWarning, match=r"epsilon is .* below 0.001: gates saturate.*Raise epsilon"):
-        LightSB(1, 2, epsilon=1e-5).fit(torch.randn(99, 1), torch.randn(99, 1), num_steps=2, progress=False)
+        LightSB(1, num_components=2, epsilon=1e-5).fit(
+            torch.randn(99, 1), torch.randn(99, 1), num_updates=2, progress=False
+        )
 
 
 @pytest.mark.parametrize("epsilon", [1e-2, 1e-8])
@@ -115,7 +117,7 @@ def test_one_component_is_exact_at_any_epsilon(epsilon):
 
 def test_a_fit_that_fails_before_it_learns_leaves_the_bridge_as_it_was(monkeypatch):
     bridge = LightSBBM(2, num_components=2, beta=4.0)
-    bridge.fit(torch.randn(100, 2, **F64), num_steps=5, progress=False)
+    bridge.fit(torch.randn(100, 2, **F64), num_updates=5, progress=False)
     x = torch.randn(4, 2, **F64)
     before = bridge().log_prob(x)
 
@@ -132,7 +134,7 @@ def test_a_fit_that_fails_before_it_learns_leaves_the_bridge_as_it_was(monkeypat
 def test_a_loaded_bridge_is_told_its_source_in_the_users_units(tmp_path):
     source = torch.distributions.Independent(torch.distributions.Normal(torch.full((1,), 3.0, **F64), 0.1), 1)
     bridge = TailMatched(LightSB(1, num_components=2), df=2.0)
-    bridge.fit(torch.randn(200, 1, **F64), source, num_steps=5, progress=False)
+    bridge.fit(torch.randn(200, 1, **F64), source, num_updates=5, progress=False)
     bridge.save(tmp_path / "bridge.pt")
     loaded = Bridge.load(tmp_path / "bridge.pt")
     with pytest.raises(RuntimeError, match=r"bridge.source = "):
@@ -144,10 +146,10 @@ def test_a_loaded_bridge_is_told_its_source_in_the_users_units(tmp_path):
 
 def test_full_components_ask_for_more_draws_than_axes():
     with pytest.raises(ValueError, match="more draws than axes, got 9 draws of 10 axes"):
-        LightSB(10, 2, covariance="full").fit(torch.randn(9, 10), progress=False)
+        LightSB(10, num_components=2, covariance="full").fit(torch.randn(9, 10), progress=False)
 
 
 def test_arrays_are_points_too():
     bridge = LightSB(2, num_components=2)
-    bridge.fit(torch.randn(100, 2), num_steps=5, progress=False)
+    bridge.fit(torch.randn(100, 2), num_updates=5, progress=False)
     assert bridge.transport(np.zeros((3, 2))).shape == bridge.plan(np.zeros((3, 2))).sample().shape == (3, 2)

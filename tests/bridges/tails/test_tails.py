@@ -37,8 +37,8 @@ class GaussianEnd(Bridge):
     factor: Tensor
     start: Tensor
 
-    def __init__(self, dim, context_dim=0):
-        super().__init__(dim, context_dim)
+    def __init__(self, dim, *, context_dim=0):
+        super().__init__(dim, context_dim=context_dim)
         for name in ("mean", "slope", "factor", "start"):
             self.register_buffer(name, torch.empty(0))
         self.targets = []

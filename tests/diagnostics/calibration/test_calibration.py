@@ -241,7 +241,7 @@ class Oracle:
 def fitted():
     pyro.set_rng_seed(0)
     amortized = AmortizedPosterior(model, bridge="light")
-    amortized.fit(torch.ones(()), num_simulations=300, num_steps=20, num_copies=2, progress=False)
+    amortized.fit(torch.ones(()), num_simulations=300, num_updates=20, num_copies=2, progress=False)
     return amortized
 
 
@@ -261,7 +261,7 @@ def test_sbc_pairs_each_truth_with_its_own_observation(monkeypatch, scale, passe
         pyro.sample("y", dist.Normal(mu, 1.0).to_event(1))
 
     amortized = AmortizedPosterior(normal, bridge="light")
-    amortized.fit(num_simulations=50, num_steps=1, num_copies=0, progress=False)
+    amortized.fit(num_simulations=50, num_updates=1, num_copies=0, progress=False)
     condition = amortized.condition
     monkeypatch.setattr(amortized, "condition", lambda y: Oracle(condition(y), scale))
     p_values = sbc(amortized, S, L).p_values
@@ -278,7 +278,7 @@ def test_corrections_calibrate_a_bridge_that_is_wrong(corrected):
         pyro.sample("y", dist.Normal(mu, 0.5))
 
     amortized = AmortizedPosterior(normal, bridge="light")
-    amortized.fit(num_simulations=1000, num_steps=200, progress=False)
+    amortized.fit(num_simulations=1000, num_updates=200, progress=False)
     amortized._rows.factor *= 2
     assert sbc(amortized, 400).worst[1] < 1e-4
     assert sbc(amortized, 400, corrected=corrected).worst[1] > 0.01

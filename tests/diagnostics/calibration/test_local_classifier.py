@@ -90,7 +90,7 @@ def test_an_amortised_posterior_is_judged_at_an_observation():
         pyro.sample("y", dist.Normal(mu, 1.0).to_event(1))
 
     amortized = AmortizedPosterior(model, bridge="light")
-    amortized.fit(num_simulations=300, num_steps=50, num_copies=2, progress=False)
+    amortized.fit(num_simulations=300, num_updates=50, num_copies=2, progress=False)
     found = local_c2st(amortized, torch.tensor([0.5, -0.5]), 100, 100, num_null=9)
     assert found.probabilities.shape == (100,) and float(found.score) < 0.65
     assert "LocalC2ST" in repr(found) and "floor" in repr(found) and found.verdict in repr(found)

@@ -51,7 +51,7 @@ def quiet():
 def dsb(target, source=None):
     bridge = DSB(2, hidden=(32, 32), chain_steps=8)
     with quiet():
-        bridge.fit(target, source, num_iterations=1, num_steps=60, num_pairs=500, progress=False)
+        bridge.fit(target, source, num_iterations=1, num_updates=60, num_pairs=500, progress=False)
     return bridge
 
 
@@ -116,7 +116,7 @@ def test_the_sinkhorn_residual_is_the_scalings():
 def test_the_bass_maps_inverse_is_exact():
     bridge = LightSBBM(2, num_components=3, beta=5.0)
     with quiet():
-        bridge.fit(bimodal(300), num_steps=20, progress=False)
+        bridge.fit(bimodal(300), num_updates=20, progress=False)
     line = bridge_report(bridge)["inverse-map residual"]
     assert line.verdict == "ok" and float(line.value) < 1e-9
     assert bridge_report(light(bimodal()))["inverse-map residual"].verdict == "-"
@@ -154,7 +154,7 @@ def test_a_context_that_is_ignored_is_seen():
 def test_a_latent_bridges_inner_one_is_looked_at():
     bridge = LatentBridge(LightSBBM(2, num_components=3, beta=5.0), PCACodec(2))
     with quiet():
-        bridge.fit(bimodal(300), num_steps=20, progress=False)
+        bridge.fit(bimodal(300), num_updates=20, progress=False)
     assert bridge_report(bridge)["inverse-map residual"].verdict == "ok"
 
 
@@ -179,6 +179,6 @@ def test_bad_input_is_refused():
 def test_a_source_that_cannot_be_chosen_is_not_asked_for():
     sgm = SGM(2, hidden=(16,))
     with quiet():
-        sgm.fit(bimodal(200), num_steps=10, progress=False)
+        sgm.fit(bimodal(200), num_updates=10, progress=False)
     line = bridge_report(sgm, source=torch.randn(200, 2) + 3)["source residual"]
     assert line.verdict == "-" and "pass source" not in line.note and "LightSB or DSB" in line.note

@@ -116,7 +116,7 @@ def test_a_run_without_a_model_says_that_modes_were_not_looked_for():
 def amortized():
     pyro.set_rng_seed(0)
     made = AmortizedPosterior(open_model, bridge="light")
-    made.fit(num_simulations=1000, num_steps=200, progress=False)
+    made.fit(num_simulations=1000, num_updates=200, progress=False)
     return made
 
 

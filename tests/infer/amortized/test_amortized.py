@@ -17,7 +17,7 @@ from pyro_sb.infer.amortized.simulator import Simulations
 from pyro_sb.nn import SetEmbedding
 from tests.infer import open_models as m
 
-QUICK = {"num_simulations": 200, "num_copies": 1, "num_steps": 30, "progress": False}
+QUICK = {"num_simulations": 200, "num_copies": 1, "num_updates": 30, "progress": False}
 Y = torch.tensor([0.9, 0.2, 0.7, 1.4, 0.5])
 NUMPY = np.random.default_rng(0)
 
@@ -41,15 +41,15 @@ def black_box():
 
 
 def small_vsdm(dim, context_dim):
-    return VSDM(dim, context_dim, hidden=(16,), covariance_hidden=(16,))
+    return VSDM(dim, context_dim=context_dim, hidden=(16,), covariance_hidden=(16,))
 
 
 BRIDGES = {
     "light": ("light", LightSB),
     "vsdm": ("vsdm", VSDM),
     "class": (LightSB, LightSB),
-    "instance": (LightSB(7, 3, context_dim=2, hidden=(8,)), LightSB),
-    "diffusion": (VSDM(1, 1, hidden=(8,)), VSDM),
+    "instance": (LightSB(7, num_components=3, context_dim=2, hidden=(8,)), LightSB),
+    "diffusion": (VSDM(1, context_dim=1, hidden=(8,)), VSDM),
     "function": (small_vsdm, VSDM),
     "another class": (SGM, SGM),
 }
@@ -78,7 +78,7 @@ def test_without_a_bridge_both_are_tried_and_the_better_kept():
 @pytest.mark.slow
 def test_the_held_out_score_is_near_the_posteriors_own():
     # the mean log density of the exact posterior N(20 / 21 mean, 1 / 21) at its own draws is minus its entropy
-    amortized = fit(bridge=None, num_simulations=1000, num_copies=5, num_steps=400)
+    amortized = fit(bridge=None, num_simulations=1000, num_copies=5, num_updates=400)
     entropy = 0.5 * math.log(2 * math.pi * math.e / 21)
     for score in amortized.scores.values():
         assert score == pytest.approx(-entropy, abs=0.15)
@@ -95,7 +95,7 @@ def test_what_was_simulated_is_kept_and_serves_again():
         m.iid()
 
     other = AmortizedPosterior(counted, bridge="light")
-    other.fit(simulations=first.simulations, num_steps=20, num_copies=0, progress=False)
+    other.fit(simulations=first.simulations, num_updates=20, num_copies=0, progress=False)
     assert other.simulations is first.simulations and calls < 50
     assert other.condition(Y).sample(3)["mu"].shape == (3,)
 
@@ -166,14 +166,16 @@ def test_an_embedding_of_the_bridges_own_is_refused():
         fit(bridge=LightSB(1, context_dim=5, embedding=SetEmbedding(1, 4)))
 
 
-@pytest.mark.parametrize("bridge", ["vsdm", LightSB, LightSB(1, 3, context_dim=1)], ids=["vsdm", "class", "instance"])
+@pytest.mark.parametrize(
+    "bridge", ["vsdm", LightSB, LightSB(1, num_components=3, context_dim=1)], ids=["vsdm", "class", "instance"]
+)
 def test_every_bridge_takes_an_embedding(bridge):
     embedding = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Tanh())  # a user's own
     assert fit(bridge=bridge, embedding=embedding).condition(Y).sample(3)["mu"].shape == (3,)
 
 
 def test_two_sites_as_a_dict():
-    amortized = fit(m.two_sites, ("a", "b"), num_copies=3, num_steps=200, num_simulations=600)
+    amortized = fit(m.two_sites, ("a", "b"), num_copies=3, num_updates=200, num_simulations=600)
     y = {"b": torch.tensor([1.0, 0.4]), "a": torch.tensor(0.8)}
     posterior = amortized.condition(y)
     # mu given a ~ N(mu, .25) and two b ~ N(mu, 1): precision 1 + 4 + 2
@@ -253,7 +255,7 @@ BAD_FITS = {
         {"simulations": Simulations(torch.randn(50, 1), torch.full((50, 5), torch.nan))},
         r"must be finite, got NaN or infinity in 50 of 50",
     ),
-    "no step": ({"num_steps": 0}, "num_steps must be at least 1"),
+    "no step": ({"num_updates": 0}, "num_updates must be at least 1"),
 }
 
 
@@ -302,7 +304,7 @@ def test_bad_observations_are_refused():
 def test_a_fit_that_was_refused_leaves_the_posterior_as_it_was():
     amortized = fit()
     bridge = amortized.bridge
-    with pytest.raises(ValueError, match="num_steps"):
-        amortized.fit(7, **(QUICK | {"num_steps": 0}))
+    with pytest.raises(ValueError, match="num_updates"):
+        amortized.fit(7, **(QUICK | {"num_updates": 0}))
     assert amortized.bridge is bridge
     assert amortized.condition(Y).sample(2)["mu"].shape == (2,)

@@ -25,11 +25,13 @@ def pairs(dim, bounded, num=400):
 
 def law_of(dim, bounded, bridge=None, rows=3, **options):
     residuals, latents, features = pairs(dim, bounded)
-    bridge = LightSB(dim, 3, context_dim=2, covariance="full", hidden=(16,)) if bridge is None else bridge
+    bridge = (
+        LightSB(dim, num_components=3, context_dim=2, covariance="full", hidden=(16,)) if bridge is None else bridge
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         white = residuals.encode(latents, features)[0]
-        bridge.fit(white, context=features, progress=False, num_steps=60, **options)
+        bridge.fit(white, context=features, progress=False, num_updates=60, **options)
     return LatentLaw(bridge, residuals, features[:rows], features[:rows])
 
 
@@ -102,7 +104,7 @@ def test_the_gradient_is_the_densitys():
 @pytest.mark.parametrize("bounded", [False, True])
 def test_path_weights_have_the_mean_one(bounded):
     # For a normalised p, E_q[p / q] over the draws of paths is 1, exactly, at any fit
-    law = law_of(1, [bounded], VSDM(1, 2, hidden=(32,), covariance_hidden=(16,)), rows=1)
+    law = law_of(1, [bounded], VSDM(1, context_dim=2, hidden=(32,), covariance_hidden=(16,)), rows=1)
     assert not law.marginal
     u, log_q = law.draws(4000)
     centre, spread = u.mean(0), 0.7 * u.std(0)

@@ -42,7 +42,7 @@ def fitted(model, bridge="light", num_steps=300, missing=0.0, args=(), observed=
         warnings.filterwarnings("ignore", message=".*has not converged", category=RuntimeWarning)
         copies = None if model is black_box else 4
         amortized.fit(
-            *args, num_simulations=800, num_copies=copies, num_steps=num_steps, missing=missing, progress=False
+            *args, num_simulations=800, num_copies=copies, num_updates=num_steps, missing=missing, progress=False
         )
     return amortized
 

@@ -88,10 +88,10 @@ def test_exact_starts_stay_exact_under_a_wrong_law_of_paths():
     # three steps of a diffusion that learnt next to nothing: its paths are corrected exactly all the same
     source, y, mean, deviation = conjugate(2)
     context = torch.randn(500, 1)
-    bridge = VSDM(1, 1, hidden=(16,), covariance_hidden=(16,))
+    bridge = VSDM(1, context_dim=1, hidden=(16,), covariance_hidden=(16,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        bridge.fit(context + 0.5 * torch.randn(500, 1), context=context, num_steps=60, progress=False)
+        bridge.fit(context + 0.5 * torch.randn(500, 1), context=context, num_updates=60, progress=False)
     bridge.sampler = Sampler(path_steps=3)
     weights = torch.zeros(2, 1)
     residuals = Residuals(torch.tensor([False]), weights, torch.full((1, 1), 0.6))

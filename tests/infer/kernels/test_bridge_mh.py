@@ -40,8 +40,8 @@ def run(kernel: BridgeMH, *args: Tensor, **options: object) -> MCMC:
 
 
 def light(draws: Tensor, components: int = 1) -> LightSB:
-    bridge = LightSB(draws.shape[1], components, covariance="full")
-    bridge.fit(draws, solver="em", progress=False, num_steps=1000)
+    bridge = LightSB(draws.shape[1], num_components=components, covariance="full")
+    bridge.fit(draws, solver="em", progress=False, num_updates=1000)
     return bridge
 
 
@@ -76,9 +76,14 @@ def test_a_fitted_bridge_is_used_as_it_is(local: str | None) -> None:
 
 @pytest.mark.parametrize("which", ["default", "function", "template", "path"])
 def test_a_bridge_that_is_not_fitted_is_fitted_to_the_population(which: str) -> None:
-    template = KernelLangevinBridge(1, scheme="plain", num_steps=3) if which == "path" else LightSB(1, 2)
-    given = {"default": None, "function": lambda dim: LightSB(dim, 2), "template": template, "path": template}[which]
-    options = {"num_steps": 30} if which in ("function", "template") else {}
+    template = KernelLangevinBridge(1, scheme="plain", num_steps=3) if which == "path" else LightSB(1, num_components=2)
+    given = {
+        "default": None,
+        "function": lambda dim: LightSB(dim, num_components=2),
+        "template": template,
+        "path": template,
+    }[which]
+    options = {"num_updates": 30} if which in ("function", "template") else {}
     kernel = BridgeMH(conjugate, given, fit_options=options, num_particles=400)
     mcmc = run(kernel, Y)
     check_posterior_of_conjugate(mcmc)
@@ -103,17 +108,17 @@ def sinh() -> PairCodec:
 
 
 def latent(codec: Codec) -> LatentBridge:
-    return LatentBridge(LightSB(codec.latent_dim or 1, 2), codec)
+    return LatentBridge(LightSB(codec.latent_dim or 1, num_components=2), codec)
 
 
 @pytest.mark.parametrize(
     "make, options",
     [
-        (lambda: latent(PCACodec(1)), {"num_steps": 30}),
-        (lambda: latent(PCACodec()), {"num_steps": 30}),
-        (lambda: latent(pca()), {"num_steps": 30}),
-        (lambda: latent(sinh()), {"num_steps": 30}),
-        (lambda: lambda dim: latent(PCACodec(dim)), {"num_steps": 30}),
+        (lambda: latent(PCACodec(1)), {"num_updates": 30}),
+        (lambda: latent(PCACodec()), {"num_updates": 30}),
+        (lambda: latent(pca()), {"num_updates": 30}),
+        (lambda: latent(sinh()), {"num_updates": 30}),
+        (lambda: lambda dim: latent(PCACodec(dim)), {"num_updates": 30}),
         (lambda: LatentBridge(KernelLangevinBridge(1, scheme="plain", num_steps=3), PCACodec(1)), {}),
         (lambda: LatentBridge(KernelLangevinBridge(1, scheme="plain", num_steps=3), sinh()), {}),
     ],
@@ -138,7 +143,7 @@ def test_a_codec_learns_from_the_population_s_weights(monkeypatch: pytest.Monkey
     points, weights = torch.tensor([[0.0], [1.0], [5.0]], dtype=F64).repeat(100, 1), torch.tensor([0.5, 0.4, 0.1])
     begin = Start(points, (weights / 100).double().repeat(100), None)
     monkeypatch.setattr("pyro_sb.infer.kernels.bridge_mh.start_of_population", lambda population: begin)
-    kernel = BridgeMH(conjugate, latent(PCACodec(1)), local=None, fit_options={"num_steps": 2}, num_particles=100)
+    kernel = BridgeMH(conjugate, latent(PCACodec(1)), local=None, fit_options={"num_updates": 2}, num_particles=100)
     run(kernel, Y, num_samples=2)
     codec = kernel.proposals.bridge.codec
     torch.testing.assert_close(codec.location, torch.tensor([0.9], dtype=F64))
@@ -210,7 +215,7 @@ def test_a_kernel_travels() -> None:
 def test_a_conditioned_posterior_proposes(kind: str) -> None:
     torch.set_default_dtype(F64)
     amortised = AmortizedPosterior(open_models.iid, bridge=kind)
-    amortised.fit(num_simulations=400, progress=False, num_steps=150, num_copies=0)
+    amortised.fit(num_simulations=400, progress=False, num_updates=150, num_copies=0)
     if kind == "vsdm":
         amortised.bridge.sampler = Sampler(path_steps=4)
     y = torch.tensor([0.3, -0.4, 1.0, 0.6, 0.5])
@@ -236,10 +241,10 @@ def two_sites() -> None:
 def test_a_conditional_bridge_takes_one_context() -> None:
     mean, sd = posterior()
     context = torch.randn(400, 1, dtype=F64)
-    bridge = LightSB(1, 2, context_dim=1, hidden=(16,))
+    bridge = LightSB(1, num_components=2, context_dim=1, hidden=(16,))
     with pytest.raises(ValueError, match="must be fitted before"):
         BridgeMH(conjugate, bridge, context=[0.0])
-    bridge.fit(mean + context + sd * torch.randn(400, 1, dtype=F64), context=context, num_steps=100, progress=False)
+    bridge.fit(mean + context + sd * torch.randn(400, 1, dtype=F64), context=context, num_updates=100, progress=False)
     with pytest.raises(ValueError, match=r"context_dim 1, got no context. Write BridgeMH\(model, bridge, context=y\)"):
         BridgeMH(conjugate, bridge)
     with pytest.raises(ValueError, match=r"one context of shape \(1,\), got \(3, 1\)"):
@@ -287,8 +292,8 @@ def test_bridges_without_a_density_are_refused_by_names_of_those_with_one() -> N
         BridgeMH(conjugate, KernelLangevinBridge(1))
     with pytest.raises(NotImplementedError, match='data-aware.* and PCACodec has none. Of its schemes only "plain"'):
         BridgeMH(conjugate, LatentBridge(KernelLangevinBridge(1), PCACodec(1)))
-    from_draws = LightSB(1, 2)
-    from_draws.fit(torch.randn(100, 1), torch.randn(100, 1), num_steps=2, progress=False)
+    from_draws = LightSB(1, num_components=2)
+    from_draws.fit(torch.randn(100, 1), torch.randn(100, 1), num_updates=2, progress=False)
     with pytest.raises(NotImplementedError, match="Give a distribution as source, or omit the source"):
         BridgeMH(conjugate, from_draws)
     with pytest.raises(NotImplementedError, match="LatentBridge with a bijective codec"):
@@ -319,17 +324,21 @@ def test_options_that_a_bridge_would_not_use_are_refused() -> None:
     bridge = off(200)
     with pytest.raises(ValueError, match=r"not BridgeMH\(model, bridge\(\)\)"):
         BridgeMH(conjugate, bridge())
-    with pytest.raises(ValueError, match=r"got \['num_steps'\] for one that is fitted"):
-        BridgeMH(conjugate, bridge, fit_options={"num_steps": 5})
+    with pytest.raises(ValueError, match=r"got \['num_updates'\] for one that is fitted"):
+        BridgeMH(conjugate, bridge, fit_options={"num_updates": 5})
     with pytest.raises(ValueError, match="num_paths averages the weights of paths, got 4"):
         BridgeMH(conjugate, bridge, num_paths=4)
-    for unfitted in (None, LightSB(1, 2)):
+    for unfitted in (None, LightSB(1, num_components=2)):
         with pytest.raises(ValueError, match="num_paths averages the weights of paths, got 4"):
             BridgeMH(conjugate, unfitted, num_paths=4)
     with pytest.raises(ValueError, match="num_paths averages the weights of paths, got 4"):
         run(
             BridgeMH(
-                conjugate, lambda dim: LightSB(dim, 2), num_paths=4, num_particles=50, fit_options={"num_steps": 5}
+                conjugate,
+                lambda dim: LightSB(dim, num_components=2),
+                num_paths=4,
+                num_particles=50,
+                fit_options={"num_updates": 5},
             ),
             Y,
         )

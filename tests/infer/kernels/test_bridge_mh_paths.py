@@ -34,21 +34,33 @@ def asinh():
 
 
 BRIDGES = {
-    "LightSB": (lambda **kw: LightSB(2, 3, covariance="full", **kw), {"num_steps": 30}),
-    "LightSB, source": (lambda **kw: LightSB(2, 3, covariance="full", **kw), {"num_steps": 30, "source": SOURCE}),
-    "LightSBM": (lambda **kw: LightSBM(2, 3, **kw), {"num_steps": 30}),
-    "LightSBBM": (lambda **kw: LightSBBM(2, 3, beta=5.0, **kw), {"num_steps": 20}),
-    "LightSBBM, source": (lambda **kw: LightSBBM(2, 3, beta=5.0, **kw), {"num_steps": 20, "source": SOURCE}),
-    "tails around a source": (lambda: TailMatched(LightSB(2, 3), df=20.0), {"num_steps": 30, "source": SOURCE}),
-    "latent, source": (lambda: LatentBridge(LightSB(2, 3), PCACodec(2)), {"num_steps": 30, "source": SOURCE}),
-    "latent, VSDM": (lambda: LatentBridge(small(VSDM), PCACodec(2)), {"num_steps": 100}),
-    "latent, asinh": (lambda: LatentBridge(LightSB(2, 3), asinh()), {"num_steps": 30}),
-    "latent, VSDM, asinh": (lambda: LatentBridge(small(VSDM), asinh()), {"num_steps": 100}),
-    "VSDM": (lambda **kw: small(VSDM, **kw), {"num_steps": 100}),
-    "SGM": (lambda **kw: small(SGM, **kw), {"num_steps": 100}),
+    "LightSB": (lambda **kw: LightSB(2, num_components=3, covariance="full", **kw), {"num_updates": 30}),
+    "LightSB, source": (
+        lambda **kw: LightSB(2, num_components=3, covariance="full", **kw),
+        {"num_updates": 30, "source": SOURCE},
+    ),
+    "LightSBM": (lambda **kw: LightSBM(2, num_components=3, **kw), {"num_updates": 30}),
+    "LightSBBM": (lambda **kw: LightSBBM(2, num_components=3, beta=5.0, **kw), {"num_updates": 20}),
+    "LightSBBM, source": (
+        lambda **kw: LightSBBM(2, num_components=3, beta=5.0, **kw),
+        {"num_updates": 20, "source": SOURCE},
+    ),
+    "tails around a source": (
+        lambda: TailMatched(LightSB(2, num_components=3), df=20.0),
+        {"num_updates": 30, "source": SOURCE},
+    ),
+    "latent, source": (
+        lambda: LatentBridge(LightSB(2, num_components=3), PCACodec(2)),
+        {"num_updates": 30, "source": SOURCE},
+    ),
+    "latent, VSDM": (lambda: LatentBridge(small(VSDM), PCACodec(2)), {"num_updates": 100}),
+    "latent, asinh": (lambda: LatentBridge(LightSB(2, num_components=3), asinh()), {"num_updates": 30}),
+    "latent, VSDM, asinh": (lambda: LatentBridge(small(VSDM), asinh()), {"num_updates": 100}),
+    "VSDM": (lambda **kw: small(VSDM, **kw), {"num_updates": 100}),
+    "SGM": (lambda **kw: small(SGM, **kw), {"num_updates": 100}),
     "DSB": (
         lambda **kw: DSB(2, hidden=(16, 16), chain_steps=20, schedule="constant", **kw),
-        {"num_steps": 50, "num_iterations": 2},
+        {"num_updates": 50, "num_iterations": 2},
     ),
     "plain": (lambda **kw: KernelLangevinBridge(2, scheme="plain", num_steps=3, **kw), {}),
     "plain, variable": (
@@ -156,8 +168,8 @@ def test_held_source_points_give_a_density_that_integrates_to_one(name):
 
 
 def test_source_draws_alone_and_schemes_without_density_are_refused():
-    light = LightSB(2, 3)
-    light.fit(torch.randn(100, 2), torch.randn(100, 2), num_steps=2, progress=False)
+    light = LightSB(2, num_components=3)
+    light.fit(torch.randn(100, 2), torch.randn(100, 2), num_updates=2, progress=False)
     split = KernelLangevinBridge(2, scheme="split-step")
     split.fit(torch.randn(100, 2), progress=False)
     for bridge in (light, split):
