@@ -169,7 +169,7 @@ def test_dropout_is_on_in_the_fit_alone():
             raise KeyError("enough")
 
     target, context = pairs()
-    bridge = Watched(2, 3, 0.5, context_dim=3, covariance="full", hidden=(16, 16), dropout=0.5)
+    bridge = Watched(2, num_components=3, epsilon=0.5, context_dim=3, covariance="full", hidden=(16, 16), dropout=0.5)
     with pytest.raises(KeyError, match="enough"):
         bridge.fit(target, context=context, **QUICK)
     assert seen == [True] and not bridge.parameters_of.net.noisy
