@@ -1,5 +1,5 @@
 # `make demo` and `make test` do all their set-up: Python >= 3.10 with its venv module is all they need.
-.PHONY: setup demo test lint format bench-env bench sbi-peers arviz1-env clean
+.PHONY: setup demo test test-slow lint format bench-env bench sbi-peers arviz1-env clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -34,9 +34,14 @@ $(SETUP):
 demo: setup
 	$(PY) -m demo
 
-# The whole suite: tests, doctests, and the notebooks in their short mode (tests/test_tutorials.py).
+# Tests, doctests, and the notebooks in their short mode (tests/test_tutorials.py), in two processes.
+PYTEST := CI=1 $(PY) -m pytest -q --durations=10 -n 2 --dist worksteal
 test: setup arviz1-env
-	CI=1 $(PY) -m pytest -q --durations=10 tests pyro_sb
+	$(PYTEST) -m "not slow" tests pyro_sb
+
+# The long sampled tests.
+test-slow: setup arviz1-env
+	$(PYTEST) -m slow tests
 
 lint: setup
 	$(PY) -m ruff check .
