@@ -56,7 +56,7 @@ def run(names: list[str], folder: Path | None, arguments: list[str]) -> int:
 
 
 def problems() -> Iterator[str]:
-    """What is wrong between claims, scripts, results and documents."""
+    """Faults between claims, scripts, results and documents."""
     texts, stems = documents(), [stem for claim in CLAIMS for stem in claim.results.split()]
     for path in sorted(RESULTS.iterdir()):
         if stems.count(path.stem) != 1:

@@ -33,7 +33,7 @@ class Claim(NamedTuple):
 
     @property
     def command(self) -> str:
-        """How it is run, or found."""
+        """Command that runs it, or shows its script."""
         if self.script is None:
             return f"git show {CLOSED}:benchmarks/{self.results.split()[0]}.py"
         return f"{'.venv-bench/bin/' if self.peers else ''}python -m benchmarks.{self.script}"
@@ -68,7 +68,7 @@ CLAIMS = (
     Claim("training", "Training time beside NPE", "amortised.training_time", 5, "3 fits", "training_time", peers=True),
     Claim("calibration", "Amortised posteriors are calibrated", "calibration.posteriors", 8, "1", "calibration"),
     # closed questions
-    Claim("moves", "What each move of KernelLangevin is worth", None, 7, "1", "moves"),
+    Claim("moves", "ESS that each move of KernelLangevin buys", None, 7, "1", "moves"),
     Claim("steps", "The kernel-Langevin bridge over steps and bandwidths", None, 3, "1", "bridge_experiments"),
     Claim("dynamics", "The same as an emulator of dynamics", None, 2, "1", "bridge_dynamics"),
     Claim("beta", "When a finite beta pays", None, 60, "1 or 2", "beta_sweep"),

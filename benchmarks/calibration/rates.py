@@ -1,4 +1,4 @@
-"""How often the diagnostics are right: SBC, TARP and local C2ST on planted errors, the mode audit on a missing mode.
+"""Rates at which diagnostics are right: SBC, TARP, local C2ST on planted errors, the mode audit on a missing mode.
 
 Exact posteriors in closed form and the same spoilt on purpose, many repetitions each; then chains that all miss a mode
 of their target, with R-hat under 1.01, and chains that do not. Run as

@@ -131,7 +131,7 @@ CHOSEN = METHODS[:2]
 
 
 def floors(split: Split, seed: int) -> dict[str, dict[str, float]]:
-    """What real odd digits score, those learnt from against those held out; and the evens, left as they are."""
+    """Scores of real odd digits, those learnt from against those held out; and of the evens, left as they are."""
     torch.manual_seed(seed)
     real = split.target[torch.randperm(len(split.target))[: len(split.evens)]]
     rows = {"real odd digits": split.scores(real, seed), "left as they are": split.scores(split.evens, seed)}

@@ -91,7 +91,7 @@ def clouds(pair: Pair, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def floors(pair: Pair, seed: int) -> dict[str, float]:
-    """What exact draws score: against the cloud, and between two sets of pairs of one law."""
+    """Scores of exact draws against the cloud."""
     cloud, draws = clouds(pair, seed)
     return {"w2": exact_distance(draws[:EXACT], cloud), "sliced": sliced(pair, draws)}
 
@@ -103,7 +103,7 @@ def sliced(pair: Pair, x: Tensor) -> float:
 
 
 def both_ways(bridge: DSB, pair: Pair) -> dict[str, float]:
-    """How far (x0, F(x0)) and (B(x1), x1) are from one law: cross-covariances, and W2 of the joint clouds."""
+    """Gaps between (x0, F(x0)) and (B(x1), x1): of cross-covariances, and W2 of the joint clouds."""
     x0, x1 = pair.source.sample(Size([DRAWS])), pair.target.sample(Size([DRAWS]))
     ahead, back = torch.cat([x0, bridge.transport(x0)], 1), torch.cat([bridge.transport_back(x1), x1], 1)
     covariances = [cloud.double().T.cov()[:2, 2:] for cloud in (ahead, back)]

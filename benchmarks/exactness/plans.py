@@ -134,13 +134,13 @@ class Trial:
         return {"num_steps": self.budget.steps[method], "batch_size": self.budget.batch_size}
 
     def references(self) -> Figures:
-        """What no training gives: the start (one update at a fiftieth of the rate), and independent ends."""
+        """Scores without training: of the start (one update at a fiftieth of the rate), and of independent ends."""
         start = self.measure("LightSB", "full", num_steps=1)
         return {"start": start, "independent": self.independent_score(), "variance": self.pair.target_variance}
 
 
 def jobs(trial: Trial) -> dict[str, Callable[[], Figures]]:
-    """What is measured on a pair, by name."""
+    """Measurements on a pair, by name."""
     steps = {"num_steps": min(EM_STEPS, trial.budget.steps["LightSB"]), "most": EM_DRAWS}
     fits = {f"{method}, full": (method, "full", trial.options(method)) for method in METHODS}
     if trial.epsilon == 1 and trial.dim in (16, 64):

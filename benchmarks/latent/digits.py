@@ -55,7 +55,7 @@ SCORES = {
 
 
 def as_images(x: Tensor) -> Tensor:
-    """What every cloud is judged as: whole grey values 0 to 16, dequantised by fresh noise, in [0, 1]."""
+    """Whole grey values 0 to 16, dequantised by fresh noise, in [0, 1]: every cloud is judged so."""
     grey = (x * 17).floor().clamp(0, 16)
     return (grey + torch.rand_like(grey)) / 17
 

@@ -34,7 +34,7 @@ def cpu_seconds(run: Callable[..., object], *arguments: Any, **options: Any) -> 
 
 
 class Watch:
-    """What `on_iteration` of a fit calls: scores of every iteration, with the CPU seconds that are the fit's own.
+    """Scores of every iteration, taken by `on_iteration` of a fit, with the CPU seconds that are the fit's own.
 
     Args:
         measure: Scores the bridge as it stands; the fit's random numbers are not touched by it.

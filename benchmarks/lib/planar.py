@@ -104,5 +104,4 @@ def exact_twin(bridge: LightSB, pair: Pair) -> LightSBBM:
 
 def exact_distance(x: Tensor, y: Tensor) -> float:
     """W2 alone: its floor is measured once a seed."""
-    torch.set_num_threads(1)
     return float(wasserstein2(x, y, reference=y[:2]))

@@ -54,7 +54,7 @@ class Quote:
         return "\n".join(line for line in text.splitlines() if re.search(self.rows, line))
 
     def missing(self) -> list[str]:
-        """What is wrong: figures that the file has not, or a passage that is not there."""
+        """Faults: figures that the file has not, or a passage that is not there."""
         passage = self.passage()
         if not passage:
             return [f"{self.where} must have the passage {self.start!r}"]

@@ -1,4 +1,4 @@
-"""What every benchmark prints: a header that says where the figures come from, and a copy under results/."""
+"""Texts of benchmarks: a header that says where the figures come from, tables, and a copy under results/."""
 
 import datetime
 import math

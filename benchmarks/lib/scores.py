@@ -59,7 +59,7 @@ def score(
 
 @dataclass(frozen=True)
 class Agreement:
-    """How one parameter compares with the reference."""
+    """One parameter beside the reference."""
 
     parameter: str
     mean: float

@@ -5,11 +5,9 @@ Run as `python -m benchmarks.light.planar`. Finished runs are kept, and a second
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from statistics import mean, stdev
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from scipy.stats import t as student
 
-from benchmarks.lib.fits import cpu_seconds
+from benchmarks.lib.fits import quiet, timed
 from benchmarks.lib.pictures import cloud, save
 from benchmarks.lib.planar import (
     ENDS,
@@ -91,65 +89,38 @@ METHODS = [SB, MATCHING, DUAL, ALTERNATING]
 
 
 def floors(pair: Pair, seed: int) -> dict[str, float]:
-    """What the target's own draws score."""
+    """Scores of the target's own draws."""
     judge = Judge(pair, seed)
     x = pair.target.sample((judge.num,))
     scores = judge.of_draws(x) | {"w2": exact_distance(x[:EXACT], judge.small)}
     return scores | (of_density(pair.target.log_prob(judge.judged)) if judge.modes else {})
 
 
-def trained(method: Method, pair: Pair, seed: int, num_steps: int) -> tuple[LightSB, dict[str, float]]:
+def run(store: Store, method: Method, pair: Pair, seed: int, seconds: float) -> dict[str, float]:
+    """One fit and its scores; of the first seed some draws are kept for the picture."""
+    torch.manual_seed(0)
+    find = partial(steps_within, seconds, partial(method.fitted, pair))
+    steps = store.once(f"steps, {pair.name}, {method.name}", find)
     torch.manual_seed(seed)
-    bridges: list[LightSB] = []
-    seconds = cpu_seconds(lambda: bridges.append(method.fitted(pair, num_steps)))
-    return bridges[0], {"seconds": seconds, "steps": num_steps}
-
-
-class Runs:
-    """All runs, one after the other, the exact W2 of one while the next trains."""
-
-    def __init__(self, store: Store, seconds: float, pool: ProcessPoolExecutor) -> None:
-        self.store, self.seconds, self.pool = store, seconds, pool
-        self.waiting: tuple[str, dict[str, float], Future[float]] | None = None
-
-    def add(self, method: Method, pair: Pair, seed: int) -> None:
-        key = f"run, {pair.name}, {method.name}, seed {seed}"
-        if key in self.store.rows:
-            return
-        steps = self.steps(method, pair)
-        bridge, row = trained(method, pair, seed, steps)
-        judge = Judge(pair, seed)
-        x = judge.draws(bridge)
-        row |= judge.of_draws(x) | judge.of_bridge(bridge)
-        if seed == 0:
-            shown = [[round(value, 2) for value in point] for point in x[:SHOWN].tolist()]
-            self.store.put(f"draws, {pair.name}, {method.name}", shown)
-        self.flush()
-        self.waiting = key, row, self.pool.submit(exact_distance, x[:EXACT].clone(), judge.small)
-
-    def steps(self, method: Method, pair: Pair) -> int:
-        torch.manual_seed(0)
-        find = partial(steps_within, self.seconds, partial(method.fitted, pair))
-        return self.store.once(f"steps, {pair.name}, {method.name}", find)
-
-    def flush(self) -> None:
-        """Keep the run whose W2 was still out."""
-        if self.waiting is not None:
-            key, row, future = self.waiting
-            self.store.put(key, row | {"w2": future.result()})
-            print(key, {name: float(f"{value:.4g}") for name, value in self.store.rows[key].items()}, flush=True)
-        self.waiting = None
+    with quiet():
+        bridge, spent = timed(method.fitted, pair, steps)
+    judge = Judge(pair, seed)
+    x = judge.draws(bridge)
+    row = {"seconds": spent, "steps": steps} | judge.of_draws(x) | judge.of_bridge(bridge)
+    if seed == 0:
+        shown = [[round(value, 2) for value in point] for point in x[:SHOWN].tolist()]
+        store.put(f"draws, {pair.name}, {method.name}", shown)
+    return row | {"w2": exact_distance(x[:EXACT], judge.small)}
 
 
 def run_all(store: Store, pairs: Sequence[Pair], seeds: int, seconds: float) -> None:
     """Seed by seed, so that what has finished compares all methods and pairs."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        runs = Runs(store, seconds, pool)
-        for seed, pair in product(range(seeds), pairs):
-            store.once(f"floor, {pair.name}, seed {seed}", partial(floors, pair, seed))
-            for method in METHODS:
-                runs.add(method, pair, seed)
-        runs.flush()
+    for seed, pair in product(range(seeds), pairs):
+        store.once(f"floor, {pair.name}, seed {seed}", partial(floors, pair, seed))
+        for method in METHODS:
+            key = f"run, {pair.name}, {method.name}, seed {seed}"
+            row = store.once(key, partial(run, store, method, pair, seed, seconds))
+            print(key, {name: float(f"{value:.4g}") for name, value in row.items()}, flush=True)
 
 
 def deviation(values: Sequence[float]) -> float:
@@ -213,7 +184,7 @@ class Report:
         return [f"{'PASS' if good else 'FAIL'}  {method.name}, {pair.name}: {claim}" for good, claim in checks]
 
     def gain(self, other: Method, pair: Pair, score: str) -> str:
-        """How much better the dual solver's finite beta is, paired over seeds: mean +- its standard error."""
+        """Gain of the dual solver's finite beta, paired over seeds: mean +- its standard error."""
         sign = 1 if score == "log_prob" else -1
         pairs = zip(self.of(DUAL, pair, score), self.of(other, pair, score), strict=True)
         gains = [sign * (ours - theirs) for ours, theirs in pairs]

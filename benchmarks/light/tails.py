@@ -65,7 +65,7 @@ def hill(size: np.ndarray, share: float) -> float:
 
 
 def read(draws: Tensor, nu: float) -> dict[str, Any]:
-    """What the draws of a model say, or those of the target themselves."""
+    """Quantiles, tail indices and distances of draws, of a model or of the target itself."""
     x = np.sort(draws.numpy().ravel())
     size, away = np.sort(np.abs(x)), np.abs(x - exact_quantiles(nu, len(x)))
     true = stats.t.ppf(LEVELS, nu)

@@ -197,7 +197,7 @@ def cells(row: dict[str, Any]) -> list[object]:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """What is wrong with a run, if anything."""
+    """A run's fault, if it has one."""
     if row["ess"] != row["ess"]:
         return "NO DRAWS" if row["rhat"] != row["rhat"] else "MODE LOST"
     if row["error"] >= MAX_Z * math.sqrt(1 / row["ess"] + REFERENCE):

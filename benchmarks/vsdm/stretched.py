@@ -293,7 +293,7 @@ class Report:
     def against(
         self, shape: Shape, ours: Diffusion, theirs: Diffusion, start: str, score: str
     ) -> tuple[float, float, float]:
-        """How far ours lies below theirs, as a share of theirs; the paired difference and its 95 % half width."""
+        """Gap by which ours lies below theirs, as a share of theirs; the paired difference and its 95 % half width."""
         seeds = self.seeds(shape, ours, theirs)
         base = self.of(shape, theirs, start, score, seeds)
         gaps = [a - b for a, b in zip(self.of(shape, ours, start, score, seeds), base, strict=True)]
