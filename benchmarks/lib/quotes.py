@@ -58,12 +58,12 @@ class Quote:
         passage = self.passage()
         if not passage:
             return [f"{self.where} must have the passage {self.start!r}"]
-        values = [number for number in map(parsed, numbers(self.lines())) if number is not None]
+        values = [parsed(number)[0] for number in numbers(self.lines())]
         beside = self.beside.split()
         figures = [figure for figure in numbers(passage) if figure not in beside]
         if not figures:
             return [f"{self.where}, {self.start!r}: no figures"]
-        lost = [figure for figure in figures if not any(rounds_to(value, figure) for value, _ in values)]
+        lost = [figure for figure in figures if not any(rounds_to(value, figure) for value in values)]
         return [f"{self.where}, {self.start!r}: {figure} must be in {self.file}" for figure in lost]
 
 
@@ -73,7 +73,7 @@ def numbers(text: str) -> list[str]:
     return [found.group().rstrip() for found in NUMBER.finditer(text) if re.search(r"\d", found.group())]
 
 
-def parsed(number: str) -> tuple[float, float] | None:
+def parsed(number: str) -> tuple[float, float]:
     """Value, and half a unit of its last digit."""
     plain = number.rstrip("% ").replace(",", "")
     mantissa, _, exponent = plain.partition("e")
