@@ -63,16 +63,14 @@ $(BENCH): constraints-bench.txt
 	@rm -f .venv-bench/.stamp-*
 	@touch $@
 
+# Every claim of benchmarks/claims.py, for hours; finished cells are not run again. `python -m benchmarks run NAME` is one of them.
 bench: setup bench-env
-	for name in posteriors modes moves attention bridge_experiments bridge_dynamics \
-		planar beta_sweep tails bass_oracle known_plans scaling translation heteroskedastic calibration amortised \
-		vsdm_gaussian linear_gaussian stretched time_series digits \
-		dsb_gaussian dsb_planar dsb_short dsb_oxygen dsb_digits latent_digits latent_rates geweke calibration_rates bridge_kernels; do $(PY) -m benchmarks.$$name || exit 1; done
+	$(PY) -m benchmarks run
 
-# sbi's estimators, once: an hour and a half; what is in the cache folder is not run again.
+# sbi's estimators alone: an hour and a half; finished cells are not run again.
 sbi-peers: bench-env
-	.venv-bench/bin/python -m benchmarks.sbi_peers
-	.venv-bench/bin/python -m benchmarks.training_time
+	.venv-bench/bin/python -m benchmarks.amortised.sbi_peers
+	.venv-bench/bin/python -m benchmarks.amortised.training_time
 
 # ArviZ 1.x needs Python 3.12 and no torch: the tests run its half of the converter there, where a python3.12 is found.
 arviz1-env:

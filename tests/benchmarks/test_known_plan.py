@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from benchmarks.known_plan import KnownPlan, balanced_log_weights, make_pair
+from benchmarks.lib.known_plan import KnownPlan, balanced_log_weights, make_pair
 from pyro_sb.ops.closed_form import cross_covariance
 
 F64 = {"dtype": torch.float64}

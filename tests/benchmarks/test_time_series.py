@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from benchmarks.time_series import (
+from benchmarks.conditional.time_series import (
     Autoregression,
     Fold,
     Regression,

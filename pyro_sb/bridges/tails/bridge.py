@@ -94,7 +94,7 @@ class TailMatched(Bridge):
     taken from that of the marginal.
 
     **Few components inside make the better tail**: the outermost one alone reaches it, and of many it is fitted to a
-    handful of draws. Take 1 to 3 in one dimension where the tail matters (see ``benchmarks/tails.py``).
+    handful of draws. Take 1 to 3 in one dimension where the tail matters (see ``benchmarks/light/tails.py``).
 
     Args:
         bridge: The inner bridge; it is fitted in place.

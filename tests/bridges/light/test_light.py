@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
 
-from benchmarks.known_plan import make_pair
+from benchmarks.lib.known_plan import make_pair
 from pyro_sb.bridges import Bridge, LightSB, LightSBM
 from pyro_sb.bridges.light import light as light_module
 from pyro_sb.bridges.light.light import likelihood_loss, matching_loss

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.geweke import (
+from benchmarks.exactness.geweke import (
     CASES,
     FUNCTIONS,
     Score,
