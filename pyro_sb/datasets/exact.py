@@ -62,7 +62,7 @@ def exact_task(name: str) -> PosteriorTask:
     Example:
         >>> task = exact_task("eight_schools_noncentered")
         >>> task.parameters[-2:], [round(float(mean), 3) for mean in task.reference_mean[-2:]]
-        (('mu', 'tau'), [4.411, 3.608])
+        (('mu', 'tau'), [4.397, 3.598])
         >>> samples = {"theta": torch.zeros(4, 100, 8), "mu": torch.zeros(4, 100), "tau": torch.ones(4, 100)}
         >>> task.columns(samples).shape
         torch.Size([4, 100, 10])
