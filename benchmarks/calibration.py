@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import header, table, write
-from pyro_sb.datasets import sbi_task
+from pyro_sb.datasets import gaussian_linear
 from pyro_sb.diagnostics import Calibration, sbc
 from pyro_sb.infer import AmortizedPosterior
 from pyro_sb.infer.read_simulator import simulator
@@ -67,7 +67,7 @@ def covariates() -> Tensor:
 
 def exact_gaussian(num: int, draws: int) -> Calibration:
     """The known posterior of gaussian_linear, on the data sets that `sbc` makes of the same seed."""
-    theta, y = simulator(sbi_task("gaussian_linear").model).simulate(num)
+    theta, y = simulator(gaussian_linear).simulate(num)
     return Calibration.of(theta, y / 2 + 0.05**0.5 * torch.randn(draws, num, 10), [f"theta[{i}]" for i in range(10)])
 
 
@@ -95,7 +95,7 @@ def main() -> None:
     more: dict[str, Any] = {"num_steps": 50} if short else {}
     tables = []
     for name, model, args in (
-        ("gaussian_linear", sbi_task("gaussian_linear").model, ()),
+        ("gaussian_linear", gaussian_linear, ()),
         ("poisson_regression", poisson_regression, (covariates(),)),
     ):
         rows, notes, fits = [], [], {}

@@ -89,7 +89,7 @@ def read_simulator(name: str, root: str | Path | None) -> dict[str, np.ndarray]:
         with np.load(folder / f"{name}.npz") as file:
             return {key: file[key] for key in (*_ROWS, "design_matrix") if key in file}
     raise FileNotFoundError(
-        f"root (or PYRO_SB_SBIBM) must be the folder of the package sbibm, with tasks/{name}/files, or a folder with "
+        f"root (or PYRO_SB_SBIBM) must be the folder of the package sbibm with tasks/{name}/files, or a folder with "
         f"{name}.npz; got {str(folder)!r}. Write `pip install --no-deps sbibm`."
     )
 

@@ -89,9 +89,9 @@ def posterior_task(name: str, *, root: str | Path | None = None) -> PosteriorTas
         https://arxiv.org/abs/2407.04967
 
     Example:
-        >>> task = posterior_task("arK", root="posteriordb")  # doctest: +SKIP
-        >>> task.reference_draws.shape  # doctest: +SKIP
-        torch.Size([2000, 7])
+        >>> posterior_task("arK", root="nowhere")
+        Traceback (most recent call last):
+        FileNotFoundError: root (or PYRO_SB_POSTERIORDB) must be a checkout of posteriordb ...
     """
     if name not in _TASKS:
         raise ValueError(f"name must be one of {', '.join(map(repr, _TASKS))}, got {name!r}.")

@@ -67,9 +67,9 @@ def sbi_task(name: str, *, root: str | Path | None = None) -> SBITask:
         Benchmarking Simulation-Based Inference (Lueckmann et al., 2021), https://arxiv.org/abs/2101.04653
 
     Example:
-        >>> task = sbi_task("slcp")  # doctest: +SKIP
-        >>> task.observations.shape, task.reference.shape  # doctest: +SKIP
-        (torch.Size([5, 4, 2]), torch.Size([5, 2000, 5]))
+        >>> sbi_task("slcp", root="nowhere")
+        Traceback (most recent call last):
+        FileNotFoundError: root (or PYRO_SB_SBIBM) must be the folder of the package sbibm ...
     """
     if name not in _MODELS:
         raise ValueError(f"name must be one of {', '.join(map(repr, _MODELS))}, got {name!r}.")
