@@ -19,7 +19,7 @@ _ROWS = ("observations", "true_parameters", "reference", "reference_mean", "refe
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What posteriordb knows of a posterior: names of its p quantities, some draws, mean and sd of all of them.
+    """Reference of a posterior in posteriordb: names of its p quantities, some draws, mean and sd of all of them.
 
     Attributes:
         parameters: The names, as Stan counts: ``"theta[1]"``.
@@ -117,7 +117,8 @@ def _checked_out(base: Path, name: str) -> tuple[dict[str, Any], Reference]:
 
 def _zipped(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
-        return json.loads(archive.read(path.stem))
+        names = archive.namelist()
+        return json.loads(archive.read(path.stem if path.stem in names else names[0]))
 
 
 def _flat(folder: Path, name: str) -> tuple[dict[str, Any], Reference]:
