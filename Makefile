@@ -17,6 +17,9 @@ FIND312 = $$(for p in python3.12 "$$(pyenv root 2>/dev/null)"/versions/3.12.*/bi
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
 export OMP_NUM_THREADS ?= 1
+# Where posteriordb's and sbibm's files lie beside this checkout, the tests on them run too. (Empty: they are not here.)
+export PYRO_SB_POSTERIORDB ?= $(abspath $(wildcard ../shared/data/posteriordb))
+export PYRO_SB_SBIBM ?= $(abspath $(wildcard ../shared/data/sbibm))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
@@ -52,7 +55,8 @@ format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# NumPyro, JAX and sbi live apart: the package does not need them, the benchmarks compare with them.
+# NumPyro, JAX and sbi live apart: the package does not need them, the benchmarks compare with them. Of sbibm only the
+# files are read.
 bench-env: $(BENCH)
 
 $(BENCH): constraints-bench.txt
@@ -60,11 +64,13 @@ $(BENCH): constraints-bench.txt
 	test -x .venv-bench/bin/python || $$python -m venv .venv-bench
 	.venv-bench/bin/python -m pip install -q torch -c constraints-bench.txt
 	.venv-bench/bin/python -m pip install -q numpyro jax 'arviz<1' sbi pyro-ppl scikit-learn -c constraints-bench.txt
+	.venv-bench/bin/python -m pip install -q --no-deps sbibm -c constraints-bench.txt
 	@rm -f .venv-bench/.stamp-*
 	@touch $@
 
 # Every claim of benchmarks/claims.py, for hours; finished cells are not run again. `python -m benchmarks run NAME` is one of them.
 bench: setup bench-env
+	export PYRO_SB_SBIBM="$${PYRO_SB_SBIBM:-$$(echo $(CURDIR)/.venv-bench/lib/python3.*/site-packages/sbibm)}"; \
 	$(PY) -m benchmarks run
 
 # sbi's estimators alone: an hour and a half; finished cells are not run again.

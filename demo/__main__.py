@@ -1,6 +1,7 @@
-"""The main job on two real data sets, each beside its reference: `make demo`, or `python -m demo [--out FOLDER]`.
+"""The main job on two posteriors, each beside its reference: `make demo`, or `python -m demo [--out FOLDER]`.
 
-Eight schools, and a mixture of two Gaussians whose posterior has two separated modes, with Pyro's NUTS beside it.
+Eight schools, and a mixture of two Gaussians whose posterior has two separated modes, with Pyro's NUTS beside it. The
+references are computed by quadrature (`pyro_sb.datasets.exact_task`).
 Prints ArviZ's summaries and the report of both samplers on the two modes; writes the draws (netCDF) and three
 pictures. The environment variable PYRO_SB_SHORT makes it short, for the tests.
 """
@@ -20,7 +21,7 @@ from pyro.infer import MCMC as PyroMCMC  # noqa: N811
 from pyro.infer import NUTS
 
 from demo.pictures import draw_modes, draw_reports, draw_schools
-from pyro_sb.datasets import PosteriorTask, posterior_task
+from pyro_sb.datasets import PosteriorTask, exact_task
 from pyro_sb.diagnostics import report, to_arviz
 from pyro_sb.infer import MCMC, KernelLangevin
 
@@ -61,8 +62,8 @@ def beside_reference(task: PosteriorTask, idata: Any) -> pd.DataFrame:
 
 
 def eight_schools(out: Path) -> None:
-    """Eight schools on its real data: draws, summary, picture."""
-    task = posterior_task("eight_schools_noncentered")
+    """Eight schools: draws, summary, picture."""
+    task = exact_task("eight_schools_noncentered")
     mcmc = sample(task)
     idata = to_arviz(mcmc, log_likelihood=True, coords={"schools": list("ABCDEFGH")})
     print(beside_reference(task, idata).to_string())
@@ -73,7 +74,7 @@ def eight_schools(out: Path) -> None:
 
 def separated_modes(out: Path) -> None:
     """Two mirrored modes of mass 1/2 each, and where NUTS ends up."""
-    task = posterior_task("low_dim_gauss_mix_unordered")
+    task = exact_task("low_dim_gauss_mix_unordered")
     mcmc = sample(task)
     idata = to_arviz(mcmc)
     print(beside_reference(task, idata).to_string())
@@ -100,7 +101,7 @@ def separated_modes(out: Path) -> None:
 
 def main() -> None:
     """Run both and say what was written."""
-    parser = argparse.ArgumentParser(prog="python -m demo", description="The main job on two real data sets.")
+    parser = argparse.ArgumentParser(prog="python -m demo", description="The main job on two posteriors.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to; default: demo/")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ OURS, NUTS, TRUTH = "tab:blue", "tab:orange", "black"
 
 
 def draw_schools(task: PosteriorTask, draws: Tensor, path: Path) -> None:
-    """Each school's data, and its effect's 90 % interval: ours beside the reference's."""
+    """Each school's data, and its effect's 90 % interval: ours beside the exact posterior's."""
     sigma, y = (value.numpy() for value in task.args)
     ours, reference = (np.quantile(d[:, :8].numpy(), [0.05, 0.5, 0.95], axis=0) for d in (draws, task.reference_draws))
     rows = np.arange(8)
@@ -29,7 +29,7 @@ def draw_schools(task: PosteriorTask, draws: Tensor, path: Path) -> None:
     )
     for shift, (low, middle, high), colour, label in (
         (-0.16, ours, OURS, f"KernelLangevin, {len(draws):,} draws: posterior median, 90 % interval"),
-        (0.16, reference, TRUTH, "reference (posteriordb, Stan): the same"),
+        (0.16, reference, TRUTH, "exact posterior: the same"),
     ):
         bars = np.stack([middle - low, high - middle])
         axes.errorbar(middle, rows + shift, xerr=bars, fmt="o", color=colour, ms=4, label=label)
@@ -45,13 +45,13 @@ def draw_modes(task: PosteriorTask, ours: Tensor, nuts: Tensor, path: Path) -> N
     figure = plt.figure(figsize=(9.5, 3.6), layout="constrained")
     left, right, trace = figure.subplots(1, 3, width_ratios=[1, 1, 1.7])
     right.sharey(left)
-    for axes, low, high, name in ((left, -3.0, -2.5, "mu[0] < mu[1]"), (right, 2.6, 3.1, "mu[0] > mu[1]")):
+    for axes, low, high, name in ((left, -3.05, -2.55, "mu[0] < mu[1]"), (right, 2.5, 3.0, "mu[0] > mu[1]")):
         bins = np.linspace(low, high, 26)
         shares = []
         for mu, style in (
             (nuts, {"color": NUTS, "alpha": 0.45, "label": "Pyro's NUTS, one chain"}),
             (ours.flatten(0, 1), {"color": OURS, "alpha": 0.65, "label": f"KernelLangevin, {len(ours)} chains"}),
-            (task.reference_draws, {"color": TRUTH, "histtype": "step", "label": "reference (Stan, mirrored)"}),
+            (task.reference_draws, {"color": TRUTH, "histtype": "step", "label": "exact draws"}),
         ):
             axes.hist(mu[:, 0].numpy(), bins, weights=np.full(len(mu), 1 / len(mu) / (bins[1] - bins[0])), **style)
             shares.append(float(((mu[:, 0] < mu[:, 1]) == (axes is left)).double().mean()))
@@ -68,7 +68,7 @@ def draw_modes(task: PosteriorTask, ours: Tensor, nuts: Tensor, path: Path) -> N
     trace.set_title("one chain of each, draw by draw", fontsize=9)
     trace.legend(fontsize=8, loc="upper right", frameon=False)
     figure.suptitle(
-        "Mixture of two Gaussians, its means unordered: the posterior has two modes, 100 standard deviations apart",
+        "Mixture of two Gaussians, its means unordered: the posterior has two modes, more than 100 sds apart",
         fontsize=10,
     )
     figure.savefig(path, dpi=90)

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.lib.fits import timed
 from benchmarks.lib.report import header, reading, table, write
 from benchmarks.lib.store import command
-from pyro_sb.datasets import sbi_task
+from pyro_sb.datasets import gaussian_linear
 from pyro_sb.diagnostics import Calibration, sbc
 from pyro_sb.infer import AmortizedPosterior
 from pyro_sb.infer.amortized.simulator import simulator
@@ -61,7 +61,7 @@ def covariates() -> Tensor:
 
 def exact_gaussian(num: int, draws: int) -> Calibration:
     """The known posterior of gaussian_linear, on the data sets that `sbc` makes of the same seed."""
-    theta, y = simulator(sbi_task("gaussian_linear").model).simulate(num)
+    theta, y = simulator(gaussian_linear).simulate(num)
     return Calibration.of(theta, y / 2 + 0.05**0.5 * torch.randn(draws, num, 10), [f"theta[{i}]" for i in range(10)])
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     more: dict[str, Any] = {"num_updates": 50} if short else {}
     tables = []
     for name, model, args in (
-        ("gaussian_linear", sbi_task("gaussian_linear").model, ()),
+        ("gaussian_linear", gaussian_linear, ()),
         ("poisson_regression", poisson_regression, (covariates(),)),
     ):
         rows, notes, fits = [], [], {}

@@ -1,5 +1,6 @@
-"""What tests and benchmarks draw on: the field's laws in the plane, posteriors with known answers, and simulators."""
+"""The field's laws in the plane, posteriors with known answers, and simulators: for tests, tutorials and benchmarks."""
 
+from pyro_sb.datasets.exact import exact_task
 from pyro_sb.datasets.planar import Checkerboard, EightGaussians, Moons, PlanarLaw, SCurve, SwissRoll
 from pyro_sb.datasets.posteriors import (
     POSTERIORS,
@@ -42,6 +43,7 @@ __all__ = [
     "bernoulli_glm",
     "eight_schools_centered",
     "eight_schools_noncentered",
+    "exact_task",
     "gaussian_linear",
     "gaussian_linear_uniform",
     "gaussian_mixture",

@@ -1,23 +1,23 @@
-r"""Posteriors with known answers: posteriordb's data and reference draws, with the models written for Pyro.
+r"""Five posteriors of posteriordb as Pyro models, two of them in two forms, on posteriordb's own data.
 
 The models are rank-polymorphic: they index from the right (``mu[..., 0]``, ``beta @ x.T``), so a latent may carry
 leading chain dimensions and one run of the model then answers for all chains. They take dtype and device from their
-data, whatever torch's default dtype is.
+data, whatever torch's default dtype is. `pyro_sb.datasets.exact` has the same models on data that need no files.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
+
+from pyro_sb.datasets.originals import read_posterior
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,15 +25,15 @@ class PosteriorTask:
     r"""A Pyro model with its data and what its posterior is known to be.
 
     Attributes:
-        name: One of the names of ``posterior_task``.
+        name: One of `POSTERIORS`.
         model: The Pyro model, called as ``model(*args)``.
         args: The data.
         parameters: The p scalar quantities of the reference in its own naming, counted from 1: ``"theta[1]"``. They are
             latents or deterministic sites of the model.
-        reference_mean: Posterior means from all 10,000 reference draws. Shape ``(p,)``.
+        reference_mean: Posterior means, by quadrature or from posteriordb's 10,000 draws. Shape ``(p,)``.
         reference_sd: Posterior standard deviations. Shape ``(p,)``.
-        reference_mcse: Monte Carlo standard errors of ``reference_mean``. Shape ``(p,)``.
-        reference_draws: Some of the reference draws (float32 on disk). Shape ``(num_draws, p)``.
+        reference_mcse: Monte Carlo standard errors of ``reference_mean``, zero for quadrature. Shape ``(p,)``.
+        reference_draws: Independent draws of the posterior, or every fifth of posteriordb's. Shape ``(num_draws, p)``.
     """
 
     name: str
@@ -60,8 +60,11 @@ class PosteriorTask:
         return torch.stack([_column(samples, name) for name in self.parameters], -1)
 
 
-def posterior_task(name: str) -> PosteriorTask:
-    r"""A posterior of posteriordb as a Pyro model with its reference.
+def posterior_task(name: str, *, root: str | Path | None = None) -> PosteriorTask:
+    r"""A posterior of posteriordb as a Pyro model, with posteriordb's data and reference draws.
+
+    The files are not part of this package: ``git clone --depth 1 https://github.com/stan-dev/posteriordb`` brings them.
+    `exact_task` has the same models with data and references that need no files.
 
     The centred eight schools has the non-centred one's posterior in theta, mu, tau, and so its reference. Without its
     ordering the mixture has two modes, mirror images of each other (swap the components, theta to 1 - theta), each of
@@ -70,37 +73,38 @@ def posterior_task(name: str) -> PosteriorTask:
     Args:
         name: ``"eight_schools_noncentered"``, ``"eight_schools_centered"``, ``"low_dim_gauss_mix"``,
             ``"low_dim_gauss_mix_unordered"``, ``"arK"``, ``"logearn_interaction"`` or ``"kidscore_interaction"``.
+        root: A checkout of posteriordb, or a folder of ``NAME.data.json`` and ``NAME.npz`` (keys ``draws``, ``params``,
+            ``reference_mean``, ``reference_sd``, ``n_reference``). Omitted: the environment variable
+            ``PYRO_SB_POSTERIORDB`` names it.
 
     Returns:
         The task, in float64.
 
     Raises:
         ValueError: If the name is none of these.
+        FileNotFoundError: If no folder is named, or it does not hold the posterior.
 
     References:
         posteriordb: Testing, Benchmarking and Developing Bayesian Inference Algorithms (Magnusson et al., 2024),
         https://arxiv.org/abs/2407.04967
 
     Example:
-        >>> task = posterior_task("eight_schools_noncentered")
-        >>> task.parameters[-2:]
-        ('mu', 'tau')
-        >>> samples = {"theta": torch.zeros(4, 100, 8), "mu": torch.zeros(4, 100), "tau": torch.ones(4, 100)}
-        >>> task.columns(samples).shape
-        torch.Size([4, 100, 10])
+        >>> posterior_task("arK", root="nowhere")
+        Traceback (most recent call last):
+        FileNotFoundError: root (or PYRO_SB_POSTERIORDB) must be a checkout of posteriordb ...
     """
     if name not in _TASKS:
         raise ValueError(f"name must be one of {', '.join(map(repr, _TASKS))}, got {name!r}.")
     stored, model, arguments = _TASKS[name]
-    data = json.loads((_FOLDER / f"{stored}.data.json").read_text())
-    with (_FOLDER / f"{stored}.npz").open("rb") as file:
-        reference = dict(np.load(file))
-    mean, sd = torch.from_numpy(reference["reference_mean"]), torch.from_numpy(reference["reference_sd"])
-    mcse = sd / math.sqrt(int(reference["n_reference"]))  # Stan's draws are thinned: near independent
-    draws = torch.from_numpy(reference["draws"]).double()
+    data, reference = read_posterior(stored, root)
+    mean, sd = torch.from_numpy(reference.mean), torch.from_numpy(reference.sd)
+    mcse = sd / math.sqrt(reference.num_draws)  # Stan's draws are thinned: near independent
+    draws = torch.from_numpy(reference.draws)
     if name.endswith("unordered"):
-        mean, sd, mcse, draws = _mirrored(mean, sd, draws, int(reference["n_reference"]))
-    return PosteriorTask(name, model, arguments(data), tuple(map(str, reference["params"])), mean, sd, mcse, draws)
+        # The mean is that of (x + mirror image of x) / 2, which knows each mode's mass exactly.
+        mcse = ((draws + mirrored(draws)) / 2).std(0) / math.sqrt(reference.num_draws)
+        mean, sd, draws = both_modes(mean, sd, draws)
+    return PosteriorTask(name, model, arguments(data), reference.parameters, mean, sd, mcse, draws)
 
 
 def eight_schools_noncentered(sigma: Tensor, y: Tensor) -> None:
@@ -213,6 +217,29 @@ def _linear(mean: Tensor, sigma: Tensor, y: Tensor) -> None:
     pyro.sample("y", dist.Normal(mean, sigma[..., None]).to_event(1), obs=y)
 
 
+def interaction(first: Tensor, second: Tensor) -> Tensor:
+    """Covariates of a regression on two variables and their product: 1, first, second, product. Shape ``(N, 4)``."""
+    return torch.stack([torch.ones_like(first), first, second, first * second], -1)
+
+
+def lagged(y: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    """The ``order`` values before each observation, latest first, ``(T - order, order)``; the observations."""
+    return y.unfold(0, order, 1)[:-1].flip(-1), y[order:]
+
+
+def mirrored(draws: Tensor) -> Tensor:
+    """Draws of (mu1, mu2, sigma1, sigma2, theta) of a mixture, its two components swapped. Shape ``(*, 5)``."""
+    return torch.cat([draws[..., [1, 0, 3, 2]], 1 - draws[..., 4:]], -1)
+
+
+def both_modes(mean: Tensor, sd: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, sd and draws of a law of a mixture's parameters in equal parts with its mirror image."""
+    flipped, variance = mirrored(mean), sd.square()
+    between = (mean - flipped).square() / 4
+    spread = ((variance + variance[[1, 0, 3, 2, 4]]) / 2 + between).sqrt()
+    return (mean + flipped) / 2, spread, torch.cat([draws, mirrored(draws)])
+
+
 def _tensor(values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
@@ -221,21 +248,16 @@ def _schools(data: dict) -> tuple[Tensor, ...]:
     return _tensor(data["sigma"]), _tensor(data["y"])
 
 
-def _lagged(data: dict) -> tuple[Tensor, ...]:
-    y = _tensor(data["y"])
-    return y.unfold(0, data["K"], 1)[:-1].flip(-1), y[data["K"] :]
-
-
-def _interaction(first: Tensor, second: Tensor) -> Tensor:
-    return torch.stack([torch.ones_like(first), first, second, first * second], -1)
+def _series(data: dict) -> tuple[Tensor, ...]:
+    return lagged(_tensor(data["y"]), data["K"])
 
 
 def _earnings(data: dict) -> tuple[Tensor, ...]:
-    return _interaction(_tensor(data["height"]), _tensor(data["male"])), _tensor(data["earn"]).log()
+    return interaction(_tensor(data["height"]), _tensor(data["male"])), _tensor(data["earn"]).log()
 
 
 def _scores(data: dict) -> tuple[Tensor, ...]:
-    return _interaction(_tensor(data["mom_hs"]), _tensor(data["mom_iq"])), _tensor(data["kid_score"])
+    return interaction(_tensor(data["mom_hs"]), _tensor(data["mom_iq"])), _tensor(data["kid_score"])
 
 
 def _observations(data: dict) -> tuple[Tensor, ...]:
@@ -249,27 +271,15 @@ def _column(samples: dict[str, Tensor], parameter: str) -> Tensor:
     return samples[site] if index is None else samples[site][..., int(index) - 1]
 
 
-def _mirrored(mean: Tensor, sd: Tensor, draws: Tensor, num_reference: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, sd, Monte Carlo error, draws of a law of (mu1, mu2, sigma1, sigma2, theta) mixed with its mirror image."""
-    swap = [1, 0, 3, 2, 4]
-    flipped = torch.cat([mean[swap[:4]], 1 - mean[4:]])
-    both = torch.cat([draws[:, swap[:4]], 1 - draws[:, 4:]], -1)
-    spread = ((sd.square() + sd[swap].square()) / 2 + (mean - flipped).square() / 4).sqrt()
-    # The mean is that of (x + mirror image of x) / 2, which knows each mode's mass exactly.
-    mcse = ((draws + both) / 2).std(0) / math.sqrt(num_reference)
-    return (mean + flipped) / 2, spread, mcse, torch.cat([draws, both])
-
-
-_FOLDER = files("pyro_sb").joinpath("data", "posteriordb")
 _TASKS: dict[str, tuple[str, Callable[..., None], Callable[[dict], tuple[Tensor, ...]]]] = {
     "eight_schools_noncentered": ("eight_schools-eight_schools_noncentered", eight_schools_noncentered, _schools),
     "eight_schools_centered": ("eight_schools-eight_schools_noncentered", eight_schools_centered, _schools),
     "low_dim_gauss_mix": ("low_dim_gauss_mix-low_dim_gauss_mix", low_dim_gauss_mix, _observations),
     "low_dim_gauss_mix_unordered": ("low_dim_gauss_mix-low_dim_gauss_mix", low_dim_gauss_mix_unordered, _observations),
-    "arK": ("arK-arK", ark, _lagged),
+    "arK": ("arK-arK", ark, _series),
     "logearn_interaction": ("earnings-logearn_interaction", logearn_interaction, _earnings),
     "kidscore_interaction": ("kidiq-kidscore_interaction", kidscore_interaction, _scores),
 }
 
 POSTERIORS: tuple[str, ...] = tuple(_TASKS)
-"""Names that :func:`posterior_task` knows."""
+"""Names that :func:`posterior_task` and :func:`exact_task` know."""

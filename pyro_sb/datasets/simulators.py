@@ -1,22 +1,23 @@
-r"""The eight tasks of the simulation-based inference benchmark sbibm as Pyro models, with its reference posteriors.
+r"""The eight simulators of the benchmark sbibm as Pyro models, and its observations with their reference posteriors.
 
 A model takes no arguments and observes nothing: ``theta`` is its latent site (one vector), ``y`` its data, so that it
 is simulator and joint density in one; ``pyro.condition(model, {"y": y})`` is the posterior's model. All run under an
-outer ``pyro.plate`` to the left of their own, and under ``torch.func.vmap``, in torch's default dtype.
+outer ``pyro.plate`` to the left of their own, and under ``torch.func.vmap``, in torch's default dtype. They need no
+files; `sbi_task` reads the benchmark's.
 """
 
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_sb.datasets.originals import read_simulator
 from pyro_sb.datasets.simulator_laws import Crescent, Gaussian, SpikeSums, runge_kutta4
 
 
@@ -43,35 +44,42 @@ class SBITask:
     reference_sd: Tensor
 
 
-def sbi_task(name: str) -> SBITask:
-    r"""A task of sbibm: its simulator as a Pyro model, observations and reference posteriors.
+def sbi_task(name: str, *, root: str | Path | None = None) -> SBITask:
+    r"""A task of sbibm: its simulator as a Pyro model, with sbibm's observations and reference posteriors.
+
+    The files are not part of this package: ``pip install --no-deps sbibm`` brings them. The simulators are functions of
+    their own (`two_moons`, `slcp`, ...), which need no files.
 
     Args:
         name: One of `SBI_TASKS`.
+        root: The folder of the package ``sbibm``, or a folder of ``NAME.npz`` (keys: the tensors of `SBITask`, and of
+            bernoulli_glm ``design_matrix``). Omitted: the environment variable ``PYRO_SB_SBIBM`` names it, or else it
+            is the installed package's, which is not imported.
 
     Returns:
         The task, in torch's default dtype.
 
     Raises:
         ValueError: If the name is none of these.
+        FileNotFoundError: If sbibm is not installed and no folder is named, or it does not hold the task.
 
     References:
         Benchmarking Simulation-Based Inference (Lueckmann et al., 2021), https://arxiv.org/abs/2101.04653
 
     Example:
-        >>> task = sbi_task("slcp")
-        >>> with pyro.plate("simulations", 1000, dim=-2):  # slcp has a plate of its own at -1
-        ...     trace = pyro.poutine.trace(task.model).get_trace()
-        >>> trace.nodes["theta"]["value"].shape, trace.nodes["y"]["value"].shape
-        (torch.Size([1000, 1, 5]), torch.Size([1000, 4, 2]))
-        >>> task.observations.shape, task.reference.shape
-        (torch.Size([5, 4, 2]), torch.Size([5, 2000, 5]))
+        >>> sbi_task("slcp", root="nowhere")
+        Traceback (most recent call last):
+        FileNotFoundError: root (or PYRO_SB_SBIBM) must be the folder of the package sbibm ...
     """
     if name not in _MODELS:
         raise ValueError(f"name must be one of {', '.join(map(repr, _MODELS))}, got {name!r}.")
-    stored = {key: torch.as_tensor(_stored(name)[key]).to(torch.get_default_dtype()) for key in _KEYS}
+    read = {key: torch.as_tensor(value) for key, value in read_simulator(name, root).items()}
+    design, model = read.pop("design_matrix", None), _MODELS[name]
+    if design is not None:
+        model = functools.partial(bernoulli_glm, design=design.double())
+    stored = {key: value.to(torch.get_default_dtype()) for key, value in read.items()}
     y = stored.pop("observations")
-    return SBITask(name, _MODELS[name], y.unflatten(-1, (4, 2)) if name == "slcp" else y, **stored)
+    return SBITask(name, model, y.unflatten(-1, (4, 2)) if name == "slcp" else y, **stored)
 
 
 def two_moons() -> None:
@@ -115,6 +123,12 @@ def slcp() -> None:
     Its mean is :math:`(\theta_1, \theta_2)`, its standard deviations :math:`\theta_3^2, \theta_4^2`, its correlation
     :math:`\tanh \theta_5`, and :math:`10^{-6} I` is added to the covariance. The posterior has four modes (the signs of
     theta_3 and theta_4) that the box cuts off. The points are a plate, so y has the shape (4, 2).
+
+    Example:
+        >>> with pyro.plate("simulations", 1000, dim=-2):  # the points have a plate of their own at -1
+        ...     trace = pyro.poutine.trace(slcp).get_trace()
+        >>> trace.nodes["theta"]["value"].shape, trace.nodes["y"]["value"].shape
+        (torch.Size([1000, 1, 5]), torch.Size([1000, 4, 2]))
     """
     theta = _box(3.0, 5)
     jitter, sd1, sd2, z = 1e-6, theta[..., 2].square(), theta[..., 3].square(), theta[..., 4]
@@ -129,16 +143,20 @@ def slcp() -> None:
         pyro.sample("y", Gaussian(theta[..., :2], scale_tril=root))
 
 
-def bernoulli_glm() -> None:
+def bernoulli_glm(design: Tensor | None = None) -> None:
     r"""A logistic regression of spikes on a stimulus: :math:`z_t \sim \text{Bernoulli}(\text{logit} = (V \theta)_t)`.
 
     The first coefficient is an offset, N(0, 2), the nine others a filter with a smoothness prior
-    :math:`N(0, (F^\top F)^{-1})`; V is the benchmark's, 100 steps long. The data are :math:`y = V^\top z`, a sufficient
-    statistic; the density of y is `SpikeSums`', up to a factor that does not depend on theta.
+    :math:`N(0, (F^\top F)^{-1})`. The data are :math:`y = V^\top z`, a sufficient statistic; the density of y is
+    `SpikeSums`', up to a factor that does not depend on theta.
+
+    Args:
+        design: V: a column of ones, then the stimulus delayed by 0 to 8 steps. Shape ``(T, 10)``. Omitted: that of
+            white noise (seed 0), 100 steps long; `sbi_task` gives the benchmark's.
     """
     zero = torch.zeros(10)
-    root, design = _glm()
-    theta = pyro.sample("theta", Gaussian(zero, scale_tril=root.to(zero)))
+    design = _white_noise_design() if design is None else design
+    theta = pyro.sample("theta", Gaussian(zero, scale_tril=_smooth_root().to(zero)))
     pyro.sample("y", SpikeSums(theta, design.to(theta)))
 
 
@@ -193,24 +211,23 @@ def _box(bound: float, dim: int) -> Tensor:
 
 
 @functools.cache
-def _stored(name: str) -> dict[str, np.ndarray]:
-    with files("pyro_sb").joinpath("data", "sbibm", f"{name}.npz").open("rb") as file:
-        return dict(np.load(file))
+def _smooth_root() -> Tensor:
+    """Cholesky root of the covariance of bernoulli_glm's prior, (10, 10), in float64."""
+    one = torch.eye(9, dtype=torch.float64)
+    difference = one - torch.diag(one.new_ones(8), -1)
+    smooth = difference @ difference + torch.diag((torch.arange(9, dtype=torch.float64) / 9).sqrt())
+    return torch.linalg.cholesky(torch.block_diag(one.new_tensor([[2.0]]), torch.linalg.inv(smooth.T @ smooth)))
 
 
 @functools.cache
-def _glm() -> tuple[Tensor, Tensor]:
-    """Cholesky root of the prior's covariance, (10, 10), and the design matrix, (100, 10), in float64."""
-    difference = np.eye(9) - np.eye(9, k=-1)
-    smooth = difference @ difference + np.diag(np.sqrt(np.arange(9) / 9))
-    covariance = np.zeros((10, 10))
-    covariance[0, 0], covariance[1:, 1:] = 2.0, np.linalg.inv(smooth.T @ smooth)
-    root, design = np.linalg.cholesky(covariance), _stored("bernoulli_glm")["design_matrix"].astype(np.float64)
-    return torch.from_numpy(root), torch.from_numpy(design)
+def _white_noise_design() -> Tensor:
+    """A column of ones and white noise delayed by 0 to 8 steps, nothing before it. Shape (100, 10), in float64."""
+    stimulus = torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    delayed = [torch.nn.functional.pad(stimulus, (delay, 0))[:100] for delay in range(9)]
+    return torch.stack([torch.ones_like(stimulus), *delayed], -1)
 
 
-_KEYS = ("observations", "true_parameters", "reference", "reference_mean", "reference_sd")
-_MODELS: dict[str, Callable[[], None]] = {
+_MODELS: dict[str, Callable[..., None]] = {
     "two_moons": two_moons,
     "gaussian_linear": gaussian_linear,
     "gaussian_linear_uniform": gaussian_linear_uniform,
