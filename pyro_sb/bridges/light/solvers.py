@@ -465,6 +465,7 @@ def all_points(end: Any, num: int) -> Side:
 # The start, and Adam's way
 
 
+@torch.no_grad()
 def begin(bridge: LearningBridge, ends: Ends) -> MixtureProcess:
     """Put the start into the parameters: clusters of the target, for finite beta followed by steps up the dual."""
     process, parameters = bridge.process, bridge.parameters_of

@@ -19,7 +19,7 @@ def joint_draws(num=800):
 
 def fitted(covariance="full", source=None):
     bridge = LightSB(3, num_components=3, covariance=covariance)
-    bridge.fit(joint_draws(), source, solver="em", num_updates=30, progress=False)
+    bridge.fit(joint_draws(), source, solver="moments", num_updates=30, progress=False)
     return bridge
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from pyro_sb.bridges import LightSB
-from pyro_sb.bridges.light.light import EarlyChecks
+from pyro_sb.bridges.light import solvers
 from pyro_sb.bridges.light.parameters import lower_triangular
-from pyro_sb.training import FitHistory
+from pyro_sb.training import EarlyChecks, FitHistory
 
 KEPT = "kept its start, which does not use the context"
 
@@ -27,7 +27,7 @@ def fitted(**options):
 def judged(monkeypatch, losses):
     """Held-out losses as told, from the start's on."""
     losses = itertools.chain(losses, itertools.repeat(9.0))
-    monkeypatch.setattr(LightSB, "held_out_loss", lambda self, ends, num=0: next(losses))
+    monkeypatch.setattr(solvers, "held_out_loss", lambda process, ends, num=0: next(losses))
 
 
 def test_a_bridge_that_kept_its_start_says_so_with_figures_and_knobs(monkeypatch):
@@ -91,7 +91,7 @@ def test_early_looks_give_way_to_the_start_and_to_the_loop(start, later):
 def test_early_looks_leave_the_loop_as_it_is(monkeypatch):
     runs = []
     for shares in ((2, 4, 8, 16), ()):
-        monkeypatch.setattr("pyro_sb.bridges.light.light.SHARES", shares)
+        monkeypatch.setattr("pyro_sb.training.SHARES", shares)
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)

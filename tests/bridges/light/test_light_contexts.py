@@ -9,6 +9,7 @@ import torch
 from pyro_sb.bridges import Bridge, LightSB
 from pyro_sb.bridges.ends import DrawsEnd, read_held_out
 from pyro_sb.bridges.light.parameters import MixtureParameters
+from pyro_sb.bridges.light.solvers import SOLVERS, Likelihood
 from pyro_sb.nn import SetEmbedding
 from tests.ops.potentials import F64, random_potential
 
@@ -154,14 +155,13 @@ def test_dropout_is_off_outside_the_fit():
     assert not bridge.parameters_of.net.noisy
 
 
-def test_dropout_is_on_in_the_fit_alone():
+def test_dropout_is_on_in_the_fit_alone(monkeypatch):
     seen = []
 
-    class Watched(LightSB):
-        def loss(self, ends, batch_size):
-            seen.append(self.parameters_of.net.noisy)
-            rows = torch.zeros(1, 3, **F64)
-            net = self.parameters_of.net
+    class Watched(Likelihood):
+        def loss(self, process, ends, batch_size):
+            net, rows = process.parameters.net, torch.zeros(1, 3, **F64)
+            seen.append(net.noisy)
             torch.nn.init.ones_(net.head.weight)
             assert not torch.equal(net(rows), net(rows))
             net.noisy = False
@@ -169,7 +169,8 @@ def test_dropout_is_on_in_the_fit_alone():
             raise KeyError("enough")
 
     target, context = pairs()
-    bridge = Watched(2, 3, 0.5, context_dim=3, covariance="full", hidden=(16, 16), dropout=0.5)
+    monkeypatch.setitem(SOLVERS, "likelihood", Watched())
+    bridge = LightSB(2, num_components=3, epsilon=0.5, context_dim=3, covariance="full", hidden=(16, 16), dropout=0.5)
     with pytest.raises(KeyError, match="enough"):
         bridge.fit(target, context=context, **QUICK)
     assert seen == [True] and not bridge.parameters_of.net.noisy
@@ -243,7 +244,7 @@ def sets(num=600):
     return torch.cat([spread, -spread], 1) + 0.1 * torch.randn(num, 2, **F64), items
 
 
-def with_embedding(num_steps=40):
+def with_embedding(num_updates=40):
     target, context = sets()
     bridge = LightSB(
         2,
@@ -254,7 +255,7 @@ def with_embedding(num_steps=40):
         hidden=(32,),
         embedding=SetEmbedding(1, 6, hidden=(32,)),
     )
-    return bridge, target, context, quiet_fit(bridge, target, context=context, num_updates=num_steps)
+    return bridge, target, context, quiet_fit(bridge, target, context=context, num_updates=num_updates)
 
 
 def test_an_embedding_is_learnt_with_the_rest():
