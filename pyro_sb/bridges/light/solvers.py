@@ -474,7 +474,7 @@ def begin(bridge: LearningBridge, ends: Ends) -> MixtureProcess:
             f"epsilon is {process.epsilon:.2g} of the target's variance, below {SMALL_EPSILON:g}: gates saturate, "
             "and the fit may be far off. Raise epsilon, or compare draws with held-out ones.",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
     source, target = ends.source.batch(START_DRAWS // 2).points, ends.target.batch(START_DRAWS).points
     repeated = isinstance(ends.target, DrawsEnd) and len(target) > ends.target.num_train
@@ -493,7 +493,7 @@ def begin(bridge: LearningBridge, ends: Ends) -> MixtureProcess:
             f"beta = {process.beta:g} no component is narrower than {end * float(bridge.scale):.2g}. Raise beta, lower "
             "epsilon, or rescale the axis.",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
     draws = (equal_weights(end.batch(ASCENT_DRAWS).points) for end in ends)
     process.take(ascended(process, *draws))  # at small beta the inverse moves points far from their clusters

@@ -1,5 +1,6 @@
-"""LightSBBM: the Gaussian oracle, ascent of the dual, exact densities through the map, and the SDE that it says."""
+"""LightSBBM: the Gaussian oracle, ascent of the dual, exact densities through the map, and its SDE."""
 
+import functools
 import math
 import warnings
 
@@ -12,10 +13,8 @@ from pyro_sb.bridges.light import solvers
 from pyro_sb.bridges.light.laws import MixtureProcess
 from pyro_sb.bridges.light.solvers import CANDIDATES, DualLoss, begin
 from pyro_sb.ops.closed_form import alternating_bass_scalar, bass_gain, commuting_bass_bridge
-
-F64 = {"dtype": torch.float64}
-CENTRES = torch.tensor([[3.0, 0.0], [-2.0, 2.5], [-2.0, -3.0]], **F64)
-full_or_not = pytest.mark.parametrize("covariance", ["diagonal", "full"])
+from tests.bridges.light.fits import CENTRES, bumps, clusters, full_or_not, quick, scaled, standard_normal, z_of_two
+from tests.ops.potentials import F64
 
 
 @pytest.fixture(autouse=True)
@@ -24,50 +23,11 @@ def small_pool(monkeypatch):
     monkeypatch.setattr(solvers, "POOL", 512)
 
 
-def clusters(num):
-    return CENTRES[torch.randint(3, (num,))] + 0.5 * torch.randn(num, 2, **F64)
-
-
-def bumps(num):
-    """A law on the line, of two clusters."""
-    return torch.where(torch.rand(num, 1) < 0.4, -1.5, 1.0) + 0.3 * torch.randn(num, 1, **F64)
-
-
-def standard_normal(dim=2):
-    return MultivariateNormal(torch.zeros(dim, **F64), torch.eye(dim, **F64))
-
-
-def scaled(num, variance, dim=1):
-    """Draws of mean 0 and this variance, exactly."""
-    x = torch.randn(num, dim, **F64)
-    x = x - x.mean(0)
-    return x / x.std(0, correction=0) * torch.as_tensor(variance, **F64).sqrt()
-
-
-def quick(bridge, target=None, source=None, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        bridge.fit(
-            clusters(300) if target is None else target, source, **({"progress": False, "num_updates": 20} | options)
-        )
-    return bridge
-
-
 def gain_of(bridge):
     """S of a bridge with one component, along its axes."""
     scales = bridge.parameters_of(None, 1.0).scales.detach()[0]
     return scales if scales.dim() == 1 else torch.linalg.eigvalsh(scales)
 
-
-def z_of_two(a, b):
-    def features(x):
-        return torch.cat([x, (x[..., :, None] * x[..., None, :]).flatten(-2)], -1)
-
-    a, b = features(a), features(b)
-    return (a.mean(0) - b.mean(0)) / (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
-
-
-# The Gaussian oracle
 
 PAIRS = [(0.1, 2.0), (0.1, 10.0), (0.5, 1.5), (0.5, 10.0), (2.0, 2.0), (10.0, 1.5), (10.0, 100.0)]
 
@@ -139,9 +99,6 @@ def test_from_a_point_to_the_normal_law_there_is_nothing_to_pay():
     torch.testing.assert_close(bridge().log_prob(x), target.log_prob(x), rtol=0, atol=2e-3)
 
 
-# The dual
-
-
 @full_or_not
 @pytest.mark.parametrize("beta", [1.5, 10.0])
 def test_the_moment_solver_never_descends_and_keeps_the_floor(beta, covariance):
@@ -203,15 +160,13 @@ def test_no_other_potential_has_a_higher_dual():
         assert other.dual(source, target) <= top
 
 
-def test_infinite_beta_is_lightsb():
+@pytest.mark.parametrize("solvers", [("likelihood", "dual"), ("moments", "moments")], ids="-".join)
+def test_infinite_beta_is_lightsb(solvers):
     target, source = clusters(300), torch.randn(300, 2, **F64)
     bridges = []
-    for make in (
-        lambda: LightSB(2, num_components=3, epsilon=0.5),
-        lambda: LightSBBM(2, num_components=3, epsilon=0.5, beta=math.inf),
-    ):
+    for make, solver in zip((LightSB, functools.partial(LightSBBM, beta=math.inf)), solvers):
         torch.manual_seed(1)
-        bridges.append(quick(make(), target, source))
+        bridges.append(quick(make(2, num_components=3, epsilon=0.5), target, source, solver=solver))
     x = torch.randn(20, 2, **F64)
     for ask in (lambda b: b.drift(0.3, x), lambda b: b.plan(x).log_prob(x.flip(0)), lambda b: b.plan_moments(x)[1]):
         torch.testing.assert_close(ask(bridges[0]), ask(bridges[1]), rtol=1e-12, atol=1e-12)
@@ -237,9 +192,6 @@ def test_large_beta_tends_to_lightsb():
         bridges[1].parameters_of.load_state_dict(bridges[0].parameters_of.state_dict())
         gaps.append(float((bridges[0].drift(0.5, x) - bridges[1].drift(0.5, x)).abs().max()))
     assert gaps[1] < 0.02 * gaps[0]
-
-
-# The densities
 
 
 @pytest.mark.parametrize("beta", [1.5, 10.0])
@@ -298,9 +250,6 @@ def test_given_a_context_the_density_is_normalised():
     torch.testing.assert_close(mass.sum(0), torch.ones(2, **F64), rtol=1e-8, atol=1e-8)
     with pytest.raises(NotImplementedError, match="dual has no context"):
         bridge.dual(x, x)
-
-
-# The process
 
 
 @full_or_not
@@ -374,9 +323,6 @@ def test_a_pool_never_moves_the_points_it_inverts(beta):
     loss.pool._queue = torch.arange(64)  # every later minibatch is this one
     loss()
     assert torch.equal(loss.pool.pairs.x0, before[0]) and torch.equal(loss.pool.pairs.x1, before[1])
-
-
-# Choices
 
 
 @pytest.mark.slow
@@ -480,3 +426,9 @@ def test_a_moment_fit_that_has_not_converged_says_so():
         LightSBBM(2, num_components=3, epsilon=0.5, beta=3.0).fit(
             clusters(150), torch.randn(150, 2, **F64), solver="moments", num_updates=2, progress=False
         )
+
+
+def test_an_axis_too_narrow_for_beta_is_named():
+    draws = torch.randn(400, 2, **F64) * torch.tensor([1.0, 1e-4], **F64)
+    with pytest.warns(RuntimeWarning, match=r"narrowest axis .* beta = 10 no component is narrower.* Raise beta"):
+        LightSBBM(2, num_components=2).fit(draws, num_updates=5, progress=False)
