@@ -464,7 +464,7 @@ class MixtureBridge(Bridge):
             return self.source_points[index]
         if self.source is None:
             raise RuntimeError(
-                "a loaded bridge must be told its source, which was a distribution and is not saved. "
+                "a loaded bridge must be given its source, which was a distribution and is not saved. "
                 "Write bridge.source = ..., or use transport(x0) or plan(x0)."
             )
         return self.source.sample((num,)).to(self.location)

@@ -209,7 +209,7 @@ def test_numpy_numbers_are_saved_as_plain_ones(tmp_path):
     assert Bridge.load(tmp_path / "bridge.pt").beta == 4.0
 
 
-def test_a_loaded_bridge_is_told_its_source_in_the_users_units(tmp_path):
+def test_a_loaded_bridge_is_given_its_source_in_the_users_units(tmp_path):
     source = torch.distributions.Independent(torch.distributions.Normal(torch.full((1,), 3.0, **F64), 0.1), 1)
     bridge = TailMatched(LightSB(1, num_components=2), df=2.0)
     bridge.fit(torch.randn(200, 1, **F64), source, num_updates=5, progress=False)

@@ -40,7 +40,7 @@ def short_fit(**options):
 
 
 def judged(monkeypatch, losses):
-    """Held-out losses as told, from the start's on."""
+    """Held-out losses as given, from the start's on."""
     losses = itertools.chain(losses, itertools.repeat(9.0))
     monkeypatch.setattr(solvers, "held_out_loss", lambda process, ends, num=0: next(losses))
 
@@ -280,9 +280,9 @@ def test_a_bridge_that_kept_its_start_says_so_with_figures_and_knobs(monkeypatch
     judged(monkeypatch, [1.5, 2.5])
     with pytest.warns(RuntimeWarning, match=KEPT) as caught:
         bridge, _ = short_fit(num_updates=40, learning_rate=0.02)
-    told = next(str(w.message) for w in caught if KEPT in str(w.message))
+    said = next(str(w.message) for w in caught if KEPT in str(w.message))
     for part in ("1.5 nats", "11 checks, at best 2.5", "54 draws", "dropout 0", "learning_rate 0.02", "num_updates 40"):
-        assert part in told
+        assert part in said
     assert caught[0].filename == __file__
     one, other = torch.randn(2, 3, dtype=torch.float64)
     points = torch.randn(5, 2, dtype=torch.float64)
