@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_sb.training import Average, Best, FitHistory, cosine, train
+from pyro_sb.training import Average, Best, EarlyChecks, FitHistory, cosine, train
 
 
 def judged(keep_best, *losses):
@@ -267,3 +267,32 @@ def test_a_state_whose_patience_was_spent_ends_at_once():
     y = parameter()
     again = quiet([y], lambda: y**2, validate=lambda: 0.0, resume=states[-1], **options)
     assert again.iterations == whole.iterations == 50 and torch.equal(x, y)
+
+
+# Early checks
+
+
+@pytest.mark.parametrize(("best", "updates"), [(1, 2), (2, 4), (3, 8), (4, 16)])
+def test_the_best_early_look_is_gone_back_to(best, updates):
+    x = nn.Parameter(torch.zeros(()))
+    losses = iter([5.0] + [4.0 if k != best else 1.0 for k in range(1, 5)])
+    checks = EarlyChecks([x], lambda: next(losses), every=32)
+    checks.validate()  # the start
+    for _ in range(32):  # a loop that counts its updates
+        checks.look()
+        x.data += 1
+    checks.settle(FitHistory(validation_losses=[2.0]))
+    assert x.item() == updates
+
+
+@pytest.mark.parametrize(("start", "later"), [(0.5, 2.0), (5.0, 0.5)])
+def test_early_looks_give_way_to_the_start_and_to_the_loop(start, later):
+    x = nn.Parameter(torch.zeros(()))
+    losses = iter([start, 1.0, 1.0, 1.0, 1.0])
+    checks = EarlyChecks([x], lambda: next(losses), every=32)
+    checks.validate()
+    for _ in range(32):
+        checks.look()
+        x.data += 1
+    checks.settle(FitHistory(validation_losses=[later]))
+    assert x.item() == 32

@@ -5,42 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Options(NamedTuple):
-    """How a fit is to learn; None where the solver's own default holds."""
-
-    solver: str
-    num_updates: int | None
-    batch_size: int
-    learning_rate: float | None
-    num_draws: int
-    progress: bool
-    checkpoint: str | Path | None
-    patience: int = 10
-
-    def check(self) -> None:
-        """Refuse what no solver can use."""
-        if self.num_updates is not None and self.num_updates < 1:
-            raise ValueError(
-                f"num_updates must be at least 1, got {self.num_updates}. Omit it for the solver's default."
-            )
-        if self.batch_size < 1 or self.num_draws < 2:
-            raise ValueError(
-                f"batch_size must be at least 1 and num_draws at least 2, got {self.batch_size} and {self.num_draws}."
-            )
-        if self.patience < 1:
-            raise ValueError(f"patience must be at least 1, got {self.patience}. Omit it for 10.")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}. Omit it for the default.")
-
-    def steps(self, default: int) -> int:
-        """Updates to make."""
-        return default if self.num_updates is None else self.num_updates
-
-    def rate(self, default: float) -> float:
-        """Learning rate of the first update."""
-        return default if self.learning_rate is None else self.learning_rate
-
-
 class FitOptions(NamedTuple):
     """How a fit is to learn; as in `VSDM.fit`."""
 

@@ -1,4 +1,4 @@
-"""The Bass map between the bridge's space and the user's, and its exact inverse."""
+r"""Bass map :math:`X_t(y) = y + (\epsilon / \beta) \nabla \log h_t(y)`, its exact inverse, the dual on fixed draws."""
 
 import math
 from collections.abc import Callable
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from pyro_sb.ops.log_quadratic import LogSumQuadratic
+from pyro_sb.ops.mixture import MixturePotential
+from pyro_sb.ops.moment_matching import Side, moment_step
 
 DENSE_DIM = 32  # Newton's system is solved by factoring up to here, by conjugate gradients above
 
@@ -222,3 +224,106 @@ def conjugate_gradients(
         new = (residual * scaled).sum(-1, keepdim=True)
         direction, power = scaled + new / power.clamp_min(tiny) * direction, new
     return z
+
+
+class DualState(NamedTuple):
+    """Potential with the inverse points of all draws under it, and G."""
+
+    potential: MixturePotential
+    y0: Tensor
+    y1: Tensor
+    dual: float
+
+
+class DualProblem(NamedTuple):
+    r"""Dual of the Schrödinger-Bass problem on fixed draws of both sides, and monotone steps up it.
+
+    .. math:: G = E_{\mu_1} \min_y \big[\epsilon \log h_1(y) + \tfrac\beta2 |x - y|^2\big]
+                - E_{\mu_0} \min_y \big[\epsilon \log h_0(y) + \tfrac\beta2 |x - y|^2\big] .
+
+    Args:
+        source: Points at time 0.
+        target: Points at time 1.
+        beta: Price of volatility.
+    """
+
+    source: Side
+    target: Side
+    beta: float
+
+    def at(self, potential: MixturePotential, near: DualState | None = None) -> DualState:
+        """G and the inverse points, by Newton from those of a state nearby."""
+        ends = [BassMap(potential.at(t), potential.epsilon, self.beta) for t in (0.0, 1.0)]
+        starts = (None, None) if near is None else (near.y0, near.y1)
+        sides = (self.source, self.target)
+        inverses = [e.inverse(s.points, y) for e, s, y in zip(ends, sides, starts, strict=True)]
+        if not all(i.residual < 1e-4 for i in inverses):
+            return DualState(potential, inverses[0].points, inverses[1].points, -math.inf)
+        values = [
+            float(s.weights @ e.objective(i.points, s.points)) for e, s, i in zip(ends, sides, inverses, strict=True)
+        ]
+        return DualState(potential, inverses[0].points, inverses[1].points, values[1] - values[0])
+
+    def ascend(self, state: DualState, size: float, floor: float) -> tuple[DualState, float]:
+        """A moment step at the inverse points, lengthened while G rises and halved until it does."""
+        aim = moment_step(
+            state.potential, Side(state.y0, self.source.weights), Side(state.y1, self.target.weights), floor=floor
+        )
+        for _ in range(30):
+            new = self.at(_between(state.potential, aim, size, floor), state)
+            if new.dual > state.dual:
+                return new, min(1.5 * size, 6.0 if state.potential.diagonal else 1.0)
+            size *= 0.5
+        return state, size
+
+
+def _between(here: MixturePotential, aim: MixturePotential, size: float, floor: float) -> MixturePotential:
+    """Parameters on the way, or beyond: geometric in diagonal scales, linear in all else."""
+    log_weights = here.log_weights + size * (aim.log_weights - here.log_weights)
+    locs = here.locs + size * (aim.locs - here.locs)
+    if here.diagonal:
+        scales = (here.scales.log() + size * (aim.scales / here.scales).log()).exp().clamp_min(floor)
+    else:
+        scales = here.scales + min(size, 1.0) * (aim.scales - here.scales)
+    return MixturePotential(log_weights, locs, scales, here.epsilon)
+
+
+class Pairs(NamedTuple):
+    """Points x of both sides with their inverse points y, in the shapes that a potential takes."""
+
+    x0: Tensor
+    y0: Tensor
+    x1: Tensor
+    y1: Tensor
+    context: Tensor | None
+
+    def rows(self, index: Tensor) -> "Pairs":
+        """Some of the pairs; a single source point serves all."""
+        x0, y0 = (v if len(v) == 1 else v[index] for v in (self.x0, self.y0))
+        context = None if self.context is None else self.context[index]
+        return Pairs(x0, y0, self.x1[index], self.y1[index], context)
+
+
+class Pool:
+    """Pairs to take minibatches from, whose inverses follow the parameters by a Newton step a use."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        own = {name: getattr(pairs, name).clone(memory_format=torch.contiguous_format) for name in ("y0", "y1")}
+        self.pairs, self.used = pairs._replace(**own), 0  # an inverse may be the very tensor that was inverted
+        self._queue = torch.empty(0, dtype=torch.long, device=pairs.x1.device)
+
+    def next(self, num: int) -> Tensor:
+        """Indices of a minibatch, each once a round."""
+        if len(self._queue) < num:
+            self._queue = torch.randperm(len(self.pairs.x1), device=self._queue.device)
+        index, self._queue = self._queue[:num], self._queue[num:]
+        self.used += num
+        return index
+
+    def put(self, index: Tensor, y0: Tensor, y1: Tensor) -> None:
+        """Take better inverses."""
+        if len(self.pairs.y0) == 1:
+            self.pairs.y0.copy_(y0)
+        else:
+            self.pairs.y0[index] = y0
+        self.pairs.y1[index] = y1

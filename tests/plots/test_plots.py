@@ -50,7 +50,7 @@ def ax():
 @pytest.fixture
 def bridge():
     made = LightSB(2, num_components=2)
-    made.fit(torch.randn(200, 2, dtype=F64) + 3, solver="em", progress=False)
+    made.fit(torch.randn(200, 2, dtype=F64) + 3, solver="moments", progress=False)
     return made
 
 
@@ -65,7 +65,7 @@ def draw(ax=None, **options):
     """Every picture by name."""
     torch.manual_seed(0)
     bridge = LightSB(2, num_components=2)
-    bridge.fit(torch.randn(100, 2, dtype=F64), solver="em", progress=False)
+    bridge.fit(torch.randn(100, 2, dtype=F64), solver="moments", progress=False)
     ranks, regions = calibration()
     audit = mode_audit(LogJoint.from_batched(lambda z: -(z.abs() - 5).square().sum(-1) / 2, 1), num_particles=200)
     figures = ChainFigures(["a"], np.array([1.0]), np.array([500.0]), np.array([400.0]), 4, 100, 0)

@@ -1,9 +1,8 @@
-"""What a Gaussian-mixture bridge holds: its parameters, its source, and the units that it works in."""
+r"""Bridge with potential :math:`v = \sum_j a_j N(r_j, \epsilon S_j)`: source, units, closed forms for the rest."""
 
+import copy
 import math
-import warnings
-from collections.abc import Callable
-from pathlib import Path
+import time
 from typing import Any
 
 import torch
@@ -13,26 +12,34 @@ from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import Bridge, check_points
 from pyro_sb.bridges.ends import DrawsEnd, Ends, Wanted, read_ends, read_source
-from pyro_sb.bridges.light.laws import FixedMixture, Plan, condition_mixture
-from pyro_sb.bridges.light.parameters import COVARIANCES, MAX_POINTS, MixtureParameters, cluster_start
+from pyro_sb.bridges.light.laws import FixedMixture, LearnedMap, MixtureProcess, Plan, condition_mixture
+from pyro_sb.bridges.light.parameters import COVARIANCES, MixtureParameters
+from pyro_sb.bridges.light.solvers import LightOptions, Solver
 from pyro_sb.bridges.proposals import HeldSources
-from pyro_sb.bridges.rows import chunked
 from pyro_sb.bridges.units import Units
 from pyro_sb.distributions import BridgeDistribution, Draws, PathLaw
 from pyro_sb.nn import embedding_config, embedding_from_config
-from pyro_sb.ops.bass import DENSE_DIM, BassMap
-from pyro_sb.ops.mixture import MixturePotential
-from pyro_sb.ops.moment_matching import Side, equal_weights
+from pyro_sb.training import FitHistory
 
-SMALL_EPSILON = 1e-3  # in units of the target's variance
+MIN_SOURCES, MAX_SOURCES, CONTEXT_SOURCES = 256, 4096, 64  # source points that a path weight averages over
+HELD_SOURCES = 1024  # the same while chains propose
+BUFFERS = ("location", "scale", "source_location", "context_location", "context_scale", "source_points")
 
 
-class MixtureState(Bridge):
-    """The half of a `MixtureBridge` that is read, started, saved and loaded; arguments as of `LightSB`.
+class MixtureBridge(Bridge):
+    r"""Bridge whose adjusted potential is a Gaussian mixture; arguments as of `LightSB`.
 
-    ``beta`` is the price of volatility: infinite here, where the bridge's space is the user's.
+    In its own units it is a `MixtureProcess`; here are the source, the units, and what is asked of a `Bridge`. A
+    subclass names its solvers, and its ``fit`` hands one of them to `learn`.
+
+    Attributes:
+        solvers: Names of the solvers that serve it, its default first.
+        beta: Price of volatility; infinite here, where the bridge's space is the user's.
+        learned_map: Network in place of the inverse of the Bass map; None for the exact one.
+        source: The distribution that draws leave from, if it is one. It is not saved.
     """
 
+    solvers: tuple[str, ...] = ()
     location: Tensor
     scale: Tensor
     source_location: Tensor
@@ -69,213 +76,67 @@ class MixtureState(Bridge):
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}. Write 0.1, or omit it for none.")
         self.dropout = float(dropout)
         self.num_components, self.epsilon, self.covariance = int(num_components), float(epsilon), covariance
-        self.hidden, self.beta = tuple(map(int, hidden)), math.inf
+        self.hidden = tuple(map(int, hidden))
         self.parameters_of = MixtureParameters(
             dim, num_components, context_dim, covariance, self.hidden, self.dropout, embedding
         )
-        for name in MixtureState.__annotations__:
+        for name in BUFFERS:
             self.register_buffer(name, torch.empty(0))
+        self.beta = math.inf
+        self.learned_map: LearnedMap | None = None
         self.source: Distribution | None = None
-        self._source_variance = 0.0
-        self._learning = False
-        self._source_kind = "point"
+        self._source_kind, self._source_variance = "point", 0.0
+        self._fit_by: dict[str, Any] = {}
 
     @property
     def density(self) -> str | None:  # type: ignore[override]
-        """Marginal from a point, path from a distribution, None from draws."""
-        if self._source_kind == "point":
-            return "marginal"
-        return "path" if self._source_kind == "law" else None
-
-    def _read(self, target: Any, source: Any, context: Any, weights: Any, num_draws: int, held_out: Any) -> Ends:
-        """Checked ends in the bridge's units; the bridge changes when all has gone well."""
-        raw = self.parameters_of.embedding is not None
-        wanted = Wanted(self.dim, self.context_dim, self.num_components, self.covariance == "full", raw)
-        read = read_ends(wanted, target, source, context, weights, num_draws, held_out)
-        units = read.units
-        self.to(units.location)
-        self.location, self.scale = units
-        self.source_location, self._source_variance = read.source_location, read.source_variance
-        self.parameters_of.measure(read.deviations)
-        self.context_location, self.context_scale = read.contexts
-        self.source = source if isinstance(source, Distribution) else None
-        if self.source is not None:
-            self.source_points, self._source_kind = units.location.new_empty(0), "law"
-        else:
-            points = units.location[None] if source is None else read_source(source, self.dim, units.location)
-            self.source_points, self._source_kind = points, "point" if len(points) == 1 else "draws"
-        return read.ends
+        """Marginal from a point, path from a distribution, None from draws or through a learnt inverse."""
+        if self.learned_map is not None:
+            return None
+        return {"point": "marginal", "law": "path"}.get(self._source_kind)
 
     @property
-    def _floor(self) -> float:
-        """Smallest eigenvalue of S: components keep 1e-6 of the target's variance, or the Bass map its inverse."""
-        bass = 0.0 if math.isinf(self.beta) else 1.05 / (1 + self.beta)
-        variance = 1e-6 * float(self.parameters_of.axes.min()) ** 2  # the axes are 1 where none is narrow
-        root = math.sqrt(self._epsilon**2 + 4 * self._source_variance * variance)
-        return max(2 * variance / (self._epsilon + root), bass)  # S that carries the source to that variance
+    def density_hint(self) -> str:  # type: ignore[override]
+        """The choice that gives draws a density."""
+        if self.learned_map is not None:
+            return 'After solver="alternating" its inverse is a network: fit with solver="dual".'
+        return "Give a distribution as source, or omit the source; plan(x0) has an exact log_prob either way."
 
     @property
-    def _epsilon(self) -> float:
-        """Epsilon in the bridge's units."""
-        return self.epsilon / float(self.scale) ** 2
+    def process(self) -> MixtureProcess:
+        """The fitted bridge in its own units."""
+        epsilon = self.epsilon / float(self.scale) ** 2
+        return MixtureProcess(self.parameters_of, epsilon, self.beta, self._source_variance, self.learned_map)
 
-    def _begin(self, ends: Ends) -> None:
-        """Put the start into the parameters."""
-        self._learning = False
-        if self._epsilon < SMALL_EPSILON and self._source_variance > 0:
-            warnings.warn(
-                f"epsilon is {self._epsilon:.2g} of the target's variance, below {SMALL_EPSILON:g}: gates saturate, "
-                "and the fit may be far off. Raise epsilon, or compare draws with held-out ones.",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-        source = ends.source.batch(MAX_POINTS // 2).points
-        target = ends.target.batch(MAX_POINTS).points
-        if isinstance(ends.target, DrawsEnd) and len(target) > ends.target.num_train:
-            rows, weights = ends.target.all()
-            start = Side(rows.points, weights)
-        else:
-            start = equal_weights(target)
-        potential = cluster_start(
-            source,
-            start,
-            self.num_components,
-            self._epsilon,
-            floor=self._floor,
-            diagonal=self.covariance == "diagonal",
-        )
-        self.parameters_of.reset()
-        self.parameters_of.set(potential, self._floor)
-        self._learning = True
-
-    def _units(self, t: float | Tensor = 1.0) -> Units:
+    def units(self, t: float | Tensor = 1.0) -> Units:
         """The units at time t: the centre moves from the source's mean to the target's, and the drift with it."""
         return Units(torch.lerp(self.source_location, self.location, torch.as_tensor(t).to(self.location)), self.scale)
 
-    def _lift(self, z: Tensor, context: Tensor | None) -> tuple[MixturePotential, Tensor]:
-        """The potential of each row's context, and the rows in the shape that it takes."""
-        potential = self.parameters_of(context, self._epsilon)
-        return potential, z if context is None else z[:, None, :]
+    def learn(
+        self, solver: Solver, options: LightOptions, target: Any, source: Any, context: Any, weights: Any, held_out: Any
+    ) -> FitHistory:
+        """The way of every fit: read the data and let a solver change the parameters.
 
-    def _frozen(self, z: Tensor, context: Tensor | None) -> tuple[MixturePotential, Tensor]:
-        """The same of a fitted bridge, whose parameters take no gradient: densities pass it to points alone."""
-        with torch.no_grad():
-            potential = self._lift(z, context)[0]
-        log_weights, locs, scales, epsilon = potential
-        potential = MixturePotential(log_weights.detach(), locs.detach(), scales.detach(), epsilon)
-        return potential, z if context is None else z[:, None, :]
-
-    def _bass(self, potential: MixturePotential, t: float | Tensor) -> BassMap:
-        return BassMap(potential.at(t), self._epsilon, self.beta)
-
-    def _invert(self, potential: MixturePotential, t: float | Tensor, points: Tensor) -> Tensor:
-        """Y_t at points of the user's space, exact, with its first three derivatives where points carry gradients."""
-        bass = self._bass(potential, t)
-        with torch.no_grad():
-            inverse = bass.inverse(points)
-        if not inverse.residual <= (1e-3 if points.dtype == torch.float32 else 1e-9):  # NaN is refused too
-            raise RuntimeError(
-                f"the inverse of the Bass map must be found, got a residual of {inverse.residual:.2g} after "
-                f"{inverse.iterations} Newton steps. Fit in float64, or raise beta (now {self.beta:g})."
-            )
-        if not (torch.is_grad_enabled() and points.requires_grad):
-            return inverse.points
-        once = bass.newton_step(inverse.points, points)  # from a constant k steps have 2^k - 1 derivatives right
-        return bass.newton_step(once, points)
-
-    def like(self) -> Tensor:
-        """A fitted tensor; an error before ``fit``."""
-        if not len(self.location):
-            raise RuntimeError(f"{type(self).__name__} must be fitted first: call bridge.fit(draws).")
-        return self.location
-
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        names = ("num_components", "epsilon", "covariance", "hidden", "dropout")
-        embedding = {"embedding": embedding_config(self.parameters_of.embedding)}
-        return super().config() | {name: getattr(self, name) for name in names} | embedding
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "MixtureState":
-        """Build the bridge that `config` describes, its embedding among it."""
-        return cls(**config | {"embedding": embedding_from_config(config.get("embedding"))})
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """What the source was."""
-        return {"source_kind": self._source_kind, "source_variance": self._source_variance}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take a saved kind of source; a distribution must be given again."""
-        self._source_kind, self._source_variance = state["source_kind"], state["source_variance"]
-
-    def _start(self, num: int) -> Tensor:
-        """Source points in the user's units."""
-        if self._source_kind == "point":
-            return self.source_points.expand(num, -1)
-        if self._source_kind == "draws":
-            index = torch.randint(len(self.source_points), (num,), device=self.location.device)
-            return self.source_points[index]
-        if self.source is None:
-            raise RuntimeError(
-                "a loaded bridge must be told its source, which was a distribution and is not saved. "
-                "Write bridge.source = ..., or use transport(x0) or plan(x0)."
-            )
-        return self.source.sample((num,)).to(self.location)
-
-    def _rows(self, x: Any, context: Any, t: float) -> tuple[Tensor, Tensor | None, torch.Size]:
-        """Points at time t and contexts, broadcast, as flat rows in the bridge's units; the points' shape before."""
-        x, context, shape = self.flat_rows(x, context)
-        return self._units(t).to(x), self._context_rows(context), shape
-
-    @property
-    def _width(self) -> int:
-        """Numbers that a row of points takes at once."""
-        return self.num_components * self.dim
-
-    @property
-    def _factored(self) -> bool:
-        """Whether the plan from the source is a mixture known by the factors of its precisions."""
-        return self.parameters_of.factored and self._source_kind == "point" and math.isinf(self.beta)
-
-    def _plan_draw(self, potential: MixturePotential, y0: Tensor, rows: Tensor | None) -> Tensor:
-        """One end of the plan from each point; ``rows`` are the contexts of a point source."""
-        if self._factored and rows is not None:
-            return self.parameters_of.law(rows, self._epsilon).sample().reshape(y0.shape)
-        return potential.plan_sample(y0)
-
-    def _broadcast(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if context is None:
-            return x, None
-        shape = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
-        return x.expand(*shape, self.dim), context.expand(*shape, self.context_dim)
-
-    def _context_rows(self, context: Tensor | None) -> Tensor | None:
-        return None if context is None else (context - self.context_location) / self.context_scale
-
-    def _save_checkpoint(self, checkpoint: str | Path | None) -> Callable[[], None] | None:
-        return None if checkpoint is None else lambda: self.save(checkpoint)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        saved = state_dict.get(prefix + "location")
-        if isinstance(saved, Tensor):
-            self.to(saved)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-# What all Gaussian-mixture bridges are: a potential, a source, and closed forms for the rest
-
-
-MIN_SOURCES, MAX_SOURCES, CONTEXT_SOURCES = 256, 4096, 64  # source points that a path weight averages over
-HELD_SOURCES = 1024  # the same while chains propose
-
-
-class MixtureBridge(MixtureState):
-    r"""A bridge whose adjusted potential is a Gaussian mixture: the static half of `LightSB` and its kin.
-
-    Its arguments are documented there. A subclass says how the parameters are learnt.
-    """
-
-    density_hint = "Give a distribution as source, or omit the source; plan(x0) has an exact log_prob either way."
+        What fails before the solver has begun leaves the bridge as it was.
+        """
+        options.check()
+        begun, before = time.perf_counter(), (copy.deepcopy(self.state_dict()), self.source)
+        self.parameters_of.changed = False
+        try:
+            self.learned_map = None
+            ends = self._read(target, source, context, weights, options.num_law_draws, held_out)
+            history = solver.solve(self, ends, options)
+        except BaseException:
+            if not self.parameters_of.changed:
+                self.load_state_dict(before[0])
+                self.source = before[1]
+            raise
+        draws = ends.target.num_train if isinstance(ends.target, DrawsEnd) else None
+        self._fit_by = {"solver": solver.name, "num_updates": history.iterations, "num_draws": draws}
+        if options.checkpoint is not None:
+            self.save(options.checkpoint)
+        history.seconds = time.perf_counter() - begun
+        return history
 
     @torch.no_grad()
     def transport(self, x0: Tensor, context: Any = None, *, t: float = 1.0) -> Tensor:
@@ -290,9 +151,8 @@ class MixtureBridge(MixtureState):
             Shape ``(*, dim)``.
         """
         t = _check_time(t)
-        z, rows, shape = self._rows(x0, context, 0.0)
-        moved = chunked(lambda z, rows: self._move(z, rows, t), z, rows, width=self._width)
-        return self._units(t).back(moved).reshape(shape)
+        z, rows, shape = self.unit_rows(x0, context, 0.0)
+        return self.units(t).back(self.process.move(z, rows, t)).reshape(shape)
 
     def plan(self, x0: Tensor, context: Any = None) -> BridgeDistribution:
         r"""The law :math:`\pi(x_1 | x_0)` of the ends of bridges from given points, with an exact log_prob.
@@ -306,9 +166,11 @@ class MixtureBridge(MixtureState):
         """
         x0 = torch.as_tensor(x0).to(self.like())
         check_points("x0", x0, self.dim)
-        x0, given = self._broadcast(x0, self.check_context(context))
-        joint = x0 if given is None else torch.cat([x0, given], -1)
-        return BridgeDistribution(Plan(self), joint, like=x0)
+        given = self.check_context(context)
+        if given is not None:
+            shape = torch.broadcast_shapes(x0.shape[:-1], given.shape[:-1])
+            x0 = torch.cat([x0.expand(*shape, -1), given.expand(*shape, -1)], -1)
+        return BridgeDistribution(Plan(self), x0, like=x0)
 
     @torch.no_grad()
     def condition(self, axes: list[int], observed: Any, x0: Tensor | None = None) -> TorchDistributionMixin:
@@ -330,7 +192,7 @@ class MixtureBridge(MixtureState):
             >>> from pyro_sb.bridges.light.light import LightSB
             >>> y = torch.randn(2000, 1, dtype=torch.float64)
             >>> bridge = LightSB(2, num_components=1, covariance="full")
-            >>> history = bridge.fit(torch.cat([y, 2 * y + torch.randn_like(y)], 1), solver="em", progress=False)
+            >>> history = bridge.fit(torch.cat([y, 2 * y + torch.randn_like(y)], 1), solver="moments", progress=False)
             >>> law = bridge.condition([0], [1.0])
             >>> abs(law.mean.item() - 2) < 0.1, abs(law.variance.item() - 1) < 0.1
             (True, True)
@@ -343,24 +205,14 @@ class MixtureBridge(MixtureState):
             )
         if self.context_dim:
             raise NotImplementedError("condition is for bridges on joint draws, got context_dim > 0. Call the bridge.")
-        axes = [int(a) % self.dim if -self.dim <= int(a) < self.dim else self.dim for a in axes]
-        if self.dim in axes or len(set(axes)) != len(axes) or not 0 < len(axes) < self.dim:
-            raise ValueError(
-                f"axes must be distinct axes of {self.dim}, at least one and not all, got {axes}. "
-                "Write the columns of what is known."
-            )
         if x0 is None and self._source_kind != "point":
             raise ValueError("x0 must be given where the source is no point. Write condition(axes, observed, x0).")
         observed = torch.as_tensor(observed, dtype=like.dtype, device=like.device)
-        if observed.dim() == 0 or observed.shape[-1] != len(axes):
-            raise ValueError(f"observed must have shape (*batch, {len(axes)}), got {tuple(observed.shape)}.")
-        potential = self.parameters_of(None, self._epsilon)
         x0 = self.source_points[0] if x0 is None else torch.as_tensor(x0).to(like)
         if x0.shape != (self.dim,):
             raise ValueError(f"x0 must be one point of shape ({self.dim},), got {tuple(x0.shape)}. Write x0[0].")
-        y0 = self._units(0.0).to(x0)
-        gates, locs, covariances = potential.plan_components(y0)
-        locs, covariances = self._units().back(locs), self.scale**2 * covariances
+        gates, locs, covariances = self.process.potential().plan_components(self.units(0.0).to(x0))
+        locs, covariances = self.units().back(locs), self.scale**2 * covariances
         return condition_mixture(gates, locs, covariances, axes, observed)
 
     @torch.no_grad()
@@ -374,11 +226,11 @@ class MixtureBridge(MixtureState):
                 f"the plan's moments have a closed form for beta = inf, got beta = {self.beta:g}. "
                 "Use plan(x0).sample((1000,))."
             )
-        z, rows, shape = self._rows(x0, context, 0.0)
-        potential, points = self._frozen(z, rows)
+        z, rows, shape = self.unit_rows(x0, context, 0.0)
+        potential, points = self.process.frozen(z, rows)
         mean, covariance = potential.plan_moments(points)
         covariance = self.scale**2 * covariance.reshape(*shape, self.dim)
-        return self._units().back(mean.reshape(z.shape)).reshape(shape), covariance
+        return self.units().back(mean.reshape(z.shape)).reshape(shape), covariance
 
     def marginal_log_prob(self, x: Tensor, context: Any = None, *, num_source: int = 4096) -> Tensor:
         r"""Log density of the draws whatever the source: of the plan, averaged over source points.
@@ -397,42 +249,18 @@ class MixtureBridge(MixtureState):
         Returns:
             Shape ``(*,)``.
         """
-        z, rows, shape = self._rows(x, context, 1.0)
-        z0 = self._units(0.0).to(self._start(1 if self._source_kind == "point" else num_source))
-        return (self._mean_log_prob(z, z0, rows) - self.dim * self.scale.log()).reshape(shape[:-1])
-
-    def _mean_log_prob(self, z1: Tensor, z0: Tensor, rows: Tensor | None) -> Tensor:
-        """Log of the plan's density averaged over source points ``(M, dim)``, in the bridge's units.
-
-        With a context they are ``(M, dim)`` for all rows, or ``(n, M, dim)``.
-        """
-        if rows is not None:
-            z0 = z0.expand(len(z1), *z0.shape[-2:])
-
-        def log_prob(z: Tensor, rows: Tensor | None, given: Tensor | None) -> Tensor:
-            potential, points = self._frozen(z, rows)
-            y0 = self._invert(potential, 0.0, z0 if given is None else given)
-            y1 = self._invert(potential, 1.0, points)
-            inner = y1 @ y0.mT / self._epsilon - potential.normaliser().value(y0)[..., None, :]
-            mean = torch.logsumexp(inner, -1) - math.log(y0.shape[-2])
-            value = potential.adjusted().value(y1) + mean - self._bass(potential, 1.0).log_det(y1)
-            return value.reshape(len(z))
-
-        width = self._width if rows is None else self._width * z0.shape[-2]
-        return chunked(log_prob, z1, rows, None if rows is None else z0, width=width)
+        self.check_exact()
+        z, rows, shape = self.unit_rows(x, context, 1.0)
+        z0 = self.units(0.0).to(self._start(1 if self._source_kind == "point" else num_source))
+        return self._given_sources(z, z0, rows).reshape(shape[:-1])
 
     @torch.no_grad()
     def drift(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
         r"""Optimal drift :math:`\alpha^*(t, x) = s(t, Y_t(x))` at a time t in [0, 1], both ends included."""
         t = _check_time(t)
-        z, rows, shape = self._rows(x, context, t)
-
-        def drift(z: Tensor, rows: Tensor | None) -> Tensor:
-            potential, points = self._frozen(z, rows)
-            return potential.drift(t, self._invert(potential, t, points)).reshape(z.shape)
-
+        z, rows, shape = self.unit_rows(x, context, t)
         shift = self.location - self.source_location
-        return self.scale * chunked(drift, z, rows, width=self._width).reshape(shape) + shift
+        return self.scale * self.process.drift(t, z, rows).reshape(shape) + shift
 
     @torch.no_grad()
     def volatility(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
@@ -441,16 +269,16 @@ class MixtureBridge(MixtureState):
         For ``beta = inf`` it is :math:`\sqrt\epsilon I`. Shapes ``(*, dim)`` to ``(*, dim, dim)``.
         """
         t = _check_time(t)
-        z, rows, shape = self._rows(x, context, t)
+        z, rows, shape = self.unit_rows(x, context, t)
+        jacobian = self.process.jacobian(t, z, rows)
+        return math.sqrt(self.epsilon) * jacobian.reshape(*shape, self.dim)
 
-        def jacobian(z: Tensor, rows: Tensor | None) -> Tensor:
-            potential, points = self._frozen(z, rows)
-            bass = self._bass(potential, t)
-            return bass.jacobian(self._invert(potential, t, points)).reshape(*z.shape, self.dim)
-
-        return math.sqrt(self.epsilon) * chunked(jacobian, z, rows, width=self._width * self.dim).reshape(
-            *shape, self.dim
-        )
+    @torch.no_grad()
+    def inverse_residual(self, t: Any, x: Tensor, context: Any = None) -> float:
+        """Largest :math:`|X_t(Y_t(x)) - x|` relative to :math:`1 + |x|`, in the bridge's units, at a time t."""
+        t = _check_time(t)
+        z, rows, _ = self.unit_rows(x, context, t)
+        return self.process.residual(t, z, rows)
 
     @torch.no_grad()
     def paths(self, num_paths: int, num_steps: int, context: Any = None) -> tuple[Tensor, Tensor]:
@@ -464,46 +292,33 @@ class MixtureBridge(MixtureState):
         context = self.check_context(context)
         shape = torch.Size((num_paths,)) + (torch.Size() if context is None else context.shape[:-1])
         rows = None if context is None else context.expand(*shape, -1).reshape(-1, self.context_dim)
-        rows = self._context_rows(rows)
-        z = self._units(0.0).to(self._start(shape.numel()))
-        potential, points = self._frozen(z, rows)
-        y0 = self._invert(potential, 0.0, points)
-        y1 = self._plan_draw(potential, y0, rows)
+        z = self.units(0.0).to(self._start(shape.numel()))
         times = torch.linspace(0, 1, num_steps + 1).to(z)
-        y, states = y0, [self._units(0.0).back(z)]
-        for now, then in zip(times[:-1], times[1:]):
-            share = (then - now) / (1 - now)  # Brownian bridge from y at `now` to y1 at 1
-            spread = (self._epsilon * share * (1 - then)).clamp_min(0.0).sqrt()
-            y = y + share * (y1 - y) + spread * torch.randn_like(y)
-            states.append(self._units(then).back(self._bass(potential, then).forward(y).reshape(z.shape)))
+        path = self.process.path(z, self._context_rows(rows), times)
+        states = [self.units(0.0).back(z), *(self.units(t).back(x) for t, x in zip(times[1:], path))]
         return times, torch.stack(states).reshape(num_steps + 1, *shape, self.dim)
 
     @torch.no_grad()
     def fixed(self, context: Any) -> FixedMixture | None:
         """The law at B contexts ``(B, context_dim)``, its network asked once; None where it has no such form."""
         rows = self._context_rows(self.check_context(context))
-        if not self._factored or rows is None:
-            return None
-        return FixedMixture(self.parameters_of.law(rows, self._epsilon), self._units())
+        process = self.process
+        return FixedMixture(process.law(rows), self.units()) if process.factored and rows is not None else None
 
     @torch.no_grad()
     def sample_rows(self, num: int, context: Tensor | None) -> Tensor:
         """Ends of bridges from source points."""
-        rows = self._context_rows(context)
-        if self._factored and rows is not None:
-            draw = chunked(
-                lambda rows: self.parameters_of.law(rows, self._epsilon).sample(), rows, width=self._row_width
-            )
-            return self._units().back(draw)
-        z = self._units(0.0).to(self._start(num))
-        return self._units().back(chunked(self._move, z, rows, width=self._width))
+        rows, process = self._context_rows(context), self.process
+        if process.factored and rows is not None:
+            return self.units().back(process.ends(rows))
+        return self.units().back(process.move(self.units(0.0).to(self._start(num)), rows))
 
     @torch.no_grad()
     def draws_rows(self, num: int, context: Tensor | None) -> Draws:
         r"""Ends with their marginal density from a point; from a distribution, with that of an extended path.
 
         The path holds M source points, the index of the one that the bridge leaves from, and its end; backwards, the
-        source points are drawn from the source anew. So :math:`\log q = \log \tfrac1M \sum_i \pi(x_1 | x_0^{(i)})`:
+        source points are drawn from the source again. So :math:`\log q = \log \tfrac1M \sum_i \pi(x_1 | x_0^{(i)})`:
         given the source points that is the exact density of the draws, for any M. One set serves all draws of a call;
         with a context, each has its own.
         """
@@ -511,15 +326,15 @@ class MixtureBridge(MixtureState):
             return super().draws_rows(num, context)
         z0, rows = self._sources(num, context), self._context_rows(context)
         chosen = z0[torch.randint(len(z0), (num,), device=z0.device)] if rows is None else z0[:, 0]
-        z1 = chunked(self._move, chosen, rows, width=self._width)
-        return Draws(self._units().back(z1), self._given_sources(z1, z0, rows))
+        z1 = self.process.move(chosen, rows)
+        return Draws(self.units().back(z1), self._given_sources(z1, z0, rows))
 
     @torch.no_grad()
     def redraw_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """As the ``log_q`` of `draws_rows`: source points drawn anew. One set serves all rows without a context."""
+        """As the ``log_q`` of `draws_rows`, with new source points. One set serves all rows without a context."""
         if self.density != "path":
             return super().redraw_rows(x, context)
-        z1 = self._units().to(x.to(self.location))
+        z1 = self.units().to(x.to(self.location))
         return self._given_sources(z1, self._sources(len(x), context), self._context_rows(context))
 
     def proposal_law(self) -> PathLaw:
@@ -531,12 +346,12 @@ class MixtureBridge(MixtureState):
     def _sources(self, num: int, context: Tensor | None) -> Tensor:
         """Source points of path weights in the bridge's units: ``(M, dim)``, or with contexts ``(num, M, dim)``."""
         if context is None:
-            return self._units(0.0).to(self._start(min(max(num, MIN_SOURCES), MAX_SOURCES)))
-        return self._units(0.0).to(self._start(num * CONTEXT_SOURCES)).unflatten(0, (num, CONTEXT_SOURCES))
+            return self.units(0.0).to(self._start(min(max(num, MIN_SOURCES), MAX_SOURCES)))
+        return self.units(0.0).to(self._start(num * CONTEXT_SOURCES)).unflatten(0, (num, CONTEXT_SOURCES))
 
     def _given_sources(self, z1: Tensor, z0: Tensor, rows: Tensor | None) -> Tensor:
         """Log density of ends given the source points, in the user's units."""
-        return self._mean_log_prob(z1, z0, rows) - self.dim * self.scale.log()
+        return self.process.mean_log_prob(z1, z0, rows) - self.dim * self.scale.log()
 
     @torch.no_grad()
     def log_prob_from(self, x: Tensor, x0: Tensor) -> Tensor:
@@ -549,17 +364,17 @@ class MixtureBridge(MixtureState):
         Returns:
             Shape ``(num,)``. Without context alone.
         """
-        units = self._units(), self._units(0.0)
+        units = self.units(), self.units(0.0)
         return self._given_sources(units[0].to(x.to(self.location)), units[1].to(x0.to(self.location)), None)
 
     def log_prob_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Log density of points, from a point as source."""
         if self.density != "marginal":
             return super().log_prob_rows(x, context)
-        rows = self._context_rows(context)
-        if self._factored and rows is not None:
-            z = self._units().to(x.to(self.location))
-            return chunked(self._law_log_prob, z, rows, width=self._row_width) - self.dim * self.scale.log()
+        rows, process = self._context_rows(context), self.process
+        if process.factored and rows is not None:
+            z = self.units().to(x.to(self.location))
+            return process.end_log_prob(z, rows) - self.dim * self.scale.log()
         return self.plan_log_prob_rows(x, self.source_points.expand(len(x), -1), context)
 
     def plan_log_prob_rows(self, x: Tensor, x0: Tensor, context: Tensor | None) -> Tensor:
@@ -568,39 +383,104 @@ class MixtureBridge(MixtureState):
         .. math:: \log \pi(x | x_0) = \log \pi(y | y_0) - \log\det(I + \nabla s(1, y) / \beta),\quad y = Y_1(x),\;
             y_0 = Y_0(x_0)
         """
-        z, z0 = self._units().to(x.to(self.location)), self._units(0.0).to(x0)
-        rows = self._context_rows(context)
+        self.check_exact()
+        z1, z0 = self.units().to(x.to(self.location)), self.units(0.0).to(x0)
+        return self.process.plan_log_prob(z1, z0, self._context_rows(context)) - self.dim * self.scale.log()
 
-        def log_prob(z: Tensor, z0: Tensor, rows: Tensor | None) -> Tensor:
-            potential, points = self._frozen(z, rows)
-            y0 = self._invert(potential, 0.0, self._frozen(z0, rows)[1])
-            y1 = self._invert(potential, 1.0, points)
-            value = potential.plan_log_prob(y1, y0) - self._bass(potential, 1.0).log_det(y1)
-            return value.reshape(len(z))
+    def like(self) -> Tensor:
+        """A fitted tensor; an error before ``fit``."""
+        if not len(self.location):
+            raise RuntimeError(f"{type(self).__name__} must be fitted first: call bridge.fit(draws).")
+        return self.location
 
-        return (
-            chunked(log_prob, z, z0, rows, width=self._width * min(self.dim, DENSE_DIM)) - self.dim * self.scale.log()
-        )
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        names = ("num_components", "epsilon", "covariance", "hidden", "dropout")
+        embedding = {"embedding": embedding_config(self.parameters_of.embedding)}
+        return super().config() | {name: getattr(self, name) for name in names} | embedding
 
-    def _law_log_prob(self, z: Tensor, rows: Tensor) -> Tensor:
-        """Log density of the ends from the source point; no gradient goes to parameters."""
-        with torch.no_grad():
-            law = self.parameters_of.law(rows, self._epsilon)
-        return law.log_prob(z)
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "MixtureBridge":
+        """Build the bridge that `config` describes, its embedding among it."""
+        return cls(**config | {"embedding": embedding_from_config(config.get("embedding"))})
 
-    @property
-    def _row_width(self) -> int:
-        """Numbers that a row of contexts takes where it has full covariances."""
-        return self._width * self.dim
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the source was, and what the fit was."""
+        return {"source_kind": self._source_kind, "source_variance": self._source_variance, "fit": self._fit_by}
 
-    def _move(self, z: Tensor, rows: Tensor | None, t: float = 1.0) -> Tensor:
-        """States at time t of bridges from rows, in the bridge's units."""
-        potential, points = self._frozen(z, rows)
-        y0 = self._invert(potential, 0.0, points)
-        y = potential.plan_sample(y0)
-        if t < 1:
-            y = y0 + t * (y - y0) + math.sqrt(self._epsilon * t * (1 - t)) * torch.randn_like(y)
-        return self._bass(potential, t).forward(y).reshape(z.shape)
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take them back; a distribution must be given again."""
+        self._source_kind, self._source_variance = state["source_kind"], state["source_variance"]
+        self._fit_by = state.get("fit", {})
+
+    def describe_lines(self) -> list[str]:
+        """Components, and what the bridge was fitted on: for `repr`."""
+        lines = [f"{self.num_components} {self.covariance} components, epsilon {self.epsilon:g}"]
+        if not self.fitted:
+            return [*lines, "not fitted"]
+        source = {"point": "a point", "draws": "draws", "law": "a distribution"}[self._source_kind]
+        if not self._fit_by:
+            return [*lines, f"fitted, from {source}"]
+        updates, solver, num = (self._fit_by[key] for key in ("num_updates", "solver", "num_draws"))
+        data = "a distribution" if num is None else f"{num} draws"
+        return [*lines, f'fitted by {updates} updates of solver "{solver}" on {data}, from {source}']
+
+    def __repr__(self) -> str:
+        """The class with its sizes, and `describe_lines`."""
+        context = f", context_dim={self.context_dim}" if self.context_dim else ""
+        return "\n  ".join([f"{type(self).__name__}(dim={self.dim}{context})", *self.describe_lines()])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        saved = state_dict.get(prefix + "location")
+        if isinstance(saved, Tensor):
+            self.to(saved)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _read(self, target: Any, source: Any, context: Any, weights: Any, num_law_draws: int, held_out: Any) -> Ends:
+        """Checked ends in the bridge's units; the bridge changes when all has gone well."""
+        raw = self.parameters_of.embedding is not None
+        wanted = Wanted(self.dim, self.context_dim, self.num_components, self.covariance == "full", raw)
+        read = read_ends(wanted, target, source, context, weights, num_law_draws, held_out)
+        units = read.units
+        self.to(units.location)
+        self.location, self.scale = units
+        self.source_location, self._source_variance = read.source_location, read.source_variance
+        self.parameters_of.measure(read.deviations)
+        self.context_location, self.context_scale = read.contexts
+        self.source = source if isinstance(source, Distribution) else None
+        if self.source is not None:
+            self.source_points, self._source_kind = units.location.new_empty(0), "law"
+        else:
+            points = units.location[None] if source is None else read_source(source, self.dim, units.location)
+            self.source_points, self._source_kind = points, "point" if len(points) == 1 else "draws"
+        return read.ends
+
+    def _start(self, num: int) -> Tensor:
+        """Source points in the user's units."""
+        if self._source_kind == "point":
+            return self.source_points.expand(num, -1)
+        if self._source_kind == "draws":
+            index = torch.randint(len(self.source_points), (num,), device=self.location.device)
+            return self.source_points[index]
+        if self.source is None:
+            raise RuntimeError(
+                "a loaded bridge must be given its source, which was a distribution and is not saved. "
+                "Write bridge.source = ..., or use transport(x0) or plan(x0)."
+            )
+        return self.source.sample((num,)).to(self.location)
+
+    def unit_rows(self, x: Any, context: Any, t: float) -> tuple[Tensor, Tensor | None, torch.Size]:
+        """Points at time t and contexts, broadcast, as flat rows in the bridge's units; the points' shape before."""
+        x, context, shape = self.flat_rows(x, context)
+        return self.units(t).to(x), self._context_rows(context), shape
+
+    def _context_rows(self, context: Tensor | None) -> Tensor | None:
+        return None if context is None else (context - self.context_location) / self.context_scale
+
+    def check_exact(self) -> None:
+        """Refuse densities through a learnt inverse."""
+        if self.learned_map is not None:
+            raise NotImplementedError(f"{self.describe()} has no density. {self.density_hint}")
 
 
 def _check_time(t: Any) -> float:

@@ -1,6 +1,8 @@
-"""The learnt parameters of a Gaussian-mixture potential, free or given by a network of the context."""
+r"""Learnt parameters :math:`a_j, r_j, S_j` of a Gaussian-mixture potential, free or from a network; their start."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from sklearn.cluster import KMeans
@@ -63,6 +65,7 @@ class MixtureParameters(nn.Module):
         self.embedding = embedding
         features = context_dim if embedding is None else embedding_size(embedding, context_dim)
         self.net = ContextNet(features, sum(self.sizes), hidden, dropout) if context_dim else None
+        self.changed = False  # whether `set` has been called: what a fit looks at to know that it has begun to learn
 
     def forward(self, context: Tensor | None, epsilon: float) -> MixturePotential:
         """The potential, with a leading batch of contexts ``(n, context_dim)`` if there are any."""
@@ -92,6 +95,17 @@ class MixtureParameters(nn.Module):
         most = -0.5 * self.floor.log()
         return most - nn.functional.softplus(most - raw.diagonal(dim1=-2, dim2=-1))
 
+    @contextmanager
+    def noise(self) -> Iterator[None]:
+        """The network's dropout is on within."""
+        if self.net is not None:
+            self.net.noisy = True
+        try:
+            yield
+        finally:
+            if self.net is not None:
+                self.net.noisy = False
+
     def measure(self, deviations: Tensor) -> None:
         """Take A from the standard deviations of the axes, in the bridge's units. Shape ``(dim,)``."""
         self.axes.copy_((10 * deviations).clamp_max(1.0))
@@ -106,6 +120,7 @@ class MixtureParameters(nn.Module):
     @torch.no_grad()
     def set(self, potential: MixturePotential, floor: float) -> None:
         """Take the values of a potential without a batch; eigenvalues of S near or below the floor are raised."""
+        self.changed = True
         self.floor.fill_(floor)
         self.log_weights.copy_(potential.log_weights)
         self.locs.copy_(potential.locs / self.axes)
@@ -163,10 +178,6 @@ def strictly_lower(raw: Tensor) -> Tensor:
     return raw * keep
 
 
-# Where the fit of a Gaussian-mixture potential starts: clusters of the target, carried to the bridge's epsilon
-
-
-MAX_POINTS = 4096
 WIDE = 1.0  # epsilon, in units of the target's variance, at which gates are soft
 STEPS_A_STAGE = 2
 

@@ -69,7 +69,7 @@ def bridge_report(
         >>> from pyro_sb.bridges.light.light import LightSB
         >>> draws = torch.randn(1000, 2)
         >>> bridge = LightSB(2, num_components=3)
-        >>> history = bridge.fit(draws, solver="em", progress=False)
+        >>> history = bridge.fit(draws, solver="moments", progress=False)
         >>> report = bridge_report(bridge, draws)
         >>> report.verdict, [line.name for line in report.lines if line.verdict != "-"]
         ('ok', ['marginal moments', 'marginal distance', 'density'])
@@ -199,16 +199,7 @@ def _inverse(bridge: Bridge, draws: Tensor, context: Tensor | None) -> Line:
 
 
 def _inverse_residual(bridge: LightSBBM, draws: Tensor, context: Tensor | None, t: float) -> float:
-    x = draws
-    if t == 0.0:
-        x = _starts(bridge, len(draws), context)
-    z, rows, _ = bridge._rows(x, context, t)
-    potential, points = bridge._frozen(z, rows)
-    bass = bridge._bass(potential, t)
-    if bridge.learned_map is None:
-        return bass.inverse(points).residual
-    found = bridge.learned_map(torch.tensor(t).to(z), z)
-    return float(((bass.forward(found) - points).abs().amax(-1) / (1 + points.abs().amax(-1))).max())
+    return bridge.inverse_residual(t, _starts(bridge, len(draws), context) if t == 0.0 else draws, context)
 
 
 def _both_ways(bridge: Bridge, target: Tensor | None, context: Tensor | None) -> Line:

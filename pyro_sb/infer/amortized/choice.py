@@ -13,6 +13,7 @@ from torch import nn
 from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.diffusion.vsdm import VSDM
 from pyro_sb.bridges.light.light import LightSB
+from pyro_sb.bridges.light.mixture import MixtureBridge
 from pyro_sb.infer.amortized.latent_law import LatentLaw
 from pyro_sb.infer.amortized.training_set import TrainingSet
 from pyro_sb.training import FitHistory
@@ -93,7 +94,7 @@ def fit_bridge(bridge: Bridge, rows: TrainingSet, **options: Any) -> FitHistory:
         residual, _ = rows.residuals.encode(rows.latents, rows.features)
     few = int(rows.num_simulations) <= FEW
     defaults: dict[str, Any] = {}
-    if isinstance(bridge, LightSB):
+    if isinstance(bridge, MixtureBridge):
         defaults = few_options(int(rows.num_simulations)) if few else {"num_updates": 2500}
     elif isinstance(bridge, VSDM):
         defaults = {"num_updates": 1000 if few else 3000}

@@ -106,7 +106,7 @@ class BridgeMH(WalkingKernel):
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
         ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
         >>> bridge = LightSB(1, num_components=1)
-        >>> history = bridge.fit(3.0 + torch.randn(500, 1), solver="em", progress=False)
+        >>> history = bridge.fit(3.0 + torch.randn(500, 1), solver="moments", progress=False)
         >>> mcmc = MCMC(BridgeMH(model, bridge), num_samples=50, num_chains=16, disable_progbar=True)
         >>> mcmc.run(torch.tensor(3.0))
         >>> mcmc.get_samples()["mu"].shape
@@ -229,7 +229,7 @@ class BridgeMH(WalkingKernel):
         with warnings.catch_warnings():
             if self.bridge is None:  # what it is worth is measured next
                 warnings.filterwarnings("ignore", message=".*have not converged")
-            options = {"progress": False} | ({"solver": "em"} if self.bridge is None else {}) | self.fit_options
+            options = {"progress": False} | ({"solver": "moments"} if self.bridge is None else {}) | self.fit_options
             bridge.fit(begin.points, weights=begin.weights, **options)
         check_density(bridge)
         check_paths(bridge.density == "marginal", self.num_paths)

@@ -7,7 +7,7 @@ from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.latent.bridge import LatentBridge
-from pyro_sb.bridges.light.light import LightSB
+from pyro_sb.bridges.light.mixture import MixtureBridge
 from pyro_sb.infer.amortized.posterior import Posterior
 from pyro_sb.infer.model.log_joint import LogJoint
 
@@ -77,7 +77,7 @@ def check_unused(bridge: Any, fit_options: Any, num_paths: int) -> None:
         check_paths(bridge.law.marginal, num_paths)
     elif known:
         check_paths(bridge.density == "marginal", num_paths)
-    elif (bridge is None or isinstance(bridge, LightSB)) and "source" not in (fit_options or {}):
+    elif (bridge is None or isinstance(bridge, MixtureBridge)) and "source" not in (fit_options or {}):
         check_paths(True, num_paths)
 
 

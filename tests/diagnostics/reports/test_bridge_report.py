@@ -30,7 +30,7 @@ def bimodal(num=1000):
 
 def light(draws, **options):
     bridge = LightSB(2, num_components=4)
-    bridge.fit(draws, solver="em", progress=False, **options)
+    bridge.fit(draws, solver="moments", progress=False, **options)
     return bridge
 
 

@@ -95,7 +95,7 @@ def test_k_hats_error_is_its_standard_deviation(shape):
 
 def test_a_bridge_judges_itself_as_exact():
     bridge = LightSB(2, num_components=2)
-    bridge.fit(torch.randn(300, 2, dtype=F64), solver="em", progress=False)
+    bridge.fit(torch.randn(300, 2, dtype=F64), solver="moments", progress=False)
     law = bridge()
     found = psis(law.draws((400,)), law.log_prob)
     assert found.verdict == "ok" and found.ess == pytest.approx(400) and abs(found.log_evidence) < 1e-9

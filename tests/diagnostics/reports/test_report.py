@@ -143,7 +143,7 @@ def test_a_posterior_is_weighed_and_its_modes_compared(amortized, monkeypatch):
 def test_a_bridge_has_its_own():
     draws = torch.randn(500, 2, dtype=F64)
     bridge = LightSB(2, num_components=2)
-    bridge.fit(draws, solver="em", progress=False)
+    bridge.fit(draws, solver="moments", progress=False)
     names = [line.name for line in report(bridge, target_draws=draws).lines]
     assert names == [line.name for line in bridge_report(bridge, draws).lines]
 

@@ -41,7 +41,7 @@ def run(kernel: BridgeMH, *args: Tensor, **options: object) -> MCMC:
 
 def light(draws: Tensor, components: int = 1) -> LightSB:
     bridge = LightSB(draws.shape[1], num_components=components, covariance="full")
-    bridge.fit(draws, solver="em", progress=False, num_updates=1000)
+    bridge.fit(draws, solver="moments", progress=False, num_updates=1000)
     return bridge
 
 

@@ -1,5 +1,6 @@
-"""LightSBBM: the Gaussian oracle, ascent of the dual, exact densities through the map, and the SDE that it says."""
+"""LightSBBM: the Gaussian oracle, ascent of the dual, exact densities through the map, and its SDE."""
 
+import functools
 import math
 import warnings
 
@@ -8,48 +9,18 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from pyro_sb.bridges import Bridge, LightSB, LightSBBM
-from pyro_sb.bridges.light import bass as light_bass
-from pyro_sb.bridges.light.bass import CANDIDATES
+from pyro_sb.bridges.light import solvers
+from pyro_sb.bridges.light.laws import MixtureProcess
+from pyro_sb.bridges.light.solvers import CANDIDATES, DualLoss, begin
 from pyro_sb.ops.closed_form import alternating_bass_scalar, bass_gain, commuting_bass_bridge
-
-F64 = {"dtype": torch.float64}
-CENTRES = torch.tensor([[3.0, 0.0], [-2.0, 2.5], [-2.0, -3.0]], **F64)
-full_or_not = pytest.mark.parametrize("covariance", ["diagonal", "full"])
+from tests.bridges.light.fits import CENTRES, bumps, clusters, full_or_not, quick, scaled, standard_normal, z_of_two
+from tests.ops.potentials import F64
 
 
 @pytest.fixture(autouse=True)
 def small_pool(monkeypatch):
     """Fewer pairs than a real fit inverts at once: its inverses are as exact."""
-    monkeypatch.setattr(light_bass, "POOL", 512, raising=False)
-
-
-def clusters(num):
-    return CENTRES[torch.randint(3, (num,))] + 0.5 * torch.randn(num, 2, **F64)
-
-
-def bumps(num):
-    """A law on the line, of two clusters."""
-    return torch.where(torch.rand(num, 1) < 0.4, -1.5, 1.0) + 0.3 * torch.randn(num, 1, **F64)
-
-
-def standard_normal(dim=2):
-    return MultivariateNormal(torch.zeros(dim, **F64), torch.eye(dim, **F64))
-
-
-def scaled(num, variance, dim=1):
-    """Draws of mean 0 and this variance, exactly."""
-    x = torch.randn(num, dim, **F64)
-    x = x - x.mean(0)
-    return x / x.std(0, correction=0) * torch.as_tensor(variance, **F64).sqrt()
-
-
-def quick(bridge, target=None, source=None, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        bridge.fit(
-            clusters(300) if target is None else target, source, **({"progress": False, "num_updates": 20} | options)
-        )
-    return bridge
+    monkeypatch.setattr(solvers, "POOL", 512)
 
 
 def gain_of(bridge):
@@ -58,25 +29,15 @@ def gain_of(bridge):
     return scales if scales.dim() == 1 else torch.linalg.eigvalsh(scales)
 
 
-def z_of_two(a, b):
-    def features(x):
-        return torch.cat([x, (x[..., :, None] * x[..., None, :]).flatten(-2)], -1)
-
-    a, b = features(a), features(b)
-    return (a.mean(0) - b.mean(0)) / (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
-
-
-# The Gaussian oracle
-
 PAIRS = [(0.1, 2.0), (0.1, 10.0), (0.5, 1.5), (0.5, 10.0), (2.0, 2.0), (10.0, 1.5), (10.0, 100.0)]
 
 
 @full_or_not
 @pytest.mark.parametrize("s2, beta", PAIRS)
-def test_the_batch_solver_finds_the_gaussian_bridge(s2, beta, covariance):
+def test_the_moment_solver_finds_the_gaussian_bridge(s2, beta, covariance):
     source, target = scaled(200, 1.0), scaled(200, s2)
     bridge = LightSBBM(1, num_components=1, epsilon=1.0, beta=beta, covariance=covariance)
-    history = bridge.fit(target, source, solver="batch", held_out=0.0, progress=False)
+    history = bridge.fit(target, source, solver="moments", held_out=0.0, progress=False)
     one, variance = torch.ones(1, 1, **F64), torch.tensor([[s2]], **F64)
     oracle = commuting_bass_bridge(one, variance, 1.0, beta)
     assert history.converged
@@ -122,7 +83,7 @@ def test_in_the_plane_axes_are_bridges_of_their_own(covariance):
     for x in (source, target):  # whitened: the draws' covariances are diagonal, so they commute
         root = torch.linalg.cholesky(x.T @ x / len(x))
         x.copy_(torch.linalg.solve_triangular(root, x.T, upper=False).T * x.std(0, correction=0))
-    bridge.fit(target, source, solver="batch", held_out=0.0, progress=False)
+    bridge.fit(target, source, solver="moments", held_out=0.0, progress=False)
     expected = bass_gain(torch.ones(2, **F64), variances, 1.0, 3.0)
     torch.testing.assert_close(gain_of(bridge), expected, rtol=1e-3, atol=0)
 
@@ -130,7 +91,7 @@ def test_in_the_plane_axes_are_bridges_of_their_own(covariance):
 def test_from_a_point_to_the_normal_law_there_is_nothing_to_pay():
     # delta_0 -> N(0, 1): drift 0 and volatility 1, the reference itself
     bridge, x = LightSBBM(1, num_components=1, epsilon=1.0, beta=2.0), torch.tensor([[-2.0], [0.5]], **F64)
-    bridge.fit(scaled(500, 1.0), solver="batch", held_out=0.0, progress=False)
+    bridge.fit(scaled(500, 1.0), solver="moments", held_out=0.0, progress=False)
     for t in (0.0, 0.3, 1.0):
         assert bridge.drift(t, x).abs().max() < 1e-3
         torch.testing.assert_close(bridge.volatility(t, x)[..., 0], torch.ones(2, 1, **F64), rtol=1e-3, atol=0)
@@ -138,17 +99,14 @@ def test_from_a_point_to_the_normal_law_there_is_nothing_to_pay():
     torch.testing.assert_close(bridge().log_prob(x), target.log_prob(x), rtol=0, atol=2e-3)
 
 
-# The dual
-
-
 @full_or_not
 @pytest.mark.parametrize("beta", [1.5, 10.0])
-def test_the_batch_solver_never_descends_and_keeps_the_floor(beta, covariance):
+def test_the_moment_solver_never_descends_and_keeps_the_floor(beta, covariance):
     target, source = (x - x.mean(0) for x in (clusters(100), torch.randn(100, 2, **F64)))
     bridge = LightSBBM(2, num_components=3, epsilon=0.5, beta=beta, covariance=covariance)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        history = bridge.fit(target, source, solver="batch", held_out=0.0, num_updates=6, progress=False)
+        history = bridge.fit(target, source, solver="moments", held_out=0.0, num_updates=6, progress=False)
     assert min(history.residuals) >= 0 and len(history.losses) == history.iterations
     assert all(later <= earlier for earlier, later in zip(history.losses, history.losses[1:]))
     assert -bridge.dual(source, target) / bridge.epsilon == pytest.approx(history.losses[-1], abs=1e-6)
@@ -157,12 +115,12 @@ def test_the_batch_solver_never_descends_and_keeps_the_floor(beta, covariance):
     assert torch.linalg.eigvalsh(scales).min() >= 1.05 / (1 + beta)
 
 
-@pytest.mark.parametrize("solver", ["dual", "batch"])
+@pytest.mark.parametrize("solver", ["dual", "moments"])
 @full_or_not
 def test_the_floor_holds_after_a_fit_of_what_is_concentrated(solver, covariance):
     target = torch.cat([0.01 * torch.randn(100, 2, **F64), 1 + 0.01 * torch.randn(100, 2, **F64)])
     bridge = LightSBBM(2, num_components=2, epsilon=1.0, beta=2.0, covariance=covariance)
-    quick(bridge, target, standard_normal(), solver=solver, num_updates=5, num_draws=200)
+    quick(bridge, target, standard_normal(), solver=solver, num_updates=5, num_law_draws=200)
     scales = bridge.parameters_of(None, 1.0).scales.detach()
     scales = scales if covariance == "full" else torch.diag_embed(scales)
     assert torch.linalg.eigvalsh(scales).min() >= 1.05 / 3 - 1e-12
@@ -191,7 +149,7 @@ def test_no_other_potential_has_a_higher_dual():
         LightSBBM(2, num_components=3, epsilon=0.5, beta=5.0),
         target,
         source,
-        solver="batch",
+        solver="moments",
         held_out=0.0,
         num_updates=15,
     )
@@ -202,15 +160,13 @@ def test_no_other_potential_has_a_higher_dual():
         assert other.dual(source, target) <= top
 
 
-def test_infinite_beta_is_lightsb():
+@pytest.mark.parametrize("solvers", [("likelihood", "dual"), ("moments", "moments")], ids="-".join)
+def test_infinite_beta_is_lightsb(solvers):
     target, source = clusters(300), torch.randn(300, 2, **F64)
     bridges = []
-    for make in (
-        lambda: LightSB(2, num_components=3, epsilon=0.5),
-        lambda: LightSBBM(2, num_components=3, epsilon=0.5, beta=math.inf),
-    ):
+    for make, solver in zip((LightSB, functools.partial(LightSBBM, beta=math.inf)), solvers):
         torch.manual_seed(1)
-        bridges.append(quick(make(), target, source))
+        bridges.append(quick(make(2, num_components=3, epsilon=0.5), target, source, solver=solver))
     x = torch.randn(20, 2, **F64)
     for ask in (lambda b: b.drift(0.3, x), lambda b: b.plan(x).log_prob(x.flip(0)), lambda b: b.plan_moments(x)[1]):
         torch.testing.assert_close(ask(bridges[0]), ask(bridges[1]), rtol=1e-12, atol=1e-12)
@@ -228,7 +184,7 @@ def test_large_beta_tends_to_lightsb():
                     LightSBBM(2, num_components=3, epsilon=0.5, beta=b),
                     target,
                     source,
-                    solver="batch",
+                    solver="moments",
                     num_updates=1,
                     held_out=0.0,
                 )
@@ -236,9 +192,6 @@ def test_large_beta_tends_to_lightsb():
         bridges[1].parameters_of.load_state_dict(bridges[0].parameters_of.state_dict())
         gaps.append(float((bridges[0].drift(0.5, x) - bridges[1].drift(0.5, x)).abs().max()))
     assert gaps[1] < 0.02 * gaps[0]
-
-
-# The densities
 
 
 @pytest.mark.parametrize("beta", [1.5, 10.0])
@@ -297,9 +250,6 @@ def test_given_a_context_the_density_is_normalised():
     torch.testing.assert_close(mass.sum(0), torch.ones(2, **F64), rtol=1e-8, atol=1e-8)
     with pytest.raises(NotImplementedError, match="dual has no context"):
         bridge.dual(x, x)
-
-
-# The process
 
 
 @full_or_not
@@ -367,16 +317,12 @@ def test_the_fit_is_free_of_units_and_of_the_origin(kind):
 def test_a_pool_never_moves_the_points_it_inverts(beta):
     bridge = quick(LightSBBM(2, num_components=3, epsilon=0.5, beta=beta), num_updates=1)
     ends = bridge._read(clusters(300), standard_normal(), None, None, 1000, 0.1)
-    bridge._begin(ends)
-    bridge.loss(ends, 64)
-    before = [bridge._pool.pairs.x0.clone(), bridge._pool.pairs.x1.clone()]
-    bridge._pool._queue = torch.arange(64)  # every later minibatch is this one
-    bridge.loss(ends, 64)
-    assert torch.equal(bridge._pool.pairs.x0, before[0]) and torch.equal(bridge._pool.pairs.x1, before[1])
-    bridge._pool = None
-
-
-# Choices
+    loss = DualLoss(begin(bridge, ends), ends, 64)
+    loss()
+    before = [loss.pool.pairs.x0.clone(), loss.pool.pairs.x1.clone()]
+    loss.pool._queue = torch.arange(64)  # every later minibatch is this one
+    loss()
+    assert torch.equal(loss.pool.pairs.x0, before[0]) and torch.equal(loss.pool.pairs.x1, before[1])
 
 
 @pytest.mark.slow
@@ -386,7 +332,7 @@ def test_auto_takes_a_candidate_by_its_score():
     assert bridge.beta in CANDIDATES and set(bridge.scores) == set(CANDIDATES)
     assert all(math.isfinite(score) for score in bridge.scores.values())
     with pytest.raises(ValueError, match='beta="auto" needs solver="dual"'):
-        LightSBBM(1, num_components=2, epsilon=1.0, beta="auto").fit(scaled(100, 1.0), solver="batch", progress=False)
+        LightSBBM(1, num_components=2, epsilon=1.0, beta="auto").fit(scaled(100, 1.0), solver="moments", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +347,7 @@ def test_auto_takes_the_largest_within_a_standard_error_of_the_best(monkeypatch,
     noise = torch.randn(60, **F64)  # gaps to the best have a standard error of about .1 but for their means
     scores = iter([mean + torch.randn(60, **F64) * 0.8 + noise - noise.mean() for mean in means])
     centred = (score - score.mean() + mean for score, mean in zip(scores, means))
-    monkeypatch.setattr(LightSBBM, "_mean_log_prob", lambda *args: next(centred))
+    monkeypatch.setattr(MixtureProcess, "mean_log_prob", lambda *args: next(centred))
     bridge = LightSBBM(1, num_components=2, epsilon=1.0, beta="auto")
     quick(bridge, scaled(600, 0.5), num_updates=5)
     assert bridge.beta == choice
@@ -436,7 +382,7 @@ def test_the_alternating_solver_has_no_density(tmp_path):
         draws.append(each.transport(x))
     assert torch.equal(*draws) and torch.isfinite(draws[0]).all()
     assert torch.equal(loaded.drift(0.5, x), bridge.drift(0.5, x))
-    quick(bridge, source=standard_normal())  # and fitted anew it has one again
+    quick(bridge, source=standard_normal())  # and fitted again it has one
     assert bridge.density == "path" and torch.isfinite(bridge().draws((3,)).log_q).all()
 
 
@@ -461,9 +407,9 @@ def test_bad_choices_are_refused():
     with pytest.raises(ValueError, match="beta must be a number above 1 or \"auto\", got 'best'"):
         LightSBBM(2, beta="best")
     target, context = clusters(100), torch.randn(100, 1, **F64)
-    with pytest.raises(ValueError, match="solver must be one of .*'dual', 'batch', 'alternating'.*'em'"):
-        LightSBBM(2, num_components=3).fit(target, solver="em", progress=False)
-    for solver in ("batch", "alternating"):
+    with pytest.raises(ValueError, match="solver must be one of .*'dual', 'moments', 'alternating'.*'matching'"):
+        LightSBBM(2, num_components=3).fit(target, solver="matching", progress=False)
+    for solver in ("moments", "alternating"):
         with pytest.raises(ValueError, match=f'solver="{solver}" has no network'):
             LightSBBM(2, num_components=3, context_dim=1).fit(target, context=context, solver=solver, progress=False)
     with pytest.raises(ValueError, match="needs a finite beta, got inf. Use LightSBM"):
@@ -475,8 +421,14 @@ def test_bad_choices_are_refused():
         bridge.condition([0], [1.0])
 
 
-def test_a_batch_fit_that_has_not_converged_says_so():
-    with pytest.warns(RuntimeWarning, match=r"batch solver has not converged: G still rose by .* Raise num_updates"):
+def test_a_moment_fit_that_has_not_converged_says_so():
+    with pytest.warns(RuntimeWarning, match=r"moment steps have not converged: G still rose by .* Raise num_updates"):
         LightSBBM(2, num_components=3, epsilon=0.5, beta=3.0).fit(
-            clusters(150), torch.randn(150, 2, **F64), solver="batch", num_updates=2, progress=False
+            clusters(150), torch.randn(150, 2, **F64), solver="moments", num_updates=2, progress=False
         )
+
+
+def test_an_axis_too_narrow_for_beta_is_named():
+    draws = torch.randn(400, 2, **F64) * torch.tensor([1.0, 1e-4], **F64)
+    with pytest.warns(RuntimeWarning, match=r"narrowest axis .* beta = 10 no component is narrower.* Raise beta"):
+        LightSBBM(2, num_components=2).fit(draws, num_updates=5, progress=False)
