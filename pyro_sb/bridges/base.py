@@ -105,7 +105,7 @@ class Bridge(Fitted):
         """
         raise NotImplementedError(
             f"{self.describe()} has no differentiable map from noise to draws. Those that have one: VSDM, SGM, "
-            'SmoothedBridge with source_law="moment", LatentBridge around one of them: fit one to draws of this bridge. '
+            'SmoothedBridge with source_law="moment", LatentBridge around one: fit one to draws of this bridge. '
             'A marginal density needs none: pyro.sample("x", bridge()).'
         )
 
@@ -331,7 +331,7 @@ def as_draws(name: str, value: Any, dim: int, *, num_draws: int = 1024, like: Te
 
 
 def as_weights(weights: Any, like: Tensor) -> Tensor:
-    """Normalised weights of the rows of ``like``; refused where negative, not finite, or worth one draw or none."""
+    """Normalised weights of the rows of ``like``; refused where negative, not finite, or all on one draw."""
     if weights is None:
         return like.new_full((len(like),), 1 / len(like))
     weights = torch.as_tensor(weights, dtype=like.dtype, device=like.device).detach()
@@ -355,7 +355,7 @@ def as_weights(weights: Any, like: Tensor) -> Tensor:
     effective = 1 / float(weights.square().sum())
     if effective < 1.5:
         raise ValueError(
-            f"weights must be worth more than one draw, got 1 / sum w^2 = {effective:.3g} of {len(weights)}. "
+            f"weights must count for more than one draw, got 1 / sum w^2 = {effective:.3g} of {len(weights)}. "
             "Use draws that overlap the target, or temper the weights: weights ** 0.1."
         )
     return weights

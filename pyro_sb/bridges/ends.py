@@ -128,7 +128,7 @@ class DrawsEnd:
 
 
 class Ends(NamedTuple):
-    """What a fit learns from, each side centred on its own mean: plans and Bass maps do not feel one side's shift."""
+    """Both ends of a fit, each centred on its own mean: plans and Bass maps do not feel one side's shift."""
 
     source: LawEnd | DrawsEnd | PointEnd
     target: LawEnd | DrawsEnd
@@ -187,7 +187,7 @@ class Target(NamedTuple):
         """The data in words: how many draws, or which law, and the source that was given."""
         data = f"{len(self.points)} draws" if self.law is None else f"a {type(self.law).__name__}"
         if source is None:
-            return data
+            return f"{data}, from its own source"
         if isinstance(source, Distribution):
             return f"{data}, from a {type(source).__name__}"
         shape = np.shape(source)
@@ -254,7 +254,7 @@ class EndsReading(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What a bridge asks of its data: sizes, the number of components, and whether their covariances are full.
+    """Demands of a bridge on its data: sizes, the number of components, and whether their covariances are full.
 
     ``raw``: contexts are left as they are, for an embedding.
     """

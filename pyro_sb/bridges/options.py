@@ -45,7 +45,7 @@ class Options(NamedTuple):
 
 
 class FitOptions(NamedTuple):
-    """How a fit by gradients learns: the options that every such fit has.
+    """Options that every fit by gradients has.
 
     Args:
         num_updates: Updates, at least 1.
@@ -95,7 +95,9 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def keyword_names(kind: type, method: str) -> frozenset[str]:
-    """Keyword-only arguments of a method; where it passes ``**options`` on, those of the classes above too.
+    """Options of a method, by name; where it passes ``**options`` on, those of the classes above too.
+
+    These are its keyword-only arguments, and others that have a default, but for ``source``.
 
     Example:
         >>> class A:
@@ -110,7 +112,8 @@ def keyword_names(kind: type, method: str) -> frozenset[str]:
         if method not in vars(base):
             continue
         parameters = inspect.signature(vars(base)[method]).parameters.values()
-        names |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        optional = {p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty}
+        names |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} | optional - {"source"}
         if all(p.kind is not p.VAR_KEYWORD for p in parameters):
             break
     return frozenset(names)

@@ -11,7 +11,7 @@ from pyro_sb.ops.regression import Affine, regress
 
 
 class PairsReading(NamedTuple):
-    """What was read from the data, in the user's units.
+    """Data to learn from, in the user's units.
 
     Args:
         end: Gives minibatches of draws and standardised contexts.
@@ -78,6 +78,6 @@ def shared_units(location: Tensor, scale: Tensor, item_dim: int) -> tuple[Tensor
 
 
 def summarise(embedding: nn.Module | None, context: Tensor) -> Tensor:
-    """What the regression sees of standardised contexts: an embedding's ``summary``, or all of it."""
+    """Standardised contexts as the regression sees them: an embedding's ``summary``, or all of it."""
     summary = getattr(embedding, "summary", None)
     return summary(context) if callable(summary) else context

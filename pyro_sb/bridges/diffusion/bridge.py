@@ -1,4 +1,4 @@
-r"""A bridge by denoising: a linear noising process, the learnt mean :math:`E[x_0 | x_\tau]`, and steps backwards."""
+r"""A bridge by denoising: a linear noising, the learnt mean :math:`E[x_{\tau = 0} | x_\tau]`, steps backwards."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -41,7 +41,7 @@ CHUNK = 2**22  # numbers of a batch of covariances at once
 
 @dataclass
 class Sampler:
-    """How a diffusion's draws are made; assign a new one to ``bridge.sampler`` at any time.
+    """Solver and numbers of steps of a diffusion's draws; assign a new one to ``bridge.sampler`` at any time.
 
     Args:
         num_steps: Steps of `sample` and `transport`, at least 1. An evaluation each; two with ``"heun"``.
@@ -65,7 +65,7 @@ class Sampler:
 
 
 class DiffusionBridge(Bridge):
-    r"""A diffusion learnt by denoising, :math:`\hat x(x_\tau) \approx E[x_{\tau = 0} | x_\tau]`: what `VSDM` and `SmoothedBridge` share.
+    r"""A diffusion run backwards by a learnt denoiser, :math:`\hat x(x_\tau) \approx E[x_{\tau = 0} | x_\tau]`.
 
     A noising process that is linear, and in its eigenbasis in closed form, leads from the target to a source; steps
     backwards lead back. A subclass gives ``fit``, and may choose other axes (`_axes`) or another source

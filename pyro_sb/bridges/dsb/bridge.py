@@ -356,7 +356,7 @@ class DSB(Bridge):
     # Both halves, what they know, and the source
 
     def _adopt(self, read: PairsReading, source: SourceReading) -> None:
-        """Take units, the source and the Gaussian bridge between the ends; the networks start anew."""
+        """Take units, the source and the Gaussian bridge between the ends; the networks start at zero."""
         target = Guide(read.affine, read.covariance)
         self.to(read.affine.location)
         self.source_deviations, self.source_points = source.deviations, source.points
@@ -411,7 +411,7 @@ class DSB(Bridge):
     def _law(self) -> Distribution:
         if self.source is None:
             raise RuntimeError(
-                "a loaded bridge must be told its source, which was a distribution and is not saved. "
+                "a loaded bridge has no source yet: it was a distribution, which is not saved. "
                 "Write bridge.source = ..., or use transport(x0)."
             )
         return self.source

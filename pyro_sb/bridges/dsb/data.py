@@ -154,7 +154,7 @@ def packed(rows: EndPairs | Paths) -> dict[str, Any]:
 
 
 def unpacked(saved: dict[str, Any]) -> EndPairs | Paths:
-    """What `packed` gave."""
+    """The inverse of `packed`."""
     fields = {key: value for key, value in saved.items() if key != "kind"}
     return EndPairs(**fields) if saved["kind"] == "EndPairs" else Paths(**fields)
 
@@ -163,7 +163,7 @@ FEW = 20  # draws of which none is held out
 
 
 class SourceReading(NamedTuple):
-    """What was read of the source.
+    """The source, read.
 
     Args:
         kind: ``"moments"``, ``"law"`` or ``"draws"``.

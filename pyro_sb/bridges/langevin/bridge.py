@@ -229,7 +229,7 @@ class KernelLangevinBridge(Bridge):
         r"""Bridge to the posterior, when this one was fitted to draws of the prior.
 
         - ``"weights"``: the Sinkhorn marginals become :math:`w_j \propto w_j L(x_j)`. No gradient, no further bias;
-          refused where the prior's draws are worth less than two draws of the posterior, with a warning below 50.
+          refused where the prior's draws count for less than two draws of the posterior, with a warning below 50.
         - ``"drift"``: the split step with the likelihood's gradient,
           :math:`x_{1/2} = x + \tfrac{\epsilon}{2} K \nabla \log L(x) + \sqrt{\epsilon K} \xi` and
           :math:`x' = m(x_{1/2})`. Within the convex hull of the prior's draws, however steep the likelihood, but with

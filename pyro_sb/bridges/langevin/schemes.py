@@ -60,7 +60,7 @@ class VariableBandwidth:
 
 @dataclass(frozen=True)
 class Dynamics:
-    """What every scheme steps with. ``y`` is the context of each row in units of its bandwidth, or None.
+    """Transition law and options of a scheme's steps. ``y``: contexts of the rows in units of their bandwidth, or None.
 
     Attributes:
         law: Transition law; keys are (context, z), each in units of its bandwidth; values are z.

@@ -78,9 +78,9 @@ class Parts:
 
     def known_by(self, codec: Codec, draws: Tensor, *others: Any) -> None:
         """What this fit is known again by: the codec's class and options, and the figures of draws and others."""
-        told = [_figures(each) if isinstance(each, Tensor) else each for each in (draws, *others)]
+        figures = [_figures(each) if isinstance(each, Tensor) else each for each in (draws, *others)]
         self.device = draws.device
-        self.name = repr((type(codec).__name__, codec.config(), told))
+        self.name = repr((type(codec).__name__, codec.config(), figures))
 
     def restore(self, codec: Codec, learns: bool) -> bool:
         """Whether this fit was cut short; the codec and torch's random state are then as it had them.
