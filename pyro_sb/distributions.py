@@ -1,4 +1,4 @@
-"""The lazy distribution that a bridge becomes when it is called on a context."""
+"""Law of a bridge's draws given a context, as a lazy Pyro distribution."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -23,7 +23,7 @@ class Draws(NamedTuple):
 
 
 class Law(Protocol):
-    """What `BridgeDistribution` asks of a bridge. ``context`` is flat, a row a draw; None without context."""
+    """A law that `BridgeDistribution` draws from: a bridge. ``context`` is flat, a row a draw; None without context."""
 
     dim: int
     density: str | None
@@ -43,7 +43,7 @@ class Law(Protocol):
 
 
 class PathLaw(Protocol):
-    """What MCMC asks of a law: draws with their ``log_q``, and the ``log_q`` of given points, their paths redrawn."""
+    """A law that MCMC proposes from: draws with ``log_q``, and the ``log_q`` of given points, their paths redrawn."""
 
     dim: int
 
@@ -84,6 +84,13 @@ class BridgeDistribution(TorchDistribution):
     def has_rsample(self) -> bool:
         """Whether draws carry gradients."""
         return self.law.has_rsample
+
+    def __repr__(self) -> str:
+        name = getattr(self.law, "describe", lambda: type(self.law).__name__)()
+        density = {"marginal": "of the draw", "path": "of its path", None: "none"}.get(self.law.density, "none")
+        batch = f", batch_shape {tuple(self.batch_shape)}" if self.batch_shape else ""
+        given = " given a context" if self.context is not None else ""
+        return f"BridgeDistribution: draws ({self.law.dim},) of {name}{given}{batch}, density {density}"
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> "BridgeDistribution":
         """The same law over a larger batch."""

@@ -1,4 +1,4 @@
-"""Networks that more than one bridge learns with."""
+"""Networks of bridges: of a context, of time and state, of exchangeable items."""
 
 import math
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class ContextNet(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Start anew: random layers, a head of zeros."""
+        """New random layers, a head of zeros."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.LayerNorm):
                 module.reset_parameters()
@@ -123,7 +123,7 @@ class ResidualNet(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Start anew: random layers, a head of zeros."""
+        """New random layers, a head of zeros."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
@@ -170,7 +170,7 @@ class SetEmbedding(nn.Module):
         self.pooled = MLP(self.hidden[-1], out_dim, hidden_features=self.hidden, activation=nn.SiLU)
 
     def reset(self) -> None:
-        """Start anew: random layers."""
+        """New random layers."""
         for module in self.modules():
             if callable(getattr(module, "reset_parameters", None)):  # zuko's linear layer is no nn.Linear
                 cast(Any, module).reset_parameters()
@@ -211,7 +211,7 @@ class Call(nn.Module):
 
 
 def with_constant_parameters(module: nn.Module, function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """What a method of a module answers, with gradients in its arguments and none in the module's parameters.
+    """Answer of a module's method, with gradients in its arguments and none in the module's parameters.
 
     Example:
         >>> layer = nn.Linear(2, 1)

@@ -1,4 +1,4 @@
-"""The one training loop, and what a fit leaves behind."""
+"""The training loop: Adam, gradients clipped, a cosine of learning rates; and the record of a fit."""
 
 import copy
 import math
@@ -17,9 +17,11 @@ SHARES = (2, 4, 8, 16)  # of the way to the loop's first check that `EarlyChecks
 TOLERANCE = 0.05  # nats
 
 
-@dataclass
+@dataclass(repr=False)
 class FitHistory:
     """Record of one fit, returned by `Bridge.fit`.
+
+    Printed, it is a line of the numbers that matter.
 
     Attributes:
         residuals: How far the constraint was from holding, an entry an iteration; empty where the method has none.
@@ -31,8 +33,8 @@ class FitHistory:
         interrupted: Whether Ctrl-C ended it; what was learnt until then is kept.
 
     Example:
-        >>> FitHistory(residuals=[0.3, 1e-7], iterations=1, seconds=0.01, converged=True).residual
-        1e-07
+        >>> FitHistory(residuals=[0.3, 1e-7], iterations=2, seconds=0.01, converged=True)
+        FitHistory: 2 updates in 0.01 s, last residual 1e-07, converged
     """
 
     residuals: list[float] = field(default_factory=list)
@@ -47,6 +49,12 @@ class FitHistory:
     def residual(self) -> float:
         """The last residual; NaN where the method has none."""
         return self.residuals[-1] if self.residuals else float("nan")
+
+    def __repr__(self) -> str:
+        named = {"loss": self.losses, "held-out loss": self.validation_losses, "residual": self.residuals}
+        last = [f"last {name} {values[-1]:.4g}" for name, values in named.items() if values]
+        end = "interrupted" if self.interrupted else "converged" if self.converged else "not converged"
+        return f"FitHistory: {', '.join([f'{self.iterations} updates in {self.seconds:.3g} s', *last, end])}"
 
 
 class Best:

@@ -88,18 +88,20 @@ BRIDGES: dict[str, Callable[..., Bridge]] = {
     "light-bass-full": lambda **kw: QuickSBBM(DIM, num_components=3, epsilon=0.5, beta=5.0, covariance="full", **kw),
     "tails-light-bass": lambda **kw: TailMatched(QuickSBBM(DIM, num_components=3, epsilon=0.5, **kw), df=3.0),
     "vsdm": lambda **kw: QuickVSDM(DIM, hidden=(16, 16), **kw),
-    "vsdm-stochastic": lambda **kw: QuickVSDM(DIM, hidden=(16, 16), drift="stochastic", **kw),
-    "vsdm-analytic": lambda **kw: QuickVSDM(DIM, hidden=(16, 16), covariance="analytic", start="conditional", **kw),
+    "vsdm-stochastic": lambda **kw: QuickVSDM(DIM, hidden=(16, 16), drift_matrix="stochastic", **kw),
+    "vsdm-analytic": lambda **kw: QuickVSDM(
+        DIM, hidden=(16, 16), step_covariance="analytic", source_law="conditional", **kw
+    ),
     "smoothed": lambda **kw: QuickSmoothed(DIM, hidden=(16, 16), **kw),
     "smoothed-learnt": lambda **kw: QuickSmoothed(
-        DIM, epsilon=30.0, hidden=(16, 16), covariance="learnt", start="moment", **kw
+        DIM, epsilon=30.0, hidden=(16, 16), step_covariance="learnt", source_law="moment", **kw
     ),
     "latent-light": lambda **kw: LatentBridge(QuickSB(DIM, num_components=3, epsilon=0.5, **kw), PCACodec(DIM)),
     "latent-smoothed": lambda **kw: LatentBridge(QuickSmoothed(DIM, hidden=(16, 16), **kw), PCACodec(DIM)),
-    "dsb": lambda **kw: QuickDSB(DIM, hidden=(16, 16), chain_steps=4, **kw),
-    "dsb-ipf": lambda **kw: QuickDSB(DIM, hidden=(16, 16), chain_steps=4, method="ipf", **kw),
+    "dsb": lambda **kw: QuickDSB(DIM, hidden=(16, 16), num_steps=4, **kw),
+    "dsb-ipf": lambda **kw: QuickDSB(DIM, hidden=(16, 16), num_steps=4, method="ipf", **kw),
     "dsb-triangular": lambda **kw: QuickDSB(
-        DIM, epsilon=0.5, hidden=(16, 16), chain_steps=5, schedule="triangular", variance="reference", **kw
+        DIM, epsilon=0.5, hidden=(16, 16), num_steps=5, schedule="triangular", variance="reference", **kw
     ),
     "sgm": lambda **kw: QuickSGM(DIM, hidden=(16, 16), **kw),
 }

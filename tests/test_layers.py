@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pyro_sb"
 LAYERS = [
     {"ops"},
-    {"nn", "training", "weights", "distributions"},
+    {"nn", "training", "weights", "distributions", "files"},
     {"bridges"},
     {"infer"},
     {"diagnostics", "metrics", "plots", "datasets"},
@@ -86,3 +86,63 @@ def test_the_rules_refuse(tmp_path, file, line, message):
     found = refusals(path, tmp_path / "pyro_sb")
     assert found
     assert message in found[0]
+
+
+def test_families_of_bridges_do_not_import_each_other():
+    bridges = PACKAGE / "bridges"
+    families = {path.name for path in bridges.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    may = {("latent", "codecs"), ("latent", "diffusion")}
+    found = []
+    for path in sorted(bridges.rglob("*.py")):
+        here = path.relative_to(bridges).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyro_sb.bridges."):
+                there = node.module.split(".")[2]
+                if there in families and there != here and (here, there) not in may and here != "__init__":
+                    found.append(f"{path.relative_to(bridges)} imports the family {there}")
+    assert families and not found, "\n".join(found)
+
+
+def test_no_folder_holds_more_than_15_modules():
+    folders = [PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir())]
+    full = {str(f.relative_to(PACKAGE)): len(list(f.glob("[!_]*.py"))) for f in folders}
+    assert not {name: number for name, number in full.items() if number > 15}
+
+
+def test_names_of_classes_are_unique():
+    places: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert not {name: paths for name, paths in places.items() if len(paths) > 1}
+
+
+def test_private_names_stay_in_their_folder():
+    theirs = {"_asdict", "_replace", "_foreach_lerp_", "_batch_shape", "_buffers", "_standard_gamma"}  # of Python and torch
+    defined: dict[Path, set[str]] = {}
+    trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    for path, tree in trees.items():
+        names = defined.setdefault(path.parent, set())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                names.add(node.attr)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+    found = []
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                used = [alias.name for alias in node.names if alias.name.startswith("_")]
+                used = used if (node.module or "").startswith("pyro_sb") else []
+            elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                above = isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "super"
+                inside = node.attr in defined[path.parent] | theirs
+                used = [] if own or above or inside else [node.attr]
+            else:
+                continue
+            found += [f"{path.relative_to(PACKAGE)}:{node.lineno}: {name}" for name in used]
+    assert not found, "\n".join(found)

@@ -1,4 +1,4 @@
-"""Bridges, one file a method."""
+"""Bridges, one folder a family."""
 
 from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.codecs.autoencoder import AutoencoderCodec
@@ -6,8 +6,8 @@ from pyro_sb.bridges.codecs.base import Codec
 from pyro_sb.bridges.codecs.pair import PairCodec
 from pyro_sb.bridges.codecs.pca import PCACodec
 from pyro_sb.bridges.codecs.report import ReconstructionReport, reconstruction_report
+from pyro_sb.bridges.diffusion.bridge import Sampler
 from pyro_sb.bridges.diffusion.smoothed import SmoothedBridge
-from pyro_sb.bridges.diffusion.state import Sampler
 from pyro_sb.bridges.diffusion.vsdm import SGM, VSDM
 from pyro_sb.bridges.dsb.bridge import DSB
 from pyro_sb.bridges.langevin.bridge import KernelLangevinBridge

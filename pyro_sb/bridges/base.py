@@ -1,14 +1,17 @@
-"""The noun of the package: a bridge is fitted on draws and called on a context."""
+"""A bridge: fitted on draws, called on a context, it is a Pyro distribution."""
 
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_sb.bridges.options import keyword_names
 from pyro_sb.distributions import BridgeDistribution, Draws, PathLaw
+from pyro_sb.files import read_file, write_file
+from pyro_sb.nn import embedding_from_config
 from pyro_sb.training import FitHistory
 
 FORMAT = 1
@@ -40,16 +43,21 @@ class Bridge(Fitted):
     - ``None``: draws alone. `density_hint` says what has one.
 
     All that was fitted lives in parameters and buffers; buffers may change their shape in ``fit`` and in loading.
-    Plain numbers go through ``get_extra_state`` and ``set_extra_state``.
+    Plain numbers go through ``get_extra_state`` and ``set_extra_state``. ``fit`` says in ``fitted_to`` what it was
+    given, and `describe_lines` names the main numbers, for ``repr``.
 
     Args:
         dim: Event size, at least 1.
         context_dim: Size of what is conditioned on; 0 for an unconditional bridge.
+
+    Attributes:
+        fitted_to: The data of the last ``fit`` in words; empty before it.
     """
 
     density: str | None = None
     density_hint = "No choice of options gives it one."
     has_rsample = False
+    earlier_names: ClassVar[dict[str, str]] = {}  # constructor's arguments in earlier files: present names
     approximate_log_prob = False  # whether log_prob is there though density is not "marginal", as an approximation
 
     def __init__(self, dim: int, *, context_dim: int = 0) -> None:
@@ -57,6 +65,7 @@ class Bridge(Fitted):
         if dim < 1 or context_dim < 0:
             raise ValueError(f"dim must be at least 1 and context_dim at least 0, got {dim} and {context_dim}.")
         self.dim, self.context_dim = index(dim), index(context_dim)
+        self.fitted_to = ""
 
     def fit(
         self,
@@ -96,8 +105,8 @@ class Bridge(Fitted):
         """
         raise NotImplementedError(
             f"{self.describe()} has no differentiable map from noise to draws. Those that have one: VSDM, SGM, "
-            'SmoothedBridge with start="moment", LatentBridge around one of them: fit one to draws of this bridge. A '
-            'marginal density needs none: pyro.sample("x", bridge()).'
+            'SmoothedBridge with source_law="moment", LatentBridge around one: fit one to draws of this bridge. '
+            'A marginal density needs none: pyro.sample("x", bridge()).'
         )
 
     def paths(self, num_paths: int, num_steps: int, context: Any = None) -> tuple[Tensor, Tensor]:
@@ -176,6 +185,22 @@ class Bridge(Fitted):
         """Name for messages."""
         return type(self).__name__
 
+    def describe_lines(self) -> list[str]:
+        """Lines of ``repr`` after its first: a family puts its main numbers before this one."""
+        return [(f"fitted to {self.fitted_to}" if self.fitted_to else "fitted") if self.fitted else "not fitted"]
+
+    def title(self) -> str:
+        """First line of ``repr``: the class and its sizes."""
+        context = f", context_dim={self.context_dim}" if self.context_dim else ""
+        return f"{type(self).__name__}(dim={self.dim}{context})"
+
+    def __repr__(self) -> str:
+        return "\n  ".join([self.title(), *self.describe_lines()])
+
+    def fit_options(self) -> frozenset[str]:
+        """Names of the options that ``fit`` takes."""
+        return keyword_names(type(self), "fit")
+
     def like(self) -> Tensor:
         """A fitted tensor, for dtype and device; an error before ``fit``."""
         raise NotImplementedError(f"{type(self).__name__} does not say its dtype.")
@@ -186,13 +211,21 @@ class Bridge(Fitted):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Bridge":
-        """Build the bridge that `config` describes; override it where an argument is not a plain value."""
+        """Build the bridge that `config` describes, in an earlier file by `earlier_names`; override it for others."""
+        config = {cls.earlier_names.get(name, name): value for name, value in config.items()}
+        if "embedding" in config:
+            config["embedding"] = embedding_from_config(config["embedding"])
         return cls(**config)
 
-    def save(self, path: str | Path) -> None:
-        """Write one file of tensors and plain values, read back by `Bridge.load`."""
+    def contents(self) -> dict[str, Any]:
+        """What `save` writes: tensors and plain values; an error where something fitted is neither."""
         state = {key: v.detach().clone() if isinstance(v, Tensor) else v for key, v in self.state_dict().items()}
-        torch.save({"format": FORMAT, "class": type(self).__name__, "config": self.config(), "state": state}, path)
+        about = {"format": FORMAT, "class": type(self).__name__, "fitted_to": self.fitted_to}
+        return about | {"config": self.config(), "state": state}
+
+    def save(self, path: str | Path) -> None:
+        """Write one file of tensors and plain values, whole or not at all, read back by `Bridge.load`."""
+        write_file(self.contents(), path)
 
     @classmethod
     def load(cls, path: str | Path, map_location: Any = None) -> Any:
@@ -202,11 +235,12 @@ class Bridge(Fitted):
             path: What `save` wrote. Read with ``weights_only=True``: no code in the file is run.
             map_location: As in `torch.load`.
         """
-        saved = torch.load(path, map_location=map_location, weights_only=True)
+        saved = read_file(path, map_location)
         if not isinstance(saved, dict) or saved.get("format") != FORMAT:
             raise ValueError(f"{path} must hold a bridge written by Bridge.save, format {FORMAT}.")
         bridge = class_named(saved["class"], cls, str(path)).from_config(saved["config"])
         bridge.load_state_dict(saved["state"])
+        bridge.fitted_to = saved.get("fitted_to", "")
         return bridge
 
     def flat_rows(self, x: Any, context: Any) -> tuple[Tensor, Tensor | None, torch.Size]:
@@ -297,7 +331,7 @@ def as_draws(name: str, value: Any, dim: int, *, num_draws: int = 1024, like: Te
 
 
 def as_weights(weights: Any, like: Tensor) -> Tensor:
-    """Normalised weights of the rows of ``like``; refused where negative, not finite, or worth one draw or none."""
+    """Normalised weights of the rows of ``like``; refused where negative, not finite, or all on one draw."""
     if weights is None:
         return like.new_full((len(like),), 1 / len(like))
     weights = torch.as_tensor(weights, dtype=like.dtype, device=like.device).detach()
@@ -321,7 +355,7 @@ def as_weights(weights: Any, like: Tensor) -> Tensor:
     effective = 1 / float(weights.square().sum())
     if effective < 1.5:
         raise ValueError(
-            f"weights must be worth more than one draw, got 1 / sum w^2 = {effective:.3g} of {len(weights)}. "
+            f"weights must count for more than one draw, got 1 / sum w^2 = {effective:.3g} of {len(weights)}. "
             "Use draws that overlap the target, or temper the weights: weights ** 0.1."
         )
     return weights

@@ -1,21 +1,23 @@
-"""A diffusion's fit on disk: its options, the text that tells it from others, and the file that it goes on from."""
+"""A fit of a network on disk: the file that it goes on from, and the text that tells it from others."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.base import FORMAT, Bridge
-from pyro_sb.bridges.pairs import Reading, Rows
+from pyro_sb.bridges.ends import DrawsEnd
+from pyro_sb.bridges.options import FitOptions
+from pyro_sb.bridges.pairs import PairsReading
+from pyro_sb.files import read_file, write_file
+from pyro_sb.training import random_state, set_random_state
 
 
 def unfinished(checkpoint: str | Path | None) -> dict[str, Any] | None:
     """The state of a fit that did not end, if there is one at this path."""
     if checkpoint is None or not Path(checkpoint).exists():
         return None
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    saved = read_file(checkpoint, map_location="cpu")
     if not isinstance(saved, dict) or "training" not in saved:
         return None
     return saved["training"] | {"state": saved["state"]}
@@ -32,19 +34,45 @@ def on_device(saved: Any, device: torch.device) -> Any:
     return saved
 
 
-def fingerprint(bridge: Bridge, options: Any, read: Reading) -> str:
-    """A text that differs between fits that could not go on from each other."""
-    config = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in bridge.config().items()}
+def go_on(options: FitOptions) -> tuple[dict[str, Any] | None, list[Tensor]]:
+    """An unfinished fit at the checkpoint's path, and torch's random state as of its start; else None and the present.
+
+    Where there is one the random state is put back, so that the data are read as they were.
+    """
+    saved, random = unfinished(options.checkpoint), random_state()
+    if saved is not None:
+        random = saved["start"]
+        set_random_state(random)
+    return saved, random
+
+
+def check_same(saved: dict[str, Any] | None, name: str, options: FitOptions) -> None:
+    """Refuse to go on from another fit."""
+    if saved is not None and saved["fit"] != name:
+        raise ValueError(
+            f"checkpoint must be of this fit to go on from, got that of another in {options.checkpoint}: its options "
+            "or data differ. Delete it, or write another path."
+        )
+
+
+def fingerprint(kind: str, config: dict[str, Any], options: FitOptions, read: PairsReading, *others: Any) -> str:
+    """A text that differs between fits that could not go on from each other.
+
+    Args:
+        kind: The bridge's class.
+        config: Its constructor's arguments.
+        options: Of the fit.
+        read: Its data.
+        others: Options and data of this kind of fit alone.
+    """
+    config = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in config.items()}
     plain = options._replace(progress=False, checkpoint=None)
-    split: list[float] = [] if not isinstance(read.end, Rows) else [read.end.num_train]
+    split: list[float] = [] if not isinstance(read.end, DrawsEnd) else [read.end.num_train]
     split.append(float(read.affine.location.double().sum()))
-    return repr((type(bridge).__name__, config, plain, split, read.sums, str(read.covariance.dtype)))
+    return repr((kind, config, plain, split, read.sums, str(read.covariance.dtype), others))
 
 
-def write(bridge: Bridge, training: dict[str, Any], path: Path) -> None:
-    """The bridge as `Bridge.save` writes it, with the training beside it; a crash in between leaves the file before."""
-    part = path.with_name(path.name + ".part")
-    weights = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in bridge.state_dict().items()}
-    saved = {"format": FORMAT, "class": type(bridge).__name__, "config": bridge.config(), "state": weights}
-    torch.save(saved | {"training": training}, part)
-    os.replace(part, path)
+def write(contents: dict[str, Any], training: dict[str, Any], checkpoint: str | Path | None) -> None:
+    """A bridge's `Bridge.contents` with the training beside them, loadable as a bridge."""
+    assert checkpoint is not None
+    write_file(contents | {"training": training}, checkpoint)

@@ -1,4 +1,4 @@
-"""The two ends of a bridge as givers of minibatches: draws, a distribution, or a point."""
+"""Ends of a bridge: the target read and checked, the source, and minibatches of both."""
 
 from typing import Any, NamedTuple
 
@@ -53,9 +53,17 @@ class LawEnd:
             self._judge = self.batch(num)
         return Batch(self._judge.points[:num])
 
+    def position(self) -> Tensor | None:
+        """What was set aside, if anything: all that a fit needs to go on."""
+        return None if self._judge is None else self._judge.points
+
+    def seek(self, position: Tensor | None) -> None:
+        """Take what `position` gave."""
+        self._judge = None if position is None else Batch(position)
+
 
 class DrawsEnd:
-    """Draws, shuffled anew each time round; weighted ones are chosen with replacement.
+    """Draws, shuffled at each time round; weighted ones are chosen with replacement.
 
     What is held out is a random share of them, or those that a mask names.
     """
@@ -106,19 +114,127 @@ class DrawsEnd:
         weights = None if self._weights is None else self._weights[rows] / self._weights[rows].sum()
         return self._rows(rows)._replace(weights=weights)
 
+    def position(self) -> Tensor | None:
+        """Indices still to come in this round."""
+        return self._queue.clone()
+
+    def seek(self, position: Tensor | None) -> None:
+        """Go to a place that `position` gave."""
+        assert position is not None
+        self._queue = position.to(self._queue.device)
+
     def _rows(self, index: Tensor) -> Batch:
         return Batch(self._points[index], None if self._context is None else self._context[index])
 
 
 class Ends(NamedTuple):
-    """What a fit learns from, each side centred on its own mean: plans and Bass maps do not feel one side's shift."""
+    """Both ends of a fit, each centred on its own mean: plans and Bass maps do not feel one side's shift."""
 
     source: LawEnd | DrawsEnd | PointEnd
     target: LawEnd | DrawsEnd
 
 
-class Reading(NamedTuple):
-    """What was read from the data.
+class Contexts(NamedTuple):
+    """Standardised contexts ``(n, context_dim)``, their mean and standard deviation ``(context_dim,)``.
+
+    Without context ``rows`` is None and the others are empty.
+    """
+
+    rows: Tensor | None
+    location: Tensor
+    scale: Tensor
+
+
+class Target(NamedTuple):
+    """Draws of the target with what belongs to them; those without weight are left out.
+
+    Args:
+        points: The draws, or some of a distribution's. Shape ``(n, dim)``.
+        weights: Normalised; None where none were given. Shape ``(n,)``.
+        context: As given. Shape ``(n, context_dim)``, or None.
+        held_out: Share of the draws to judge by, in [0, 1), or a boolean mask ``(n,)``.
+        law: The distribution, if the target is one.
+    """
+
+    points: Tensor
+    weights: Tensor | None
+    context: Tensor | None
+    held_out: float | Tensor
+    law: Distribution | None
+
+    @property
+    def shares(self) -> Tensor:
+        """The weights, equal ones where none were given. Shape ``(n,)``."""
+        return as_weights(None, self.points) if self.weights is None else self.weights
+
+    def contexts(self) -> Contexts:
+        """Contexts in units of their deviations; constant columns stay in their own."""
+        if self.context is None:
+            return Contexts(None, self.points.new_empty(0), self.points.new_empty(0))
+        location = self.shares @ self.context
+        deviation = (self.shares @ (self.context - location).square()).sqrt()
+        constant = self.context.amin(0) == self.context.amax(0)
+        deviation = torch.where(constant, 1.0, deviation)
+        return Contexts((self.context - location) / deviation, location, deviation)
+
+    def raw_contexts(self) -> Contexts:
+        """Contexts as they are, under mean 0 and deviation 1."""
+        if self.context is None:
+            return self.contexts()
+        return Contexts(self.context, torch.zeros_like(self.context[0]), torch.ones_like(self.context[0]))
+
+    def describe(self, source: Any = None) -> str:
+        """The data in words: how many draws, or which law, and the source that was given."""
+        data = f"{len(self.points)} draws" if self.law is None else f"a {type(self.law).__name__}"
+        if source is None:
+            return f"{data}, from its own source"
+        if isinstance(source, Distribution):
+            return f"{data}, from a {type(source).__name__}"
+        shape = np.shape(source)
+        return f"{data}, from {f'{shape[0]} draws' if len(shape) == 2 else 'a point'}"
+
+
+def read_target(
+    dim: int,
+    context_dim: int,
+    target: Any,
+    *,
+    context: Any = None,
+    weights: Any = None,
+    num_law_draws: int,
+    held_out: Any = 0.0,
+) -> Target:
+    """The target checked: draws or a distribution, with contexts, weights and what is held out.
+
+    Args:
+        dim: Event size.
+        context_dim: Size of the context, 0 for none.
+        target: Draws ``(N, dim)``, or a distribution.
+        context: Of draws. Shape ``(N, context_dim)``.
+        weights: Of draws, not negative. Shape ``(N,)``.
+        num_law_draws: How many draws a distribution gives.
+        held_out: Share in [0, 1), or a boolean mask ``(N,)``.
+    """
+    law = target if isinstance(target, Distribution) else None
+    if law is not None:
+        check_law("target", law, dim)
+        if context_dim or context is not None:
+            raise ValueError("target must be draws where there is a context, got a distribution. Draw pairs first.")
+        if weights is not None:
+            raise ValueError("weights go with draws, got a distribution as target. Pass target.sample((n,)).")
+    points = as_draws("target", target, dim, num_draws=num_law_draws)
+    mask = read_held_out(held_out, None if law is not None else len(points))
+    shares = None if weights is None else as_weights(weights, points)
+    rows = _read_context(context_dim, context, points)
+    if shares is None:
+        return Target(points, None, rows, mask, law)
+    kept = shares > 0  # draws without weight are no draws
+    mask = mask[kept.cpu()] if isinstance(mask, Tensor) else mask
+    return Target(points[kept], shares[kept], None if rows is None else rows[kept], mask, law)
+
+
+class EndsReading(NamedTuple):
+    """Both ends of a light bridge, read from the data.
 
     Args:
         ends: Both sides in the bridge's units.
@@ -138,7 +254,7 @@ class Reading(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What a bridge asks of its data: sizes, the number of components, and whether their covariances are full.
+    """Demands of a bridge on its data: sizes, the number of components, and whether their covariances are full.
 
     ``raw``: contexts are left as they are, for an embedding.
     """
@@ -151,48 +267,43 @@ class Wanted(NamedTuple):
 
 
 def read_ends(
-    wanted: Wanted, target: Any, source: Any, context: Any, weights: Any, num_draws: int, held_out: float | Tensor
-) -> Reading:
+    wanted: Wanted, target: Any, source: Any, context: Any, weights: Any, num_law_draws: int, held_out: float | Tensor
+) -> EndsReading:
     """Both ends checked and in the bridge's units."""
-    is_law = isinstance(target, Distribution)
-    if is_law:
-        check_law("target", target, wanted.dim)
-        if wanted.context_dim or context is not None:
-            raise ValueError("target must be draws where there is a context, got a distribution. Draw pairs first.")
-        if weights is not None:
-            raise ValueError("weights go with draws, got a distribution as target. Omit them.")
-    points = as_draws("target", target, wanted.dim, num_draws=num_draws)
-    held_out = read_held_out(held_out, None if is_law else len(points))
-    row_weights = None if weights is None else as_weights(weights, points)
-    if row_weights is not None and context is not None and len(torch.as_tensor(context)) == len(points):
-        context = torch.as_tensor(context)[(row_weights > 0).cpu()]
-    if row_weights is not None and isinstance(held_out, Tensor):
-        held_out = held_out[(row_weights > 0).cpu()]
-    if row_weights is not None:  # draws without weight are no draws
-        points, row_weights = points[row_weights > 0], row_weights[row_weights > 0]
-    if isinstance(source, Distribution):
-        check_law("source", source, wanted.dim)
-    elif source is not None:
-        source = read_source(source, wanted.dim, points)
-    units, deviations = read_units(points, row_weights)
+    read = read_target(
+        wanted.dim,
+        wanted.context_dim,
+        target,
+        context=context,
+        weights=weights,
+        num_law_draws=num_law_draws,
+        held_out=held_out,
+    )
+    points = read.points
+    source = read_source(source, wanted.dim, points)
+    units, deviations = read_units(points, read.weights)
     if wanted.full:
-        check_conditioning(points, row_weights)
-    rows, *contexts = read_context(wanted.context_dim, context, points, row_weights, raw=wanted.raw)
-    end = LawEnd(target, units) if is_law else DrawsEnd(units.to(points), row_weights, rows, held_out)
+        check_conditioning(points, read.weights)
+    rows, *contexts = read.raw_contexts() if wanted.raw else read.contexts()
+    end = (
+        LawEnd(read.law, units)
+        if read.law is not None
+        else DrawsEnd(units.to(points), read.weights, rows, read.held_out)
+    )
     if isinstance(end, DrawsEnd) and end.num_train < wanted.num_components:
         raise ValueError(
             f"num_components must be at most the number of draws to learn from, got {wanted.num_components} for "
             f"{end.num_train} (of {len(points)}; {1 - end.num_train / len(points):.0%} are held out). "
             f"Write num_components={max(1, end.num_train // 10)}."
         )
-    if not is_law and len(points[:4096].unique(dim=0)) < wanted.num_components > len(points.unique(dim=0)):
+    if read.law is None and len(points[:4096].unique(dim=0)) < wanted.num_components > len(points.unique(dim=0)):
         raise ValueError(
             f"num_components must be at most the number of distinct draws, got {wanted.num_components} for "
             f"{len(points.unique(dim=0))}. Write fewer."
         )
-    share = held_out if isinstance(held_out, float) else 0.1
-    start, location, variance = _source_end(source, units, num_draws, share)
-    return Reading(Ends(start, end), units, location, variance, deviations, (contexts[0], contexts[1]))
+    share = read.held_out if isinstance(read.held_out, float) else 0.1
+    start, location, variance = _source_end(source, units, num_law_draws, share)
+    return EndsReading(Ends(start, end), units, location, variance, deviations, (contexts[0], contexts[1]))
 
 
 def read_held_out(held_out: Any, num: int | None) -> float | Tensor:
@@ -214,40 +325,28 @@ def read_held_out(held_out: Any, num: int | None) -> float | Tensor:
     return mask
 
 
-def read_context(
-    context_dim: int, context: Any, points: Tensor, weights: Tensor | None, *, raw: bool = False
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Standardised contexts of the draws, their mean and standard deviation; None and empty without context.
-
-    Raw ones stay as they are, under mean 0 and deviation 1.
-    """
+def _read_context(context_dim: int, context: Any, points: Tensor) -> Tensor | None:
+    """Contexts of the draws, checked; None without context."""
     if context_dim == 0:
         if context is not None:
             raise ValueError("context needs context_dim > 0, got context_dim = 0. Build the bridge with context_dim.")
-        return None, points.new_empty(0), points.new_empty(0)
+        return None
     if context is None:
         raise ValueError(f"context must be given for context_dim = {context_dim}: fit(target, context=...).")
     context = as_draws("context", context, context_dim, like=points)
     if len(context) != len(points):
         raise ValueError(f"context must have a row a draw, got {len(context)} for {len(points)} draws.")
-    if raw:
-        return context, torch.zeros_like(context[0]), torch.ones_like(context[0])
-    weights = torch.full_like(points[:, 0], 1 / len(points)) if weights is None else weights
-    location = weights @ context
-    deviation = (weights @ (context - location).square()).sqrt()
-    constant = context.amin(0) == context.amax(0)
-    deviation = torch.where(constant, 1.0, deviation)
-    return (context - location) / deviation, location, deviation
+    return context
 
 
 def _source_end(
-    source: Any, units: Units, num_draws: int, held_out: float
+    source: Any, units: Units, num_law_draws: int, held_out: float
 ) -> tuple[LawEnd | DrawsEnd | PointEnd, Tensor, float]:
     """The source's end, centred on its own mean; the mean, and its variance in the bridge's units."""
     if source is None or (isinstance(source, Tensor) and len(source) == 1):
         location = units.location if source is None else source[0]
         return PointEnd(torch.zeros_like(location)[None]), location, 0.0
-    draws = source.sample((num_draws,)).to(units.location) if isinstance(source, Distribution) else source
+    draws = source.sample((num_law_draws,)).to(units.location) if isinstance(source, Distribution) else source
     own = Units(draws.mean(0), units.scale)
     variance = float(own.to(draws).square().mean())
     if isinstance(source, Distribution):
@@ -255,13 +354,25 @@ def _source_end(
     return DrawsEnd(own.to(draws), None, None, held_out), own.location, variance
 
 
-def read_source(source: Any, dim: int, like: Tensor) -> Tensor:
-    """A point ``(dim,)`` as one row, or draws ``(N, dim)``."""
-    point = torch.as_tensor(source).to(like)
-    if point.shape != (dim,):
-        return as_draws("source", source, dim, like=like)
-    if not bool(torch.isfinite(point).all()):
+def read_source(source: Any, dim: int, like: Tensor, *, point: bool = True) -> Any:
+    """The source checked: None, a distribution, draws ``(N, dim)``, or a point ``(dim,)`` as one row.
+
+    Args:
+        source: As given to ``fit``.
+        dim: Event size.
+        like: A tensor whose dtype and device are taken.
+        point: Whether it may be one point.
+    """
+    if source is None:
+        return None
+    if isinstance(source, Distribution):
+        check_law("source", source, dim)
+        return source
+    value = torch.as_tensor(source).to(like)
+    if not point or value.shape != (dim,):
+        return as_draws("source", value, dim, like=like)
+    if not bool(torch.isfinite(value).all()):
         raise ValueError(
-            f"source must be finite, got the point {point.tolist()}. Write the place that bridges leave from."
+            f"source must be finite, got the point {value.tolist()}. Write the place that bridges leave from."
         )
-    return point[None]
+    return value[None]

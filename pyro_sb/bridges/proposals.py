@@ -1,4 +1,4 @@
-"""Laws that chains propose from where draws of a bridge share random numbers: those are held."""
+"""Laws that chains propose from: a bridge with its shared random numbers held, or carried through a bijection."""
 
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from pyro_sb.distributions import Draws, PathLaw
 
 
 class SourceBridge(Protocol):
-    """What `HeldSources` asks of a bridge."""
+    """A bridge that `HeldSources` can hold the sources of."""
 
     dim: int
 
@@ -29,7 +29,7 @@ class HeldSources:
     .. math:: q(x) = \tfrac1M \sum_i \pi(x | x_0^{(i)})
 
     The M points are draws of the source, so this is what the path weight of a light bridge conditions on: the path is
-    redrawn by drawing the points anew.
+    redrawn by drawing new points.
 
     Args:
         bridge: Without context.

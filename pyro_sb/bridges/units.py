@@ -1,4 +1,4 @@
-"""What a Gaussian-mixture bridge asks of its data, and the units that it works in."""
+"""Units of a bridge, x = location + scale z with one scale for all axes, and what it asks of its data."""
 
 from typing import NamedTuple
 

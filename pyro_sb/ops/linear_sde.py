@@ -50,7 +50,7 @@ class Schedule(NamedTuple):
         return bisect(lambda tau: self.integral(tau) - integral.double(), integral.double() * 0, 1.0).to(integral)
 
 
-class Transition(NamedTuple):
+class NoisingStep(NamedTuple):
     """Gaussian law of the state given an earlier one: mean ``factor * x``, independent directions.
 
     Args:
@@ -93,11 +93,11 @@ class LinearSDE(NamedTuple):
     rates: Tensor
     schedule: Schedule
 
-    def at(self, tau: Tensor) -> Transition:
+    def at(self, tau: Tensor) -> NoisingStep:
         """Law at ``tau`` of shape ``(*)`` given the state at 0; ``(*, d)`` each."""
         return self._over(self.schedule.integral(tau))
 
-    def between(self, earlier: Tensor, later: Tensor) -> Transition:
+    def between(self, earlier: Tensor, later: Tensor) -> NoisingStep:
         """Law at the later (noisier) time given the state at the earlier one."""
         return self._over(self.schedule.integral(later) - self.schedule.integral(earlier))
 
@@ -129,10 +129,10 @@ class LinearSDE(NamedTuple):
             times[-1] = last
         return torch.cat([times, zero])
 
-    def _over(self, growth: Tensor) -> Transition:
+    def _over(self, growth: Tensor) -> NoisingStep:
         growth = growth[..., None]
         exponent = growth * self.rates
-        return Transition((-0.5 * exponent).exp(), growth * share_left(exponent))
+        return NoisingStep((-0.5 * exponent).exp(), growth * share_left(exponent))
 
 
 def share_left(x: Tensor) -> Tensor:
@@ -239,11 +239,11 @@ class Preconditioning(NamedTuple):
     inner: Tensor
 
 
-def preconditioning(law: Transition, variances: Tensor) -> Preconditioning:
+def preconditioning(law: NoisingStep, variances: Tensor) -> Preconditioning:
     """The coefficients for a target of these variances ``(d,)``, at the times of a law given the state at 0.
 
     Example:
-        >>> preconditioning(Transition(torch.ones(1), torch.ones(1)), torch.ones(1)).skip
+        >>> preconditioning(NoisingStep(torch.ones(1), torch.ones(1)), torch.ones(1)).skip
         tensor([0.5000])
     """
     total = law.factor.square() * variances + law.variance

@@ -51,7 +51,7 @@ def plot_paths(
     check_coords("axis", pair, bridge.dim)
     ax = one_axes(ax, figsize)
     if getattr(bridge, "method", None) == "ipf":
-        num_steps = int(bridge.chain_steps)  # type: ignore[arg-type]
+        num_steps = int(bridge.num_steps)  # type: ignore[arg-type]
     with torch.no_grad():
         times, states = map(array, bridge.paths(num_paths, num_steps, context))
     if states.ndim != 3:

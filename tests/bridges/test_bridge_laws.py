@@ -205,3 +205,51 @@ def test_bad_contexts_are_refused(name):
         conditional(torch.zeros(CONTEXT_DIM + 1))
     with pytest.raises(ValueError, match="context_dim 0"):
         plain(torch.zeros(CONTEXT_DIM))
+
+
+@every_bridge
+def test_a_misspelt_option_is_refused_by_name_before_anything_is_learnt(name):
+    with pytest.raises(TypeError, match="hiden"):
+        BRIDGES[name](hiden=(8,))
+    bridge = BRIDGES[name]()
+    with pytest.raises(TypeError, match="wieghts"):
+        bridge.fit(training_draws(torch.float64)[0], wieghts=torch.ones(60), progress=False)
+    assert not bridge.fitted and not getattr(getattr(bridge, "codec", None), "fitted", False)
+
+
+@every_bridge
+@both_forms
+def test_rows_without_weight_teach_nothing(name, conditional):
+    # weights that sum exactly, so that the zeros change no rounding: equal bit for bit
+    (target, context), weights = training_draws(torch.float64), torch.ones(64, dtype=torch.float64)
+    target, context = torch.cat([target, target[:4]]), torch.cat([context, context[:4]])
+    states = []
+    for extra in (0, 64):
+        bridge = BRIDGES[name](context_dim=CONTEXT_DIM) if conditional else BRIDGES[name]()
+        rows, contexts = (torch.cat([x, 100 + torch.arange(extra).to(x)[:, None] + x[:extra]]) for x in (target, context))
+        pyro.set_rng_seed(3)
+        bridge.fit(
+            rows,
+            context=contexts if conditional else None,
+            weights=torch.cat([weights, torch.zeros(extra, dtype=torch.float64)]),
+            progress=False,
+        )
+        states.append(bridge.state_dict())
+    for key, value in states[0].items():
+        assert not torch.is_tensor(value) or torch.equal(value, states[1][key]), key
+
+
+@every_bridge
+@both_forms
+def test_it_prints_itself_in_a_few_lines(name, conditional, tmp_path):
+    made = BRIDGES[name](context_dim=CONTEXT_DIM) if conditional else BRIDGES[name]()
+    bridge, context = fitted(BRIDGES[name], conditional), a_context(conditional, (4,))
+    bridge.save(tmp_path / "bridge.pt")
+    for each, words in ((made, "not fitted"), (bridge, "fitted"), (Bridge.load(tmp_path / "bridge.pt"), "fitted")):
+        lines = repr(each).splitlines()
+        assert type(each).__name__ in lines[0] and f"dim={DIM}" in lines[0] and 2 <= len(lines) <= 10
+        assert lines[-1].strip().startswith(words) and ("60 draws" in lines[-1]) == bool(each.fitted_to)
+        assert conditional == (f"context_dim={CONTEXT_DIM}" in lines[0])
+    text = repr(call(bridge, context))
+    assert text.startswith("BridgeDistribution") and bridge.describe() in text and len(text.splitlines()) == 1
+    assert ("batch_shape (4,)" in text) == conditional

@@ -38,7 +38,7 @@ def rows(num, dim=4):
 MAKES = {
     "VSDM": partial(VSDM, hidden=(16,)),
     "SGM": partial(SGM, hidden=(16,)),
-    "SmoothedBridge": partial(SmoothedBridge, hidden=(16,), start="moment"),
+    "SmoothedBridge": partial(SmoothedBridge, hidden=(16,), source_law="moment"),
 }
 
 
@@ -139,8 +139,8 @@ def test_a_noisy_solver_and_a_source_of_rows_are_refused():
     bridge.sampler = replace(bridge.sampler, solver="ancestral")
     with pytest.raises(ValueError, match="multistep"):
         bridge.push(torch.zeros(1, 2, dtype=F64))
-    with pytest.raises(NotImplementedError, match='start="moment"'):
-        SmoothedBridge(2, start="rows").push(torch.zeros(1, 2))
+    with pytest.raises(NotImplementedError, match='source_law="moment"'):
+        SmoothedBridge(2, source_law="rows").push(torch.zeros(1, 2))
 
 
 def test_the_bridges_weights_are_constants_of_push():

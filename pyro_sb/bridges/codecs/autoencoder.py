@@ -1,4 +1,4 @@
-"""Two networks as a codec, trained by least squares."""
+r"""Two networks as a codec, trained by least squares: :math:`\min E |x - D(E(x))|^2`."""
 
 from typing import Any, cast
 
@@ -85,7 +85,7 @@ class AutoencoderCodec(Codec):
         self.decoder = MLP(self.latent_dim, self.data_dim, hidden_features=self.hidden[::-1], **sizes)
         self.encoder.eval(), self.decoder.eval()
 
-    def _fit(
+    def _fit(  # type: ignore[override]
         self,
         rows: Tensor,
         weights: Tensor,
@@ -95,10 +95,7 @@ class AutoencoderCodec(Codec):
         batch_size: int = 256,
         learning_rate: float = 2e-3,
         ema: float | None = 0.995,
-        **options: Any,
     ) -> FitHistory:
-        if options:
-            raise ValueError(f"AutoencoderCodec.fit has no options {sorted(options)}. Omit them.")
         if batch_size < 2:
             raise ValueError(f"batch_size must be at least 2, got {batch_size}. Omit it for 256.")
         num = self.given_dim

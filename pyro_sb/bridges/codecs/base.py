@@ -1,4 +1,4 @@
-"""What stands between data and latents: the contract of a codec."""
+"""Codecs: an encoder and a decoder between data and latents."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch.distributions import Distribution, Transform, TransformedDistribution
 
 from pyro_sb.bridges.base import Fitted, as_weights
 from pyro_sb.bridges.codecs.rows import as_rows, check_rank, shaped
+from pyro_sb.bridges.options import check_names, keyword_names
 from pyro_sb.training import FitHistory
 
 
@@ -50,12 +51,17 @@ class Codec(Fitted):
 
     def fit(self, x: Any, *, weights: Any = None, progress: bool = True, **options: Any) -> FitHistory:
         """Learn from rows ``(N, data_dim)``, weighted or not. Changes the codec."""
+        check_names(f"{type(self).__name__}.fit", options, self.fit_options())
         rows = as_rows(x)
         weights = as_weights(weights, rows)
         rows, weights = rows[weights > 0], weights[weights > 0]
         if self.given_dim is not None:
             check_rank(self.given_dim, rows)
         return self._fit(rows, weights / weights.sum(), progress, **options)
+
+    def fit_options(self) -> frozenset[str]:
+        """Names of the options that ``fit`` takes."""
+        return keyword_names(type(self), "_fit")
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents of data. Shapes ``(*, data_dim)`` to ``(*, latent_dim)``."""
@@ -82,6 +88,12 @@ class Codec(Fitted):
         """What to use instead where a density is asked for, for messages."""
         size = self.data_dim or "data_dim"
         return f"Use sample(), or a codec that keeps all dimensions: PCACodec({size})."
+
+    def __repr__(self) -> str:
+        sizes = f"latent_dim={self.latent_dim or 'chosen in fit'}, data_dim={self.data_dim or 'of the data'}"
+        options = [f"{key}={value}" for key, value in self.config().items() if not key.endswith("_dim")]
+        state = "fitted" if self.fitted else "not fitted"
+        return f"{type(self).__name__}({', '.join([sizes, *options])}): {state}"
 
     def describe(self) -> str:
         """Name and sizes, for messages."""
@@ -129,9 +141,6 @@ class Codec(Fitted):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-# Whether a codec fits rows: shapes that meet, finite values, a bijection that is one
-
-
 ROUND_TRIP = 1e-3  # largest error of a bijection's round trip, in standard deviations of each column
 LOG_DET = 0.01  # largest error of a bijection's log determinant, at NUM_CHECKED latents of up to LARGEST_JACOBIAN axes
 NUM_CHECKED, LARGEST_JACOBIAN = 4, 50
@@ -167,7 +176,7 @@ def _check_bijection(codec: Codec, rows: Tensor, z: Tensor, back: Tensor) -> Non
     if float(errors.max()) > ROUND_TRIP:
         raise ValueError(
             f"a bijective codec must give its data back, got a root mean square error of {float(errors.max()):.2g} "
-            f"standard deviations of column {int(errors.argmax())}. Write bijective=False, or mend the pair."
+            f"standard deviations of column {int(errors.argmax())}. Write bijective=False, or correct the pair."
         )
     some = z[:NUM_CHECKED]
     said, true = codec.log_abs_det(some), _log_abs_det(codec, some)
@@ -191,9 +200,6 @@ def _log_abs_det(codec: Codec, z: Tensor) -> Tensor | None:
     except (RuntimeError, ValueError):  # functions of other libraries
         return None
     return torch.linalg.slogdet(jacobian.detach().transpose(0, 1).double()).logabsdet.to(z)
-
-
-# A bijective codec as a transform of distributions
 
 
 class CodecTransform(Transform):

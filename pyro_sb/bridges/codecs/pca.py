@@ -1,4 +1,4 @@
-"""Principal components as a codec: exact, affine, and bijective where none is dropped."""
+r"""Principal components as a codec, :math:`x = m + W \Lambda z`: affine, and bijective where none is dropped."""
 
 import time
 from typing import Any
@@ -91,10 +91,8 @@ class PCACodec(Codec):
         """The constructor's arguments."""
         return super().config() | {"whiten": self.whiten, "residual": self.residual}
 
-    def _fit(self, rows: Tensor, weights: Tensor, progress: bool, **options: Any) -> FitHistory:
+    def _fit(self, rows: Tensor, weights: Tensor, progress: bool) -> FitHistory:  # type: ignore[override]
         begun = time.perf_counter()
-        if options:
-            raise ValueError(f"PCACodec.fit has no options but weights, got {sorted(options)}. Omit them.")
         num = self.given_dim
         if num is None:
             num = _smallest(rows, weights)

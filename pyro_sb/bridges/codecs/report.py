@@ -1,4 +1,4 @@
-"""What a codec loses at each latent dimension, on rows that it was not fitted to."""
+"""Reconstruction errors of a codec by latent dimension, on rows that it was not fitted to."""
 
 import warnings
 from collections.abc import Callable, Sequence

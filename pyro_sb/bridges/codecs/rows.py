@@ -40,7 +40,7 @@ def numerical_rank(rows: Tensor) -> int:
 
 
 def advice(rank: int) -> str:
-    """What to write where more latents are asked for than there are directions."""
+    """Advice where more latents are asked for than there are directions."""
     if rank == 0:
         return "Rows vary by no more than their rounding: subtract offsets, rescale, or pass float64"
     return f"Write latent_dim={rank} or fewer"

@@ -1,13 +1,36 @@
-r"""The stochastic approximation of the variational score's matrix A, D = I - 2 A."""
+r"""The matrix D = I - 2 A of the noising: its rules, and the stochastic approximation of A."""
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_sb.ops.linear_sde import LinearSDE
+from pyro_sb.bridges.options import check_choice, check_counts
+from pyro_sb.ops.linear_sde import LinearSDE, fixed_point_rates, tolerance_rates
 from pyro_sb.ops.solvers import Model, score, step_law
 
+DRIFT_RULES = ("closed-form", "tolerance", "stochastic", "identity")
 SMALLEST, LARGEST = 0.3, 8.0  # rates that keep the noising well posed
 NUM_PARTICLES, NUM_GRID = 1024, 60
+
+
+class Adaptation(NamedTuple):
+    """Options of the stochastic approximation of A.
+
+    Args:
+        num_stages: How often A moves, at least 1.
+        zeta: Interaction coefficient, positive.
+    """
+
+    num_stages: int
+    zeta: float
+
+    def check(self) -> None:
+        """Refuse what no fit can use."""
+        check_counts(num_stages=self.num_stages)
+        if not 0 < self.zeta < math.inf:
+            raise ValueError(f"zeta must be positive, got {self.zeta}. Omit it for 1.")
 
 
 def best_matrix(model: Model, sde: LinearSDE, times: Tensor, x: Tensor, zeta: float = 1.0) -> Tensor:
@@ -74,3 +97,40 @@ def project(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def step_size(stage: int) -> float:
     """Robbins-Monro weight of a stage, counted from 0: their sum is infinite, that of their squares is not."""
     return min(0.3, 2 / (stage + 1) ** 0.75)
+
+
+def check_drift_matrix(drift_matrix: str | Tensor, dim: int) -> str | Tensor:
+    """A rule's name, or D as a symmetric positive definite matrix on the CPU."""
+    if isinstance(drift_matrix, str):
+        check_choice("drift_matrix", drift_matrix, DRIFT_RULES)
+        return drift_matrix
+    matrix = torch.as_tensor(drift_matrix).detach().cpu()
+    matrix = matrix if matrix.is_floating_point() else matrix.to(torch.get_default_dtype())
+    if matrix.shape != (dim, dim):
+        raise ValueError(f"drift_matrix must name a rule or be D of shape ({dim}, {dim}), got {tuple(matrix.shape)}.")
+    if not bool(torch.isfinite(matrix).all()) or not torch.allclose(matrix, matrix.T):
+        raise ValueError("drift_matrix must be a finite symmetric matrix D. Write (D + D.T) / 2.")
+    smallest = float(torch.linalg.eigvalsh(matrix.double())[0])
+    if smallest <= 0:
+        raise ValueError(f"D must be positive definite, got an eigenvalue of {smallest:.3g}. D is I - 2 A: lower A.")
+    return matrix
+
+
+def axes_of(rule: str | Tensor, values: Tensor, vectors: Tensor, total: float) -> tuple[Tensor, Tensor]:
+    """Eigenvectors and eigenvalues of D.
+
+    Args:
+        rule: Its name, or D.
+        values: Eigenvalues of the target's covariance. Shape ``(d,)``.
+        vectors: Its eigenvectors in columns. Shape ``(d, d)``.
+        total: Integral of the noise rate.
+    """
+    if isinstance(rule, Tensor):
+        rates, vectors = torch.linalg.eigh(rule.to(values))
+    elif rule == "tolerance":
+        rates = tolerance_rates(values.sqrt(), total)
+    elif rule == "identity":
+        rates = torch.ones_like(values)
+    else:
+        rates = fixed_point_rates(values, total)
+    return vectors, rates

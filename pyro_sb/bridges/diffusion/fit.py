@@ -1,23 +1,22 @@
-"""How a variational diffusion is fitted: adaptation of D, denoiser, covariance head."""
+"""Fit of a diffusion in phases: adaptation of D, denoiser, covariance head."""
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pyro_sb.bridges.checkpoint import fingerprint, on_device, unfinished, write
-from pyro_sb.bridges.diffusion.adapt import NUM_GRID, NUM_PARTICLES, best_matrix, project, step_size
+from pyro_sb.bridges.checkpoint import check_same, fingerprint, go_on, on_device, write
+from pyro_sb.bridges.diffusion.adapt import NUM_GRID, NUM_PARTICLES, Adaptation, best_matrix, project, step_size
+from pyro_sb.bridges.diffusion.bridge import NUM_KNOTS, DiffusionBridge
 from pyro_sb.bridges.diffusion.network import factor_loss
-from pyro_sb.bridges.diffusion.state import NUM_KNOTS, DiffusionState
-from pyro_sb.bridges.ends import Batch
+from pyro_sb.bridges.ends import Batch, DrawsEnd, read_target
 from pyro_sb.bridges.options import FitOptions
-from pyro_sb.bridges.pairs import Reading, Rows, read_pairs, summarise
+from pyro_sb.bridges.pairs import PairsReading, read_pairs, summarise
 from pyro_sb.ops.regression import Affine
 from pyro_sb.ops.solvers import Flow
-from pyro_sb.training import FitHistory, random_state, set_random_state, train
+from pyro_sb.training import FitHistory, train
 
 NUM_JUDGES = 512  # of them, at each stage of the stochastic approximation
 HELD_OUT = 4096  # noised points that the validation loss is read from
@@ -41,25 +40,34 @@ class Noised(NamedTuple):
 
 
 def fit_diffusion(
-    bridge: DiffusionState, options: FitOptions, target: Any, context: Any, weights: Any, held_out: Any
+    bridge: DiffusionBridge,
+    options: FitOptions,
+    target: Any,
+    context: Any,
+    weights: Any,
+    held_out: Any,
+    adaptation: Adaptation | None = None,
 ) -> FitHistory:
     """Read the data, then learn in phases; from a checkpoint of the same fit, the rest of them."""
-    saved = unfinished(options.checkpoint)
-    random = random_state()
-    if saved is not None:
-        random = saved["start"]
-        set_random_state(random)
-    read = read_pairs(
-        bridge.dim, bridge.context_dim, target, context, weights, options.num_draws, held_out, bridge.net.embedding
+    options.check()
+    if adaptation is not None:
+        adaptation.check()
+    saved, random = go_on(options)
+    data = read_target(
+        bridge.dim,
+        bridge.context_dim,
+        target,
+        context=context,
+        weights=weights,
+        num_law_draws=options.num_law_draws,
+        held_out=held_out,
     )
-    name = fingerprint(bridge, options, read)
-    if saved is not None and saved["fit"] != name:
-        raise ValueError(
-            f"checkpoint must be of this fit to go on from, got that of another in {options.checkpoint}: its options "
-            "or data differ. Delete it, or write another path."
-        )
+    read = read_pairs(data, bridge.net.embedding)
+    name = fingerprint(type(bridge).__name__, bridge.config(), options, read, adaptation)
+    check_same(saved, name, options)
     bridge._adopt(read)
-    fit = Fit(bridge, options, read, random, name)
+    bridge.fitted_to = read.data
+    fit = DiffusionFit(bridge, options, adaptation, read, random, name)
     if saved is not None:
         fit.restore(on_device(saved, read.affine.location.device))
     history = fit.run()
@@ -68,18 +76,24 @@ def fit_diffusion(
     return history
 
 
-class Fit:
-    """One fit: its data, its place, and its phases."""
+class DiffusionFit:
+    """One fit of a diffusion: its data, its place, and its phases."""
 
     def __init__(
-        self, bridge: DiffusionState, options: FitOptions, read: Reading, random: list[Tensor], name: str
+        self,
+        bridge: DiffusionBridge,
+        options: FitOptions,
+        adaptation: Adaptation | None,
+        read: PairsReading,
+        random: list[Tensor],
+        name: str,
     ) -> None:
-        self.bridge, self.options, self.end = bridge, options, read.end
+        self.bridge, self.options, self.adaptation, self.end = bridge, options, adaptation, read.end
         self.covariance = read.covariance
         self.random, self.name = random, name
         self.history = FitHistory()
         self.phases = ["adapt"] * (bridge.drift_rule == "stochastic") + ["mean"]
-        self.phases += ["covariance"] * (bridge.covariance_rule == "learnt")
+        self.phases += ["covariance"] * (bridge.step_covariance == "learnt")
         self.done: list[FitHistory] = []
         self.resume: dict[str, Any] | None = None
         self.table = self._time_table()
@@ -116,8 +130,9 @@ class Fit:
 
     def _adapt(self, resume: dict[str, Any] | None) -> FitHistory:
         """Train the denoiser at a constant rate while A moves, stage by stage."""
-        num_updates = max(1, self.options.num_updates // 2)
-        every = max(1, num_updates // self.options.num_stages)
+        assert self.adaptation is not None
+        num_updates, num_stages = max(1, self.options.num_updates // 2), self.adaptation.num_stages
+        every = max(1, num_updates // num_stages)
         if not self.bridge.rates_history.numel():
             self.bridge.rates_history = self.bridge.rates[None].clone()
         calls = 0 if resume is None else resume["history"]["iterations"]
@@ -125,7 +140,7 @@ class Fit:
         def loss() -> Tensor:
             nonlocal calls
             calls += 1
-            if calls % every == 0 and calls // every <= self.options.num_stages:
+            if calls % every == 0 and calls // every <= num_stages:
                 self._move(calls // every - 1)
             return self._training_loss()
 
@@ -164,7 +179,7 @@ class Fit:
         )
 
     def _train(self, parameters: Any, loss: Any, num_updates: int, resume: Any, **options: Any) -> FitHistory:
-        finite, judged = isinstance(self.end, Rows), options["validate"] is not None
+        finite, judged = isinstance(self.end, DrawsEnd), options["validate"] is not None
         phase = self.phases[len(self.done)]
         return train(
             parameters,
@@ -231,6 +246,7 @@ class Fit:
     @torch.no_grad()
     def _move(self, stage: int) -> None:
         """One stage of the stochastic approximation: simulate, solve for A, go some of the way."""
+        assert self.adaptation is not None
         bridge = self.bridge
         context = self._batch(NUM_PARTICLES).context
         features, like = bridge.net.features(context), bridge.location
@@ -241,7 +257,7 @@ class Fit:
             bridge.sde,
             bridge._times(NUM_GRID),
             x,
-            self.options.zeta,
+            self.adaptation.zeta,
         )
         best = bridge.basis @ best @ bridge.basis.T
         present = 0.5 * (torch.eye(bridge.dim).to(like) - bridge.drift_matrix)
@@ -295,17 +311,16 @@ class Fit:
             "start": self.random,
             "loop": state,
             "done": [vars(h) for h in self.done],
-            "queue": self.end.position() if isinstance(self.end, Rows) else None,
+            "place": self.end.position(),
         }
-        write(self.bridge, training, Path(str(self.options.checkpoint)))
+        write(self.bridge.contents(), training, self.options.checkpoint)
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go to where the saved fit was."""
         self.bridge.load_state_dict(saved["state"])
         self.done = [FitHistory(**h) for h in saved["done"]]
         self.resume = saved["loop"]
-        if isinstance(self.end, Rows):
-            self.end.seek(saved["queue"])
+        self.end.seek(saved["place"])
         self.table = self._time_table()
 
 

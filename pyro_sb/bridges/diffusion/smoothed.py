@@ -1,4 +1,4 @@
-"""The bridge from smoothed data to the data: the Schrödinger bridge that is closed form up to a score."""
+r"""The Schrödinger bridge from smoothed data to data, :math:`dX = \epsilon \nabla \log q\, dt + \sqrt\epsilon\, dB`."""
 
 import math
 import time
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sb.bridges.diffusion.draws import DiffusionDraws
+from pyro_sb.bridges.diffusion.bridge import DiffusionBridge, Sampler
 from pyro_sb.bridges.diffusion.fit import fit_diffusion
-from pyro_sb.bridges.diffusion.state import Sampler
+from pyro_sb.bridges.ends import DrawsEnd
 from pyro_sb.bridges.options import FitOptions, check_choice
-from pyro_sb.bridges.pairs import Reading, Rows
+from pyro_sb.bridges.pairs import PairsReading
 from pyro_sb.ops.linear_sde import Schedule
 from pyro_sb.training import FitHistory
 
@@ -22,7 +22,7 @@ NUM_ROWS = 4096  # most rows that the source is a mixture over
 BLOCK = 2**22  # distances held at a time
 
 
-class SmoothedBridge(DiffusionDraws):
+class SmoothedBridge(DiffusionBridge):
     r"""The Schrödinger bridge from the data smoothed by noise, :math:`\nu = \mu * N(0, \epsilon I)`, to the data.
 
     With a Brownian reference of variance :math:`\epsilon` over [0, 1], the Schrödinger system
@@ -52,9 +52,9 @@ class SmoothedBridge(DiffusionDraws):
     for any number of steps and any denoiser. ``log_prob`` integrates the probability flow: an approximation.
 
     **The start** is the mixture :math:`p_0 = \frac1n \sum_i w_i N(x; x_i, \epsilon I)` over the rows learnt from (at
-    most 4,096 of them, taken at random), which are kept and saved with the bridge. With ``start="moment"`` it is the
-    Gaussian with the moments of :math:`\nu`, and no row is kept: nearly the same law for the default epsilon. Given a
-    context the start is :math:`N(a(c), S + \epsilon I)` with an affine regression a and the covariance S of what it
+    most 4,096 of them, taken at random), which are kept and saved with the bridge. With ``source_law="moment"`` it is
+    the Gaussian with the moments of :math:`\nu`, and no row is kept: nearly the same law for the default epsilon. Given
+    a context the start is :math:`N(a(c), S + \epsilon I)` with an affine regression a and the covariance S of what it
     leaves, as the rows that share a context are few.
 
     Args:
@@ -62,8 +62,8 @@ class SmoothedBridge(DiffusionDraws):
         context_dim: Size of the context, 0 for none.
         epsilon: Variance of the reference over [0, 1], positive. Omitted: 100 times the mean variance of the data's
             axes (of what the regression leaves), set in ``fit``.
-        start: ``"rows"`` or ``"moment"``. Omitted: rows without a context, moment with one.
-        covariance: C of the steps: ``"analytic"``, one number a noise level, or ``"learnt"``, by a second network.
+        source_law: ``"rows"`` or ``"moment"``. Omitted: rows without a context, moment with one.
+        step_covariance: C of the steps: ``"analytic"``, one number a noise level, or ``"learnt"``, by a second network.
         hidden: Widths of the denoiser's net.
         covariance_hidden: Widths of the covariance head.
         embedding: As in `VSDM`.
@@ -98,8 +98,8 @@ class SmoothedBridge(DiffusionDraws):
         *,
         context_dim: int = 0,
         epsilon: float | None = None,
-        start: str | None = None,
-        covariance: str = "analytic",
+        source_law: str | None = None,
+        step_covariance: str = "analytic",
         hidden: tuple[int, ...] = (256, 256, 256),
         covariance_hidden: tuple[int, ...] = (96, 96),
         embedding: nn.Module | None = None,
@@ -107,23 +107,23 @@ class SmoothedBridge(DiffusionDraws):
         path_steps: int = 40,
     ) -> None:
         check_epsilon(epsilon)
-        start = start or ("moment" if context_dim else "rows")
-        check_choice("start", start, ("rows", "moment"))
-        if start == "rows" and context_dim:
-            raise ValueError('start must be "moment" where there is a context, got "rows". Omit it.')
+        source_law = source_law or ("moment" if context_dim else "rows")
+        check_choice("source_law", source_law, ("rows", "moment"))
+        if source_law == "rows" and context_dim:
+            raise ValueError('source_law must be "moment" where there is a context, got "rows". Omit it.')
         super().__init__(
             dim,
             context_dim=context_dim,
             b_min=1.0,
             b_max=1.0,
             power=0.0,
-            drift="identity",
-            covariance=covariance,
+            drift_matrix="identity",
+            step_covariance=step_covariance,
             hidden=hidden,
             covariance_hidden=covariance_hidden,
             embedding=embedding,
         )
-        self.given_epsilon, self.keeps_rows = epsilon, start == "rows"
+        self.given_epsilon, self.source_law = epsilon, source_law
         self.epsilon = epsilon
         self.sampler = Sampler(num_steps, "multistep", path_steps)
         self.register_buffer("rows", torch.empty(0))
@@ -153,7 +153,7 @@ class SmoothedBridge(DiffusionDraws):
         learning_rate: float = 2e-3,
         ema: float | None = 0.999,
         held_out: Any = 0.1,
-        num_draws: int = 20_000,
+        num_law_draws: int = 20_000,
     ) -> FitHistory:
         r"""Learn the denoiser, then what it misses at each noise level (and a covariance head, if asked for).
 
@@ -173,7 +173,7 @@ class SmoothedBridge(DiffusionDraws):
             learning_rate: Of Adam's first update.
             ema: Decay of the parameters' moving average, in [0, 1); None for none.
             held_out: Share of the draws that the fit is judged by, in [0, 1), or a boolean mask ``(N,)``.
-            num_draws: How many draws of a distribution the moments and the start are read from.
+            num_law_draws: How many draws of a distribution the moments and the start are read from.
 
         Returns:
             Losses of the denoiser: half the mean square of a unit-variance goal.
@@ -184,8 +184,7 @@ class SmoothedBridge(DiffusionDraws):
                 "by noise. Omit it, or take a bridge with two free ends, as LightSB."
             )
         begun = time.perf_counter()
-        options = FitOptions(num_updates, batch_size, learning_rate, ema, num_draws, 1, 1.0, progress, checkpoint)
-        options.check()
+        options = FitOptions(num_updates, batch_size, learning_rate, ema, num_law_draws, progress, checkpoint)
         history = fit_diffusion(self, options, target, context, weights, held_out)
         history.seconds = max(history.seconds, time.perf_counter() - begun)
         return history
@@ -199,16 +198,26 @@ class SmoothedBridge(DiffusionDraws):
         if self.keeps_rows:
             raise NotImplementedError(
                 "push needs a Gaussian source, got one that is the smoothed rows of the target. Write "
-                f'SmoothedBridge({self.dim}, start="moment").'
+                f'SmoothedBridge({self.dim}, source_law="moment").'
             )
         return super().push(noise, context)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         theirs = super().config()
-        kept = ("dim", "context_dim", "covariance", "hidden", "covariance_hidden", "embedding")
-        start = "rows" if self.keeps_rows else "moment"
-        return {key: theirs[key] for key in kept} | {"epsilon": self.given_epsilon, "start": start}
+        kept = ("dim", "context_dim", "source_law", "step_covariance", "hidden", "covariance_hidden", "embedding")
+        return {key: theirs[key] for key in kept} | {"epsilon": self.given_epsilon}
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether the source is the smoothed rows, which the bridge keeps."""
+        return self.source_law == "rows"
+
+    def describe_lines(self) -> list[str]:
+        """Epsilon, the source and the steps; then the data."""
+        epsilon = "of the data" if self.epsilon is None else f"{self.epsilon:.4g}"
+        theirs = f"source_law {self.source_law}, step_covariance {self.step_covariance}"
+        return [f"epsilon {epsilon}, {theirs}", *super().describe_lines()[1:]]
 
     def get_extra_state(self) -> dict[str, Any]:
         """The sampler, and epsilon."""
@@ -218,7 +227,7 @@ class SmoothedBridge(DiffusionDraws):
         """Take a saved sampler and epsilon."""
         self.sampler, self.epsilon = Sampler(**state["sampler"]), state["epsilon"]
 
-    def _adopt(self, read: Reading) -> None:
+    def _adopt(self, read: PairsReading) -> None:
         variance = float(read.covariance.diagonal().double().mean())
         self.epsilon = RATIO * variance if self.given_epsilon is None else float(self.given_epsilon)
         super()._adopt(read)
@@ -256,9 +265,9 @@ def check_epsilon(epsilon: float | None) -> None:
         )
 
 
-def start_rows(read: Reading) -> tuple[Tensor, Tensor]:
+def start_rows(read: PairsReading) -> tuple[Tensor, Tensor]:
     """At most `NUM_ROWS` of the rows to learn from, with their weights."""
-    if isinstance(read.end, Rows):
+    if isinstance(read.end, DrawsEnd):
         batch, weights = read.end.all()
         points = batch.points
     else:

@@ -4,13 +4,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pyro_sb.bridges.diffusion.draws import DiffusionDraws
+from pyro_sb.bridges.diffusion.adapt import Adaptation
+from pyro_sb.bridges.diffusion.bridge import DiffusionBridge
 from pyro_sb.bridges.diffusion.fit import fit_diffusion
-from pyro_sb.bridges.options import FitOptions
+from pyro_sb.bridges.options import FitOptions, check_names, keyword_names
 from pyro_sb.training import FitHistory
 
 
-class VSDM(DiffusionDraws):
+class VSDM(DiffusionBridge):
     r"""Diffusion whose noising process is the best linear one: a Schrödinger bridge with a variational linear score.
 
     In noising time :math:`\tau = 1 - t`, with a symmetric matrix :math:`D = I - 2A`,
@@ -37,13 +38,13 @@ class VSDM(DiffusionDraws):
         b_max: Noise rate at the source.
         b_min: Noise rate at the target.
         power: r.
-        drift: How D is found: ``"closed-form"``; ``"tolerance"``, that shrinks every standard deviation to .05;
+        drift_matrix: How D is found: ``"closed-form"``; ``"tolerance"``, that shrinks every standard deviation to .05;
             ``"stochastic"``, the paper's stochastic approximation, from the closed form on; or D itself, a symmetric
             positive definite tensor ``(dim, dim)``.
-        start: Source: ``"moment"``, Gaussian with the moments of the noised target, or the paper's ``"conditional"``,
+        source_law: ``"moment"``, Gaussian with the moments of the noised target, or the paper's ``"conditional"``,
             :math:`N(0, \Sigma_T)`.
         preconditioning: ``"direction"``, each eigen-direction by its own variance, or ``"scalar"``, all by their mean.
-        covariance: C of the path steps: ``"learnt"`` (full to dimension 20, diagonal above) or ``"analytic"``, one
+        step_covariance: C of the path steps: ``"learnt"`` (full to dimension 20, diagonal above) or ``"analytic"``, one
             number a noise level.
         hidden: Widths of the mean net.
         covariance_hidden: Widths of the covariance head.
@@ -83,7 +84,7 @@ class VSDM(DiffusionDraws):
         learning_rate: float = 2e-3,
         ema: float | None = 0.999,
         held_out: Any = 0.1,
-        num_draws: int = 20_000,
+        num_law_draws: int = 20_000,
         num_stages: int = 60,
         zeta: float = 1.0,
     ) -> FitHistory:
@@ -105,7 +106,7 @@ class VSDM(DiffusionDraws):
             learning_rate: Of Adam's first update.
             ema: Decay of the parameters' moving average, in [0, 1); None for none.
             held_out: Share of the draws that the fit is judged by, in [0, 1), or a boolean mask ``(N,)``.
-            num_draws: How many draws of a distribution the moments are read from.
+            num_law_draws: How many draws of a distribution the moments are read from.
             num_stages: Of the stochastic approximation: how often A moves.
             zeta: Its interaction coefficient. 1 has the closed form as its fixed point; less under-contracts.
 
@@ -119,11 +120,8 @@ class VSDM(DiffusionDraws):
                 "the noising ends in. Omit it, or take a bridge with two free ends, as LightSB."
             )
         begun = time.perf_counter()
-        options = FitOptions(
-            num_updates, batch_size, learning_rate, ema, num_draws, num_stages, zeta, progress, checkpoint
-        )
-        options.check()
-        history = fit_diffusion(self, options, target, context, weights, held_out)
+        options = FitOptions(num_updates, batch_size, learning_rate, ema, num_law_draws, progress, checkpoint)
+        history = fit_diffusion(self, options, target, context, weights, held_out, Adaptation(num_stages, zeta))
         history.seconds = max(history.seconds, time.perf_counter() - begun)
         return history
 
@@ -143,6 +141,8 @@ class SGM(VSDM):
     """
 
     def __init__(self, dim: int, *, context_dim: int = 0, **options: Any) -> None:
-        if options.pop("drift", "identity") != "identity":
-            raise ValueError("SGM has D = I, got a drift. Write VSDM(dim, drift=...) for another.")
-        super().__init__(dim, context_dim=context_dim, drift="identity", **options)
+        check_names("SGM", options, keyword_names(VSDM, "__init__"))
+        rule = options.pop("drift_matrix", "identity")
+        if not isinstance(rule, str) or rule != "identity":
+            raise ValueError("SGM has D = I, got a drift_matrix. Write VSDM(dim, drift_matrix=...) for another.")
+        super().__init__(dim, context_dim=context_dim, drift_matrix="identity", **options)

@@ -1,25 +1,36 @@
 """Diffusion Schrödinger bridge: two learnt chains between any two laws, by iterative fitting."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Distribution
 
-from pyro_sb.bridges.dsb.fit import DSBOptions, fit_dsb
-from pyro_sb.bridges.dsb.half import LATEST, Given, log_ratio
-from pyro_sb.bridges.dsb.state import DSBState
+from pyro_sb.bridges.base import Bridge
+from pyro_sb.bridges.dsb.data import SourceReading
+from pyro_sb.bridges.dsb.fit import Iterations, fit_dsb
+from pyro_sb.bridges.dsb.half import LATEST, Chain, Given, Guide, HalfBridge, log_ratio
+from pyro_sb.bridges.options import FitOptions, check_choice
+from pyro_sb.bridges.pairs import PairsReading, summarise
 from pyro_sb.bridges.rows import chunked
 from pyro_sb.distributions import Draws
+from pyro_sb.nn import embedding_config
+from pyro_sb.ops.brownian import SCHEDULES, step_times
 from pyro_sb.training import FitHistory
+
+METHODS = ("imf", "ipf")
+DEFAULT_STEPS = {"imf": (50, "triangular"), "ipf": (20, "constant")}
+VARIANCES = ("measured", "reference")
 
 CHUNK = 2**23  # numbers of a batch of paths at once
 
 
-class DSB(DSBState):
+class DSB(Bridge):
     r"""Diffusion Schrödinger bridge: the law of paths between source and target that is closest to Brownian motion.
 
     .. math:: \min_\pi KL(\pi \,|\, \mathrm{Wiener}_\epsilon), \quad \pi_0 = \text{source}, \; \pi_1 = \text{target},
@@ -56,7 +67,7 @@ class DSB(DSBState):
         context_dim: Size of the context, 0 for none. The context is carried along both chains.
         epsilon: The reference's variance over [0, 1], in squared units of the data.
         method: ``"imf"`` or ``"ipf"``.
-        chain_steps: K. Free to change after an IMF fit; IPF learns its K steps, and refuses others until it is fitted
+        num_steps: K. Free to change after an IMF fit; IPF learns its K steps, and refuses others until it is fitted
             again. Omitted: 50, for IPF the published 20.
         schedule: ``"constant"`` or ``"triangular"`` steps (`pyro_sb.ops.brownian.step_times`). Omitted: triangular, for
             IPF constant.
@@ -83,6 +94,98 @@ class DSB(DSBState):
         (torch.Size([100, 2]), torch.Size([4]))
     """
 
+    context_location: Tensor
+    context_scale: Tensor
+    source_deviations: Tensor
+    source_points: Tensor
+    earlier_names = {"chain_steps": "num_steps"}
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        context_dim: int = 0,
+        epsilon: float = 1.0,
+        method: str = "imf",
+        num_steps: int | None = None,
+        schedule: str | None = None,
+        variance: str = "measured",
+        hidden: tuple[int, ...] = (128, 128, 128),
+        embedding: nn.Module | None = None,
+    ) -> None:
+        super().__init__(dim, context_dim=context_dim)
+        if not 0 < (float(epsilon) if isinstance(epsilon, SupportsFloat) else math.nan) < math.inf:
+            raise ValueError(
+                f"epsilon must be positive and finite, got {epsilon}. Write the variance of the reference over [0, 1]."
+            )
+        if embedding is not None and not context_dim:
+            raise ValueError("embedding needs context_dim > 0, got 0: it maps contexts to features.")
+        check_choice("method", method, METHODS)
+        steps, grid = DEFAULT_STEPS[method]
+        num_steps, schedule = steps if num_steps is None else num_steps, schedule or grid
+        if not num_steps >= 1 or num_steps % 1 != 0 or not hidden:
+            raise ValueError(
+                f"num_steps must be a whole number, at least 1, and hidden name a layer, got {num_steps} and {hidden}."
+            )
+        check_choice("schedule", schedule, SCHEDULES)
+        check_choice("variance", variance, VARIANCES)
+        self.epsilon, self.method, self.num_steps = float(epsilon), method, int(num_steps)
+        self.schedule, self.variance, self.hidden = schedule, variance, tuple(map(int, hidden))
+        self.ahead = HalfBridge(dim, context_dim, self.hidden, embedding)
+        self.back = HalfBridge(dim, context_dim, self.hidden, copy.deepcopy(embedding))
+        for name in DSB.__annotations__:
+            self.register_buffer(name, torch.empty(0))
+        self.source: Distribution | None = None
+        self._source_kind = "moments"
+        self._learnt_steps: tuple[int, str] | None = None  # of IPF, whose networks know no other times
+        self.eval()
+
+    @property
+    def density(self) -> str | None:  # type: ignore[override]
+        """Path, where the source has a density; None where it is draws."""
+        return None if self._source_kind == "draws" else "path"
+
+    @property
+    def density_hint(self) -> str:  # type: ignore[override]
+        """What would have one."""
+        return "Its source is draws; fit with source omitted, or a distribution."
+
+    def like(self) -> Tensor:
+        """A fitted tensor; an error before ``fit``."""
+        if not len(self.ahead.gain):
+            raise RuntimeError(f"{type(self).__name__} must be fitted first: call bridge.fit(draws).")
+        return self.ahead.gain
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        names = ("epsilon", "method", "num_steps", "schedule", "variance", "hidden")
+        embedding = {"embedding": embedding_config(self.ahead.embedding)}
+        return super().config() | {name: getattr(self, name) for name in names} | embedding
+
+    def describe_lines(self) -> list[str]:
+        """Method, epsilon and the chain's steps; then the data."""
+        steps = f"{self.num_steps} {self.schedule} steps of {self.variance} variance"
+        return [f"method {self.method}, epsilon {self.epsilon:g}, {steps}", *super().describe_lines()]
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the source was, and the steps that IPF learnt."""
+        return {"source_kind": self._source_kind, "learnt_steps": self._learnt_steps}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take a saved kind of source and steps; a distribution must be given again."""
+        self._source_kind, self._learnt_steps = state["source_kind"], state.get("learnt_steps")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        saved = state_dict.get(prefix + "ahead.gain")
+        if isinstance(saved, Tensor) and len(saved):
+            self.to(saved)
+            if prefix + "ahead.step_starts" not in state_dict:
+                raise ValueError(
+                    "a saved DSB must hold the variances of its steps, got a file without them, of an earlier version. "
+                    "Fit the bridge again."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def fit(
         self,
         target: Any,
@@ -98,7 +201,7 @@ class DSB(DSBState):
         learning_rate: float = 2e-3,
         ema: float | None = 0.995,
         held_out: Any = 0.1,
-        num_draws: int = 20_000,
+        num_law_draws: int = 20_000,
         num_pairs: int | None = None,
         pairs: str = "independent",
         loss: str = "mean",
@@ -126,7 +229,7 @@ class DSB(DSBState):
             ema: Decay of the parameters' moving average, in [0, 1); None for none.
             held_out: Share of the draws that the fit is judged by, in [0, 1), or a boolean mask ``(N,)`` of the
                 target's. The source's draws are parted by the same share, a tenth where there is a mask.
-            num_draws: How many draws of a distribution the moments are read from.
+            num_law_draws: How many draws of a distribution the moments are read from.
             num_pairs: Pairs (IMF) or paths (IPF) to simulate and learn from at a time. Omitted: 10,000, or
                 1,250 a dimension up to 25,000, or 500 a dimension, whichever is most: few pairs say little of many
                 covariances, and errors of the iterations add up. IPF: 10,000, as published.
@@ -147,24 +250,9 @@ class DSB(DSBState):
             (in standard deviations) or deviations (relative) of draws and target after each iteration.
         """
         begun = time.perf_counter()
-        options = DSBOptions(
-            num_iterations=num_iterations,
-            num_updates=num_updates,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            ema=ema,
-            num_draws=num_draws,
-            num_pairs=self._num_pairs(num_pairs),
-            pairs=pairs,
-            loss=loss,
-            reference=reference,
-            warm_start=warm_start,
-            refresh=refresh,
-            progress=progress,
-            checkpoint=checkpoint,
-        )
-        options.check(self.context_dim, self.method)
-        history = fit_dsb(self, options, target, source, context, weights, held_out, on_iteration)
+        options = FitOptions(num_updates, batch_size, learning_rate, ema, num_law_draws, progress, checkpoint)
+        plan = Iterations(num_iterations, self._num_pairs(num_pairs), pairs, loss, reference, warm_start, refresh)
+        history = fit_dsb(self, options, plan, target, source, context, weights, held_out, on_iteration)
         history.seconds = max(history.seconds, time.perf_counter() - begun)
         return history
 
@@ -178,7 +266,7 @@ class DSB(DSBState):
 
     def coupling(self, num: int, context: Any = None) -> tuple[Tensor, Tensor]:
         """Pairs of a start and its end, by the forward chain. Shape ``(num, *batch_shape, dim)`` each."""
-        states = self.paths(num, self.chain_steps, context)[1]
+        states = self.paths(num, self.num_steps, context)[1]
         return states[0], states[-1]
 
     @torch.no_grad()
@@ -232,7 +320,7 @@ class DSB(DSBState):
         """Draws by the forward chain, with the log density of their paths."""
         if self.density is None:
             return super().draws_rows(num, context)
-        rows, size = self._context_rows(context), max(1, CHUNK // (self.dim * (self.chain_steps + 1)))
+        rows, size = self._context_rows(context), max(1, CHUNK // (self.dim * (self.num_steps + 1)))
         parts = [
             self._draws(min(size, num - i), None if rows is None else rows[i : i + size]) for i in range(0, num, size)
         ]
@@ -265,7 +353,73 @@ class DSB(DSBState):
         total = torch.stack([self._redrawn_in_chunks(x, rows) for _ in range(num_paths)])
         return (total.logsumexp(0) - math.log(num_paths)).reshape(shape[:-1])
 
-    # Parts
+    # Both halves, what they know, and the source
+
+    def _adopt(self, read: PairsReading, source: SourceReading) -> None:
+        """Take units, the source and the Gaussian bridge between the ends; the networks start at zero."""
+        target = Guide(read.affine, read.covariance)
+        self.to(read.affine.location)
+        self.source_deviations, self.source_points = source.deviations, source.points
+        self.source, self._source_kind = source.law, source.kind
+        self._learnt_steps = (self.num_steps, self.schedule) if self.method == "ipf" else None
+        self.context_location, self.context_scale = read.contexts
+        self.ahead.adopt(source.guide, target, self.epsilon)
+        self.back.adopt(target, source.guide, self.epsilon)
+        if self.method == "ipf" or self.variance == "reference":
+            self.ahead.take_steps(self._times())
+            self.back.take_steps(self._times())
+
+    def _chain(self, forward: bool, num_steps: int | None = None) -> Chain:
+        """One of the chains; the grid is symmetric, so that both have the same own times."""
+        return Chain(self.ahead if forward else self.back, self._times(num_steps), self.epsilon)
+
+    def _times(self, num_steps: int | None = None) -> Tensor:
+        """Times of the chain, from 0 to 1; refused where IPF has learnt others."""
+        steps = self.num_steps, self.schedule
+        if self._learnt_steps is not None and steps != self._learnt_steps:
+            raise ValueError(
+                "IPF learns its own steps: num_steps and schedule must stay as in fit, "
+                f"{self._learnt_steps}, got {steps}. Set them back, fit again, or "
+                'take method="imf", whose steps are free after the fit.'
+            )
+        return step_times(num_steps or self.num_steps, self.schedule).to(self.like())
+
+    def _given(self, half: HalfBridge, rows: Tensor | None) -> Given:
+        """What a half knows of standardised contexts."""
+        return half.given(rows, None if rows is None else summarise(half.embedding, rows))
+
+    def _context_rows(self, context: Tensor | None) -> Tensor | None:
+        return None if context is None else (context - self.context_location) / self.context_scale
+
+    def _start(self, num: int, given: Given) -> Tensor:
+        """Source points, those of given contexts where the source depends on them."""
+        like = self.like()
+        if self._source_kind == "moments":
+            noise = torch.randn(num, self.dim, dtype=like.dtype, device=like.device)
+            return given.begin + self.source_deviations * noise
+        if self._source_kind == "draws":
+            return self.source_points[torch.randint(len(self.source_points), (num,), device=like.device)]
+        return self._law().sample((num,)).to(like)
+
+    def _start_log_prob(self, x: Tensor, given: Given) -> Tensor:
+        """Log density of the source. Shape ``(n,)``."""
+        if self._source_kind == "law":
+            return self._law().log_prob(x).to(x)
+        noise = (x - given.begin) / self.source_deviations
+        return -0.5 * noise.square().sum(-1) - (self.source_deviations * math.sqrt(2 * math.pi)).log().sum()
+
+    def _law(self) -> Distribution:
+        if self.source is None:
+            raise RuntimeError(
+                "a loaded bridge has no source yet: it was a distribution, which is not saved. "
+                "Write bridge.source = ..., or use transport(x0)."
+            )
+        return self.source
+
+    def _rows(self, x: Any, context: Any) -> tuple[Tensor, Tensor | None, torch.Size]:
+        """Points and standardised contexts, broadcast, as flat rows; the points' shape before."""
+        x, context, shape = self.flat_rows(x, context)
+        return x, self._context_rows(context), shape
 
     def _num_pairs(self, num: int | None) -> int:
         if num is not None:
@@ -281,7 +435,7 @@ class DSB(DSBState):
         return Draws(states[-1], log_q)
 
     def _redrawn_in_chunks(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        return chunked(self._redrawn, x, rows, width=self.dim * (self.chain_steps + 1))
+        return chunked(self._redrawn, x, rows, width=self.dim * (self.num_steps + 1))
 
     def _redrawn(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Log density of one path each, drawn backwards from its end. Shape ``(n,)``."""

@@ -1,4 +1,4 @@
-"""What the chains of a diffusion Schrödinger bridge learn from: pairs of ends, or whole paths of the other chain."""
+"""Data of a diffusion Schrödinger bridge: pairs of ends, whole paths of the other chain, and the source."""
 
 from typing import Any, NamedTuple
 
@@ -8,14 +8,14 @@ from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import as_draws
 from pyro_sb.bridges.dsb.half import Chain, Given, Guide, spread_times
-from pyro_sb.bridges.pairs import Reading
-from pyro_sb.bridges.units import check_law
+from pyro_sb.bridges.ends import read_source
+from pyro_sb.bridges.pairs import PairsReading
 from pyro_sb.ops.brownian import pinned
 from pyro_sb.ops.regression import Affine
 from pyro_sb.ops.sinkhorn import sinkhorn
 
 BLOCK = 1024  # points a side of one transport problem
-SWEEPS = 500  # of Sinkhorn's; what they leave, the fit mends
+SWEEPS = 500  # of Sinkhorn's; the fit corrects what they leave
 
 
 class Lesson(NamedTuple):
@@ -36,7 +36,7 @@ class Lesson(NamedTuple):
     sizes: Tensor | None = None
 
 
-class Pairs(NamedTuple):
+class EndPairs(NamedTuple):
     """Ends of paths, in the order of the half that learns from them.
 
     Args:
@@ -148,25 +148,22 @@ def sinkhorn_pairs(begin: Tensor, end: Tensor, epsilon: float) -> Tensor:
     return torch.cat(chosen)
 
 
-def packed(rows: Pairs | Paths) -> dict[str, Any]:
+def packed(rows: EndPairs | Paths) -> dict[str, Any]:
     """As tensors by name, for a checkpoint."""
     return {"kind": type(rows).__name__} | rows._asdict()
 
 
-def unpacked(saved: dict[str, Any]) -> Pairs | Paths:
-    """What `packed` gave."""
+def unpacked(saved: dict[str, Any]) -> EndPairs | Paths:
+    """The inverse of `packed`."""
     fields = {key: value for key, value in saved.items() if key != "kind"}
-    return Pairs(**fields) if saved["kind"] == "Pairs" else Paths(**fields)
-
-
-# The source of a diffusion Schrödinger bridge, read: its moments, and what its points are drawn from
+    return EndPairs(**fields) if saved["kind"] == "EndPairs" else Paths(**fields)
 
 
 FEW = 20  # draws of which none is held out
 
 
 class SourceReading(NamedTuple):
-    """What was read of the source.
+    """The source, read.
 
     Args:
         kind: ``"moments"``, ``"law"`` or ``"draws"``.
@@ -192,7 +189,9 @@ class SourceReading(NamedTuple):
         return self.kind, [float(value.double().sum()) for value in values]
 
 
-def read_source_law(read: Reading, source: Any, dim: int, num_draws: int, held_out: Any) -> SourceReading:
+def read_source_law(
+    read: PairsReading, source: Any, dim: int, num_law_draws: int, held_out: float | Tensor
+) -> SourceReading:
     """The source checked and measured; a share of its draws is held out, a tenth where the target has a mask."""
     like = read.affine.location
     none, no_points, index = like.new_empty(0), like.new_empty(0, dim), torch.empty(0, dtype=torch.long)
@@ -200,10 +199,9 @@ def read_source_law(read: Reading, source: Any, dim: int, num_draws: int, held_o
         variances = read.covariance.diagonal()
         guide = Guide(read.affine, variances.diag())
         return SourceReading("moments", guide, variances.sqrt(), no_points, None, index, index)
+    source = read_source(source, dim, like, point=False)
     law = source if isinstance(source, Distribution) else None
-    if law is not None:
-        check_law("source", law, dim)
-    draws = as_draws("source", source, dim, num_draws=num_draws, like=like)
+    draws = source if law is None else as_draws("source", law, dim, num_draws=num_law_draws, like=like)
     if bool((draws == draws[0]).all()):
         raise ValueError(
             f"source must vary, got {len(draws)} equal draws. From a point take LightSB(dim).fit(target, source=point)."

@@ -1,19 +1,19 @@
-"""How a diffusion Schrödinger bridge is fitted: its phases, and what each learns from."""
+"""Fit of a diffusion Schrödinger bridge: phases in which one chain learns from the other."""
 
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.checkpoint import fingerprint, on_device, unfinished, write
+from pyro_sb.bridges.checkpoint import check_same, fingerprint, go_on, on_device, write
 from pyro_sb.bridges.dsb.data import (
+    EndPairs,
     Lesson,
-    Pairs,
     Paths,
     ReferenceChain,
     SourceReading,
@@ -24,49 +24,29 @@ from pyro_sb.bridges.dsb.data import (
     unpacked,
 )
 from pyro_sb.bridges.dsb.half import Chain, Given, HalfBridge, knot_times
-from pyro_sb.bridges.dsb.state import DSBState
-from pyro_sb.bridges.ends import Batch
-from pyro_sb.bridges.options import check_choice
-from pyro_sb.bridges.pairs import Reading, Rows, read_pairs
-from pyro_sb.training import FitHistory, random_state, set_random_state, train
-
-# How a diffusion Schrödinger bridge is to be fitted
-
+from pyro_sb.bridges.ends import Batch, DrawsEnd, read_target
+from pyro_sb.bridges.options import FitOptions, check_choice, check_counts
+from pyro_sb.bridges.pairs import PairsReading, read_pairs
+from pyro_sb.training import FitHistory, train
 
 PAIRS, LOSSES, REFERENCES = ("independent", "sinkhorn"), ("mean", "drift"), ("brownian", "ou")
 
 
-class DSBOptions(NamedTuple):
-    """How a fit is to learn; as in `DSB.fit`."""
+class Iterations(NamedTuple):
+    """Options of a fit's iterations; as in `DSB.fit`."""
 
     num_iterations: int
-    num_updates: int
-    batch_size: int
-    learning_rate: float
-    ema: float | None
-    num_draws: int
     num_pairs: int
     pairs: str
     loss: str
     reference: str
     warm_start: bool
     refresh: int
-    progress: bool
-    checkpoint: str | Path | None
 
     def check(self, context_dim: int, method: str) -> None:
         """Refuse what no fit can use."""
-        counts = {name: getattr(self, name) for name in ("num_iterations", "num_updates", "batch_size", "refresh")}
-        counts |= {"num_draws": self.num_draws - 1, "num_pairs": self.num_pairs - 1}
-        bad = [name for name, value in counts.items() if value < 1]
-        if bad:
-            raise ValueError(
-                f"{bad[0]} must be at least {1 + bad[0].endswith(('draws', 'pairs'))}, got {getattr(self, bad[0])}."
-            )
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema must lie in [0, 1), got {self.ema}. Write None for no average.")
+        check_counts(num_iterations=self.num_iterations, refresh=self.refresh)
+        check_counts(2, num_pairs=self.num_pairs)
         check_choice("pairs", self.pairs, PAIRS)
         check_choice("loss", self.loss, LOSSES)
         check_choice("reference", self.reference, REFERENCES)
@@ -76,14 +56,57 @@ class DSBOptions(NamedTuple):
             raise ValueError('reference "ou" needs method="ipf", got "imf", whose bridges are Brownian.')
 
 
-# Variances that the networks of a diffusion Schrödinger bridge leave: of the end ahead, or of each step
+class Chains(Protocol):
+    """The two halves that a fit teaches, and what it asks of the bridge that holds them: `DSB`."""
+
+    dim: int
+    context_dim: int
+    epsilon: float
+    method: str
+    variance: str
+    num_steps: int
+    ahead: HalfBridge
+    back: HalfBridge
+    fitted_to: str
+
+    def _adopt(self, read: PairsReading, source: SourceReading) -> None:
+        """Take the data's units, the source, and the Gaussian bridge between the ends."""
+        ...
+
+    def _chain(self, forward: bool) -> Chain:
+        """One of the chains."""
+        ...
+
+    def _given(self, half: HalfBridge, rows: Tensor | None) -> Given:
+        """What a half knows of standardised contexts."""
+        ...
+
+    def _start(self, num: int, given: Given) -> Tensor:
+        """Source points. Shape ``(num, dim)``."""
+        ...
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        ...
+
+    def contents(self) -> dict[str, Any]:
+        """What is saved."""
+        ...
+
+    def save(self, path: str | Path) -> None:
+        """Write the bridge's file."""
+        ...
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Take a saved state."""
+        ...
 
 
 LEAST = 1e-6  # of a variance, in its units
 
 
 def measured_spread(
-    half: HalfBridge, pairs: Pairs, given: Callable[[HalfBridge, Tensor | None], Given], epsilon: float
+    half: HalfBridge, pairs: EndPairs, given: Callable[[HalfBridge, Tensor | None], Given], epsilon: float
 ) -> Tensor:
     """Log variances of the end given the state, in units of the Gaussian bridge's. Shape ``(NUM_KNOTS, dim)``."""
     logs = []
@@ -117,8 +140,9 @@ SMALL_EPSILON = 1e-3  # in units of the target's variance
 
 
 def fit_dsb(
-    bridge: DSBState,
-    options: DSBOptions,
+    bridge: Chains,
+    options: FitOptions,
+    iterations: Iterations,
     target: Any,
     source: Any,
     context: Any,
@@ -127,21 +151,22 @@ def fit_dsb(
     on_iteration: Callable[[int], None] | None,
 ) -> FitHistory:
     """Read the data, then learn phase by phase; from a checkpoint of the same fit, the rest of them."""
-    saved = unfinished(options.checkpoint)
-    random = random_state()
-    if saved is not None:
-        random = saved["start"]
-        set_random_state(random)
-    read = read_pairs(
-        bridge.dim, bridge.context_dim, target, context, weights, options.num_draws, held_out, bridge.ahead.embedding
+    options.check()
+    iterations.check(bridge.context_dim, bridge.method)
+    saved, random = go_on(options)
+    data = read_target(
+        bridge.dim,
+        bridge.context_dim,
+        target,
+        context=context,
+        weights=weights,
+        num_law_draws=options.num_law_draws,
+        held_out=held_out,
     )
-    begin = read_source_law(read, source, bridge.dim, options.num_draws, held_out)
-    name = fingerprint(bridge, options, read) + repr(begin.sums())
-    if saved is not None and saved["fit"] != name:
-        raise ValueError(
-            f"checkpoint must be of this fit to go on from, got that of another in {options.checkpoint}: its options "
-            "or data differ. Delete it, or write another path."
-        )
+    read = read_pairs(data, bridge.ahead.embedding, source)
+    begin = read_source_law(read, source, bridge.dim, options.num_law_draws, data.held_out)
+    name = fingerprint(type(bridge).__name__, bridge.config(), options, read, iterations, begin.sums())
+    check_same(saved, name, options)
     variance = float(read.covariance.diagonal().mean())
     if bridge.epsilon < SMALL_EPSILON * variance:
         warnings.warn(
@@ -151,7 +176,8 @@ def fit_dsb(
             stacklevel=3,
         )
     bridge._adopt(read, begin)
-    fit = Fit(bridge, options, read, begin, random, name, on_iteration)
+    bridge.fitted_to = read.data
+    fit = DSBFit(bridge, options, iterations, read, begin, random, name, on_iteration)
     if saved is not None:
         fit.restore(on_device(saved, read.affine.location.device))
     history = fit.run()
@@ -160,29 +186,30 @@ def fit_dsb(
     return history
 
 
-class Fit:
-    """One fit: its data, its place, and its phases."""
+class DSBFit:
+    """One fit of both chains: its data, its place, and its phases."""
 
     def __init__(
         self,
-        bridge: DSBState,
-        options: DSBOptions,
-        read: Reading,
+        bridge: Chains,
+        options: FitOptions,
+        iterations: Iterations,
+        read: PairsReading,
         source: SourceReading,
         random: list[Tensor],
         name: str,
         on_iteration: Callable[[int], None] | None,
     ) -> None:
-        self.bridge, self.options, self.end = bridge, options, read.end
+        self.bridge, self.options, self.iterations, self.end = bridge, options, iterations, read.end
         self.random, self.name, self.on_iteration = random, name, on_iteration
         self.source = source
         order = (True, False) if bridge.method == "ipf" else (False, True)
-        self.phases = [(i, forward) for i in range(1, options.num_iterations + 1) for forward in order]
+        self.phases = [(i, forward) for i in range(1, iterations.num_iterations + 1) for forward in order]
         self.done: list[FitHistory] = []
         self.residuals: list[float] = []
         self.resume: dict[str, Any] | None = None
-        self.cache: Pairs | Paths | None = None
-        self.judge: Pairs | Paths | None = None
+        self.cache: EndPairs | Paths | None = None
+        self.judge: EndPairs | Paths | None = None
         self.exam: Lesson | None = None
 
     def run(self) -> FitHistory:
@@ -209,21 +236,21 @@ class Fit:
 
     def _phase(self, iteration: int, forward: bool) -> FitHistory:
         """Learn one half from what the other has drawn."""
-        bridge, options = self.bridge, self.options
+        bridge, options, plan = self.bridge, self.options, self.iterations
         half = bridge.ahead if forward else bridge.back
         if self.resume is None:
-            if bridge.method == "ipf" and not options.warm_start:
+            if bridge.method == "ipf" and not plan.warm_start:
                 half.net.reset()
             self.judge = self._draw(forward, NUM_JUDGES, held_out=True)
             self.exam = self.judge.lesson(NUM_JUDGES, bridge.epsilon)
-            self.cache = self._draw(forward, options.num_pairs)
+            self.cache = self._draw(forward, plan.num_pairs)
         resume, self.resume = self.resume, None
         calls = 0 if resume is None else resume["history"]["iterations"]
 
         def loss() -> Tensor:
             nonlocal calls
-            if bridge.method == "ipf" and calls and calls % options.refresh == 0:
-                self.cache = self._draw(forward, options.num_pairs)
+            if bridge.method == "ipf" and calls and calls % plan.refresh == 0:
+                self.cache = self._draw(forward, plan.num_pairs)
             calls += 1
             assert self.cache is not None
             half.train()
@@ -235,7 +262,7 @@ class Fit:
             with torch.no_grad():
                 return float(self._loss(half, self.exam))
 
-        finite, final = isinstance(self.end, Rows), len(self.done) >= len(self.phases) - 2
+        finite, final = isinstance(self.end, DrawsEnd), len(self.done) >= len(self.phases) - 2
         history = train(
             half.parameters(),
             loss,
@@ -247,7 +274,7 @@ class Fit:
             num_checks=NUM_CHECKS,
             tolerance=0.05 if final else math.inf,
             progress=options.progress,
-            description=f"{type(bridge).__name__} {iteration}/{options.num_iterations} ({'F' if forward else 'B'})",
+            description=f"{type(bridge).__name__} {iteration}/{plan.num_iterations} ({'F' if forward else 'B'})",
             ema=options.ema,
             on_state=None if options.checkpoint is None else self._save,
             resume=resume,
@@ -265,8 +292,8 @@ class Fit:
         miss = miss - half.answer(rows.u, rows.states, given)
         if rows.sizes is None:
             return 0.5 * miss.square().mean()
-        typical = 1 / bridge.chain_steps
-        weight = typical if self.options.loss == "drift" else rows.sizes.square()[:, None] / typical
+        typical = 1 / bridge.num_steps
+        weight = typical if self.iterations.loss == "drift" else rows.sizes.square()[:, None] / typical
         drift = half.drift_scale(rows.u, bridge.epsilon) * miss
         return 0.5 * (weight * drift.square()).mean() / bridge.epsilon
 
@@ -277,17 +304,17 @@ class Fit:
         if bridge.variance == "reference":
             return
         if bridge.method == "ipf":
-            paths = self._draw(forward, max(NUM_JUDGES, self.options.num_pairs), held_out=True)
+            paths = self._draw(forward, max(NUM_JUDGES, self.iterations.num_pairs), held_out=True)
             assert isinstance(paths, Paths)
             half.step_logs = measured_steps(half, paths, self._given, bridge.epsilon)
         else:
-            assert isinstance(self.judge, Pairs)
+            assert isinstance(self.judge, EndPairs)
             half.log_spread = measured_spread(half, self.judge, self._given, bridge.epsilon)
 
     @torch.no_grad()
     def _residual(self) -> float:
         """The larger gap, over all axes, between means or deviations of draws and of the target."""
-        target = self._rows(self.options.num_pairs)
+        target = self._rows(self.iterations.num_pairs)
         chain = self.bridge._chain(True)
         given = self._given(chain.half, target.context)
         draws = chain.run(self.bridge._start(len(target.points), given), given)[-1]
@@ -298,7 +325,7 @@ class Fit:
     # Data
 
     @torch.no_grad()
-    def _draw(self, forward: bool, num: int, held_out: bool = False) -> Pairs | Paths:
+    def _draw(self, forward: bool, num: int, held_out: bool = False) -> EndPairs | Paths:
         """What the forward or the backward half is to learn from."""
         bridge, other = self.bridge, self.bridge._chain(not forward)
         rows = self._rows(num, held_out)
@@ -307,14 +334,14 @@ class Fit:
         if bridge.method == "ipf":
             chain: Chain | ReferenceChain = other
             if not self.done:
-                variance = self.source.guide.covariance.diagonal() if self.options.reference == "ou" else None
+                variance = self.source.guide.covariance.diagonal() if self.iterations.reference == "ou" else None
                 chain = ReferenceChain(other.times, bridge.epsilon, variance)
             return reversed_paths(chain, start, given, rows.context, matched=bridge.variance == "reference")
         if self.done:
-            return Pairs(other.run(start, given)[-1], start, rows.context)
-        if self.options.pairs == "sinkhorn":
+            return EndPairs(other.run(start, given)[-1], start, rows.context)
+        if self.iterations.pairs == "sinkhorn":
             start = start[sinkhorn_pairs(start, rows.points, bridge.epsilon)]
-        return Pairs(rows.points, start, rows.context)  # the backward half learns first
+        return EndPairs(rows.points, start, rows.context)  # the backward half learns first
 
     def _start(self, num: int, context: Tensor | None, held_out: bool) -> Tensor:
         """Source points to learn from, or those held out."""
@@ -346,13 +373,12 @@ class Fit:
             "loop": state,
             "done": [vars(h) for h in self.done],
             "residuals": list(self.residuals),
-            "queue": self.end.position() if isinstance(self.end, Rows) else None,
-            "judged": None if isinstance(self.end, Rows) or self.end._judge is None else self.end._judge.points,
+            "place": self.end.position(),
             "cache": packed(self.cache),
             "judge": packed(self.judge),
             "exam": self.exam._asdict(),
         }
-        write(self.bridge, training, Path(str(self.options.checkpoint)))
+        write(self.bridge.contents(), training, self.options.checkpoint)
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go to where the saved fit was."""
@@ -361,7 +387,4 @@ class Fit:
         self.residuals, self.resume = list(saved["residuals"]), saved["loop"]
         self.cache, self.judge = unpacked(saved["cache"]), unpacked(saved["judge"])
         self.exam = Lesson(**saved["exam"])
-        if isinstance(self.end, Rows):
-            self.end.seek(saved["queue"])
-        elif saved["judged"] is not None:
-            self.end._judge = Batch(saved["judged"])
+        self.end.seek(saved["place"])

@@ -26,7 +26,7 @@ class Guide(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a half knows of rows of contexts.
+    """Means and features that a half has of rows of contexts.
 
     Args:
         begin: Mean of where paths begin. Shape ``(dim,)`` or ``(n, dim)``.
@@ -89,7 +89,7 @@ class HalfBridge(Fitted):
 
     @torch.no_grad()
     def adopt(self, begin: Guide, ahead: Guide, epsilon: float) -> None:
-        """Take the Gaussian bridge between two ends; the network starts anew."""
+        """Take the Gaussian bridge between two ends; the network starts at zero."""
         cov0, cov1 = begin.covariance.double(), ahead.covariance.double()
         gain = bridge_gain(cov0, cov1, epsilon)
         values, basis = torch.linalg.eigh(gain)
@@ -196,9 +196,6 @@ def spread_times(num: int, like: Tensor) -> Tensor:
     ends = torch.sin(0.5 * math.pi * place).square()
     uniform = torch.arange(num, device=like.device) % 2 == 0
     return LATEST * torch.where(uniform, place, ends)
-
-
-# The two chains of a diffusion Schrödinger bridge, run and weighed
 
 
 class Chain(NamedTuple):

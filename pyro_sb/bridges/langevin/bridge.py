@@ -1,4 +1,4 @@
-"""The affinity-based Langevin bridge: from draws alone, without a network."""
+r"""A Langevin chain from draws alone, :math:`x' = m(x) + \text{noise}`: no network, one attention head a step."""
 
 import math
 import time
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import as_draws, as_weights
-from pyro_sb.bridges.langevin.affinity import AffinityBridge
+from pyro_sb.bridges.base import Bridge
+from pyro_sb.bridges.ends import Target, read_source, read_target
 from pyro_sb.bridges.langevin.posterior import (
     LogLikelihood,
     check_options,
@@ -18,13 +18,24 @@ from pyro_sb.bridges.langevin.posterior import (
     posterior_weights,
     score,
 )
-from pyro_sb.bridges.langevin.schemes import SCHEMES, SmoothedDraws, end_of_walk, log_path_ratio, walk
-from pyro_sb.bridges.langevin.setup import check_metric, metric_factor, whiten
+from pyro_sb.bridges.langevin.schemes import SCHEMES, Dynamics, SmoothedDraws, end_of_walk, log_path_ratio, walk
+from pyro_sb.bridges.langevin.setup import (
+    Bandwidths,
+    check_metric,
+    choose_bandwidths,
+    make_keys,
+    metric_factor,
+    solve,
+    whiten,
+)
+from pyro_sb.bridges.options import check_choice
 from pyro_sb.distributions import Draws
+from pyro_sb.ops.attention import Transitions
+from pyro_sb.ops.sinkhorn import SymmetricScaling
 from pyro_sb.training import FitHistory
 
 
-class KernelLangevinBridge(AffinityBridge):
+class KernelLangevinBridge(Bridge):
     r"""Langevin chain whose drift is a Schrödinger bridge from the draws to themselves, one attention head a step.
 
     With metric :math:`K` and the symmetric scaling :math:`v_i \sum_j T_{ij} v_j = w_i` of the affinity
@@ -96,6 +107,14 @@ class KernelLangevinBridge(AffinityBridge):
         'Of its schemes only "plain" has one, with its own start or a distribution as source: pass scheme="plain".'
     )
 
+    points: Tensor
+    weights: Tensor
+    log_v: Tensor
+    location: Tensor
+    metric_cholesky: Tensor
+    context_points: Tensor
+    context_location: Tensor
+    context_scale: Tensor
     diffusion_factor: Tensor
     source_points: Tensor
 
@@ -113,34 +132,47 @@ class KernelLangevinBridge(AffinityBridge):
         diffusion: str | Tensor | None = None,
         bandwidth_exponent: float = 0.0,
     ) -> None:
-        super().__init__(
-            dim,
-            context_dim=context_dim,
-            epsilon=epsilon,
-            context_epsilon=context_epsilon,
-            metric=metric,
-            bandwidth_exponent=bandwidth_exponent,
-        )
+        super().__init__(dim, context_dim=context_dim)
+        for name, value in (("epsilon", epsilon), ("context_epsilon", context_epsilon)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}. Omit it for the default.")
+        if context_epsilon is not None and context_dim == 0:
+            raise ValueError("context_epsilon is the bandwidth of a context, got context_dim = 0. Omit one of them.")
+        if not -math.inf < bandwidth_exponent <= 0:
+            raise ValueError(f"bandwidth_exponent must be 0 or negative, got {bandwidth_exponent}. Write -1 / {dim}.")
+        check_metric("metric", metric, dim)
         if not 0 < step_size < math.inf:
             raise ValueError(
                 f"step_size must be positive and finite, got {step_size}. Write 1.0 to match the bandwidth."
             )
-        if scheme not in SCHEMES:
-            raise ValueError(f"scheme must be one of {list(SCHEMES)}, got {scheme!r}.")
+        check_choice("scheme", scheme, tuple(SCHEMES))
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}. Omit it for the default.")
         if diffusion is not None:
             check_metric("diffusion", diffusion, dim)
-        self.scheme, self.num_steps, self.step_size, self.diffusion = scheme, num_steps, float(step_size), diffusion
-        self.register_buffer("diffusion_factor", torch.empty(0))
-        self.register_buffer("source_points", torch.empty(0))
+        self.bandwidth_exponent, self.metric, self.diffusion = float(bandwidth_exponent), metric, diffusion
+        self.scheme, self.num_steps, self.step_size = scheme, num_steps, float(step_size)
+        self._asked, self._bandwidths = (epsilon, context_epsilon), Bandwidths(math.nan)
+        for name in KernelLangevinBridge.__annotations__:
+            self.register_buffer(name, torch.empty(0))
         self._source: Distribution | None = None
         self._log_likelihood: LogLikelihood | None = None
+        self._cache: Dynamics | None = None
 
     @property
     def density(self) -> str | None:  # type: ignore[override]
         """Path for the plain scheme, unless its source is known by draws alone; else None."""
         return "path" if self.scheme == "plain" and not len(self.source_points) else None
+
+    @property
+    def epsilon(self) -> float:
+        """The bandwidth in use, ``2 eta``; in units of the metric. NaN before ``fit``."""
+        return self._bandwidths.epsilon
+
+    @property
+    def context_epsilon(self) -> float | None:
+        """The context's bandwidth in use; None without context."""
+        return self._bandwidths.context if self.context_dim else None
 
     @torch.no_grad()
     def fit(
@@ -152,21 +184,21 @@ class KernelLangevinBridge(AffinityBridge):
         weights: Any = None,
         progress: bool = True,
         checkpoint: str | Path | None = None,
-        num_draws: int = 1024,
+        num_law_draws: int = 1024,
         tolerance: float | None = None,
         max_iter: int = 2000,
     ) -> FitHistory:
         r"""Scale the affinities of the draws: one Sinkhorn solve, no training.
 
         Args:
-            target: Draws ``(M, dim)``, or a distribution that gives ``num_draws`` of them.
+            target: Draws ``(M, dim)``, or a distribution that gives ``num_law_draws`` of them.
             source: Where chains start: draws, or a distribution (which keeps the plain scheme's density, and is not
                 saved). Omitted: the draws of the target, smoothed.
             context: Contexts of the draws. Shape ``(M, context_dim)``.
             weights: Non-negative weights of the draws, normalised here. Shape ``(M,)``.
             progress: Show a bar where the affinity matrix is too large to be stored.
             checkpoint: Path to save the fitted bridge to.
-            num_draws: How many draws a distribution gives.
+            num_law_draws: How many draws a distribution gives.
             tolerance: Residual asked of the scaling. Omitted: 1e-9 in float64, 1e-5 in float32.
             max_iter: Largest number of Sinkhorn updates; some 20 suffice as a rule.
 
@@ -174,14 +206,18 @@ class KernelLangevinBridge(AffinityBridge):
             Residual before each update, whether it converged, seconds.
         """
         begun = time.perf_counter()
-        points = as_draws("target", target, self.dim, num_draws=num_draws)
-        weights = as_weights(weights, points)
-        source_law, source_points = self._read_source(source, points)
-        result = self._scale(points, weights, context, progress, tolerance, max_iter)
-        self._source, self.source_points, self.diffusion_factor = source_law, source_points, points.new_empty(0)
+        read = read_target(
+            self.dim, self.context_dim, target, context=context, weights=weights, num_law_draws=num_law_draws
+        )
+        start = read_source(source, self.dim, read.points, point=False)
+        result = self._scale(read, progress, tolerance, max_iter)
+        self._source = start if isinstance(start, Distribution) else None
+        self.source_points = start if isinstance(start, Tensor) else self.points.new_empty(0)
+        self.diffusion_factor = self.points.new_empty(0)
         if self.diffusion is not None:
-            factor = metric_factor(self.diffusion, points, weights)
+            factor = metric_factor(self.diffusion, self.points, self.weights)
             self.diffusion_factor = torch.linalg.solve_triangular(self.metric_cholesky, factor, upper=False)
+        self.fitted_to = read.describe(source)
         if checkpoint is not None:
             self.save(checkpoint)
         seconds = time.perf_counter() - begun
@@ -193,7 +229,7 @@ class KernelLangevinBridge(AffinityBridge):
         r"""Bridge to the posterior, when this one was fitted to draws of the prior.
 
         - ``"weights"``: the Sinkhorn marginals become :math:`w_j \propto w_j L(x_j)`. No gradient, no further bias;
-          refused where the prior's draws are worth less than two draws of the posterior, with a warning below 50.
+          refused where the prior's draws count for less than two draws of the posterior, with a warning below 50.
         - ``"drift"``: the split step with the likelihood's gradient,
           :math:`x_{1/2} = x + \tfrac{\epsilon}{2} K \nabla \log L(x) + \sqrt{\epsilon K} \xi` and
           :math:`x' = m(x_{1/2})`. Within the convex hull of the prior's draws, however steep the likelihood, but with
@@ -222,6 +258,24 @@ class KernelLangevinBridge(AffinityBridge):
         other.load_state_dict(self.state_dict())
         other._source, other._log_likelihood = self._source, log_likelihood
         return other
+
+    def conditional_mean(self, x: Tensor, context: Any = None) -> Tensor:
+        """m(x), within the convex hull of the draws. Shapes ``(*, dim)`` to ``(*, dim)``."""
+        z, y = self._rows(x, context)
+        return self._unwhiten(self._dynamics().mean(z, y)).reshape(x.shape)
+
+    def conditional_covariance(self, x: Tensor, context: Any = None) -> Tensor:
+        """C(x), the covariance of the transition from x. Shapes ``(*, dim)`` to ``(*, dim, dim)``."""
+        z, y = self._rows(x, context)
+        factor = self.metric_cholesky
+        return (factor @ self._dynamics().moments(z, y)[1] @ factor.mT).reshape(*x.shape, self.dim)
+
+    def transition_probabilities(self, x: Tensor, context: Any = None) -> Tensor:
+        """p_j(x); at the draws a Markov matrix, reversible for the weights. Shapes ``(*, dim)`` to ``(*, M)``."""
+        z, y = self._rows(x, context)
+        query = self._dynamics().query(z, y)
+        probabilities = self._dynamics().law.probabilities(query, self._dynamics().scale(query))
+        return probabilities.reshape(*x.shape[:-1], len(self.points))
 
     def drift(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
         """Drift over [0, 1], in which a chain makes ``num_steps`` steps; the same at all t. Shape of ``x``."""
@@ -290,43 +344,103 @@ class KernelLangevinBridge(AffinityBridge):
         states = torch.stack([z, *walk(self._dynamics(), self.scheme, z, y, self.num_steps)]).flip(0)
         return self.log_q_paths(self._unwhiten(states), context)
 
+    def like(self) -> Tensor:
+        """The draws; an error before ``fit``."""
+        if not len(self.points):
+            raise RuntimeError(f"{type(self).__name__} must be fitted first: call bridge.fit(draws).")
+        return self.points
+
     def describe(self) -> str:
         """Name and scheme, for messages."""
         return f"KernelLangevinBridge with scheme {self.scheme!r}"
 
+    def describe_lines(self) -> list[str]:
+        """Scheme and bandwidths; then the data."""
+        bandwidths = f"epsilon {self.epsilon:.3g}" if self.fitted else "epsilon of the data"
+        if self.fitted and self.context_epsilon is not None:
+            bandwidths += f", context_epsilon {self.context_epsilon:.3g}"
+        return [f"{self.num_steps} {self.scheme} steps, {bandwidths}", *super().describe_lines()]
+
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        names = ("scheme", "num_steps", "step_size", "diffusion")
-        return super().config() | {name: getattr(self, name) for name in names}
+        asked = dict(zip(("epsilon", "context_epsilon"), self._asked))
+        names = ("metric", "bandwidth_exponent", "scheme", "num_steps", "step_size", "diffusion")
+        return super().config() | asked | {name: getattr(self, name) for name in names}
 
-    def save(self, path: str | Path) -> None:
-        """As `Bridge.save`; a likelihood or a source distribution is code, and refused."""
+    def contents(self) -> dict[str, Any]:
+        """As `Bridge.contents`; a likelihood or a source distribution is code, and refused."""
         if self._log_likelihood is not None or self._source is not None:
             what = "a source distribution" if self._log_likelihood is None else "a likelihood"
             raise ValueError(
                 f"a saved bridge must hold tensors and plain values, got {what}. Save what it was made from."
             )
-        super().save(path)
+        return super().contents()
 
-    def _read_source(self, source: Any, points: Tensor) -> tuple[Distribution | None, Tensor]:
-        """A source distribution or None, and source draws or nothing."""
-        if source is None:
-            return None, points.new_empty(0)
-        if not isinstance(source, Distribution):
-            return None, as_draws("source", source, self.dim, like=points)
-        if tuple(source.event_shape) != (self.dim,) or len(source.batch_shape):
-            shapes = f"{tuple(source.batch_shape)} and {tuple(source.event_shape)}"
+    def get_extra_state(self) -> dict[str, float]:
+        """The bandwidths in use."""
+        return self._bandwidths._asdict()
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        """Take saved bandwidths."""
+        self._bandwidths, self._cache = Bandwidths(**state), None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._cache = None  # it holds tensors of the old device and dtype
+        return super()._apply(*args, **kwargs)
+
+    # Parts, in whitened coordinates
+
+    def _scale(self, read: Target, progress: bool, tolerance: float | None, max_iter: int) -> SymmetricScaling:
+        """Whiten, choose the bandwidths, solve for the scaling; the bridge changes when all has gone well."""
+        points, weights, contexts = read.points, read.shares, read.contexts()
+        location, factor = weights @ points, metric_factor(self.metric, points, weights)
+        z = whiten(points - location, factor)
+        bandwidths = choose_bandwidths(z, contexts.rows, weights, self._asked, variable=self.bandwidth_exponent != 0)
+        keys = make_keys(z, contexts.rows, weights, bandwidths, self.bandwidth_exponent)
+        result = solve(keys, weights, bandwidths.epsilon, progress, tolerance=tolerance, max_iter=max_iter)
+        self.points, self.weights, self.log_v = points, weights, result.log_v
+        self.location, self.metric_cholesky, self._bandwidths, self._cache = location, factor, bandwidths, None
+        self.context_points = points.new_empty(0) if read.context is None else read.context
+        self.context_location, self.context_scale = contexts.location, contexts.scale
+        return result
+
+    def _dynamics(self) -> Dynamics:
+        """The transition law, and what else a scheme steps with; made once after ``fit``, a load or a move."""
+        if self._cache is None:
+            z = whiten(self.like() - self.location, self.metric_cholesky)
+            y = self._standardised(self.context_points) if self.context_dim else None
+            walking: dict[str, Any] = {
+                "step_size": self.step_size,
+                "factor": self.diffusion_factor if len(self.diffusion_factor) else None,
+                "score": None if self._log_likelihood is None else self._score,
+            }
+            keys = make_keys(z, y, self.weights, self._bandwidths, self.bandwidth_exponent)
+            law = Transitions(keys.points, z, self.log_v, keys.scale)
+            self._cache = Dynamics(law, self.epsilon, pilot=keys.pilot, pilot_units=keys.units, **walking)
+        return self._cache
+
+    def _rows(self, x: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
+        """Points and contexts as flat rows, whitened and in units of the bandwidth."""
+        if x.dim() == 0 or x.shape[-1] != self.dim:
             raise ValueError(
-                f"source must have batch and event shapes () and ({self.dim},), got {shapes}. Write .to_event(1)."
+                f"x must have shape (*, {self.dim}), got {tuple(x.shape)}. Put coordinates in the last axis."
             )
-        return source, points.new_empty(0)
+        x, context = x.to(self.like()), self.check_context(context)
+        if context is not None:
+            context = context.expand(*x.shape[:-1], self.context_dim).reshape(-1, self.context_dim)
+        return whiten((x - self.location).reshape(-1, self.dim), self.metric_cholesky), self._context_rows(context)
 
-    def _walking(self) -> dict[str, Any]:
-        return {
-            "step_size": self.step_size,
-            "factor": self.diffusion_factor if len(self.diffusion_factor) else None,
-            "score": None if self._log_likelihood is None else self._score,
-        }
+    def _context_rows(self, context: Tensor | None) -> Tensor | None:
+        """Rows of context in units of their bandwidth."""
+        if context is None:
+            return None
+        return self._standardised(context) / math.sqrt(self._bandwidths.context)
+
+    def _standardised(self, context: Tensor) -> Tensor:
+        return (context - self.context_location) / self.context_scale
+
+    def _unwhiten(self, z: Tensor) -> Tensor:
+        return z @ self.metric_cholesky.mT + self.location
 
     def _score(self, z: Tensor) -> Tensor:
         """Gradient of the log likelihood with respect to z."""

@@ -28,7 +28,7 @@ def checked_log_likelihood(log_likelihood: LogLikelihood, points: Tensor) -> Ten
 
 
 def posterior_weights(weights: Tensor, log_likelihood: Tensor) -> Tensor:
-    """The prior's weights times the likelihood, normalised; refused where worth less than two draws."""
+    """The prior's weights times the likelihood, normalised; refused where they count for less than two draws."""
     posterior = torch.softmax(weights.log() + log_likelihood, dim=0)
     effective = 1 / float(posterior.square().sum())
     if effective < 2:

@@ -29,7 +29,7 @@ from pyro_sb.ops.sinkhorn import log_affinity
 
 
 @dataclass(frozen=True)
-class Pilot:
+class VariableBandwidth:
     r"""Variable bandwidth :math:`\rho = \hat\pi^\beta` from a Gaussian smoothing of the draws; its mean on them is 1.
 
     Off the draws :math:`\hat\pi` falls to zero and :math:`\rho` would grow without bound: it is kept within its range
@@ -49,18 +49,18 @@ class Pilot:
         return (self.exponent * torch.cat(parts) + self.offset).exp().clamp(*self.bounds)
 
     @staticmethod
-    def fit(keys: Tensor, weights: Tensor, exponent: float) -> "Pilot":
+    def fit(keys: Tensor, weights: Tensor, exponent: float) -> "VariableBandwidth":
         """The pilot whose scale has weighted mean 1 on the draws."""
-        raw = Pilot(keys, weights.log(), exponent)(keys)
+        raw = VariableBandwidth(keys, weights.log(), exponent)(keys)
         scale = raw / (weights * raw).sum()
         kept = scale[weights > 0]
         offset = -float((weights * raw).sum().log())
-        return Pilot(keys, weights.log(), exponent, offset, (float(kept.min()), float(kept.max())))
+        return VariableBandwidth(keys, weights.log(), exponent, offset, (float(kept.min()), float(kept.max())))
 
 
 @dataclass(frozen=True)
 class Dynamics:
-    """What every scheme steps with. ``y`` is the context of each row in units of its bandwidth, or None.
+    """Transition law and options of a scheme's steps. ``y``: contexts of the rows in units of their bandwidth, or None.
 
     Attributes:
         law: Transition law; keys are (context, z), each in units of its bandwidth; values are z.
@@ -76,7 +76,7 @@ class Dynamics:
     epsilon: float
     step_size: float = 1.0
     factor: Tensor | None = None
-    pilot: Pilot | None = None
+    pilot: VariableBandwidth | None = None
     pilot_units: Tensor | None = None
     score: Callable[[Tensor], Tensor] | None = None
 
@@ -182,9 +182,6 @@ def _root(covariance: Tensor, epsilon: float) -> Tensor:
 
 SCHEMES: dict[str, Scheme] = {"plain": plain, "split-step": split_step, "strang": strang, "data-aware": data_aware}
 NOISES = {"strang": 2}  # normal vectors that a step takes; 1 where not named
-
-
-# The chain of a Langevin bridge, whitened: where it starts, how it walks, the log density of its plain paths
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a Langevin bridge sets up in `fit`: metric factors, keys in units of their bandwidths, the scaling."""
+"""Fit of a Langevin bridge: metric factors, bandwidths, keys in their units, the scaling."""
 
 import math
 import warnings
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_sb.bridges.langevin.schemes import Pilot
+from pyro_sb.bridges.langevin.schemes import VariableBandwidth
 from pyro_sb.ops.sinkhorn import DENSE_LIMIT, SymmetricScaling, default_tolerance, symmetric_sinkhorn
 
 
@@ -37,7 +37,7 @@ class Keys(NamedTuple):
     """
 
     points: Tensor
-    pilot: Pilot | None
+    pilot: VariableBandwidth | None
     units: Tensor
     scale: Tensor | None
 
@@ -50,7 +50,7 @@ def make_keys(z: Tensor, y: Tensor | None, weights: Tensor, bandwidths: Bandwidt
     points, units = joint / width, width / math.sqrt(bandwidths.pilot)
     if exponent == 0:
         return Keys(points, None, units, None)
-    pilot = Pilot.fit(points * units, weights, exponent)
+    pilot = VariableBandwidth.fit(points * units, weights, exponent)
     return Keys(points, pilot, units, pilot(points * units))
 
 
@@ -113,11 +113,29 @@ def metric_factor(matrix: str | Tensor, points: Tensor, weights: Tensor) -> Tens
     return torch.linalg.cholesky(covariance + floor * eye)
 
 
-# Bandwidths chosen from the draws alone: leave-one-out likelihood, and never so small that a chain would stand still
-
-
 MAX_KEYS = 4096
 PARTNERS = 10.0  # 1 / sum p^2 over the transition's probabilities
+
+
+def choose_bandwidths(
+    z: Tensor, y: Tensor | None, weights: Tensor, asked: tuple[float | None, float | None], *, variable: bool
+) -> Bandwidths:
+    """Bandwidths of whitened draws and standardised contexts: those asked for, the rest from the draws.
+
+    Args:
+        z: Shape ``(M, d)``.
+        y: Shape ``(M, k)``, or None.
+        weights: Shape ``(M,)``.
+        asked: Of the event and of the context.
+        variable: Whether the bandwidth is to vary, by a density estimate of its own.
+    """
+    epsilon, context = asked
+    if y is not None and (epsilon is None or context is None):
+        chosen = choose_conditional_bandwidths(z, y, weights)
+        epsilon, context = epsilon or chosen[0], context or chosen[1]
+    joint = z if y is None else torch.cat([y, z], dim=1)
+    pilot = choose_bandwidth(joint, weights) if variable else 1.0
+    return Bandwidths(epsilon or choose_bandwidth(z, weights), context or 1.0, pilot)
 
 
 def choose_bandwidth(points: Tensor, weights: Tensor, num_grid: int = 25) -> float:

@@ -1,4 +1,4 @@
-"""What a latent bridge holds: an inner bridge and a codec, whose density passes through, saved and loaded."""
+r"""Any bridge in the latent space of a codec: draws :math:`x = D(z)` of latents :math:`z \sim q_z`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import Bridge, as_draws, as_weights, class_named
+from pyro_sb.bridges.base import Bridge, as_draws, class_named
 from pyro_sb.bridges.codecs.autoencoder import AutoencoderCodec
 from pyro_sb.bridges.codecs.base import Codec, CodecTransform, encoded
 from pyro_sb.bridges.codecs.pair import PairCodec
 from pyro_sb.bridges.codecs.pca import PCACodec
 from pyro_sb.bridges.codecs.rows import shaped
 from pyro_sb.bridges.diffusion.smoothed import SmoothedBridge
-from pyro_sb.bridges.ends import read_context
-from pyro_sb.bridges.latent.fit import Parts, latent_rows, latent_source, target_rows
+from pyro_sb.bridges.ends import read_target
+from pyro_sb.bridges.latent.fit import Parts, latent_rows, latent_source, target_size
+from pyro_sb.bridges.options import check_names, keyword_names
 from pyro_sb.bridges.proposals import MappedLaw
 from pyro_sb.distributions import Draws, PathLaw
 from pyro_sb.nn import with_constant_parameters
@@ -25,8 +26,47 @@ from pyro_sb.training import FitHistory
 CODECS: dict[str, type[Codec]] = {c.__name__: c for c in (PCACodec, AutoencoderCodec, PairCodec)}
 
 
-class LatentState(Bridge):
-    """The half of `LatentBridge` that is made, described, saved and loaded; arguments as there."""
+class LatentBridge(Bridge):
+    r"""Any bridge between an encoder and a decoder: it learns the law of :math:`z = E(x)`, and draws :math:`D(z)`.
+
+    ``fit`` encodes the rows, fits the inner bridge to the latents, and draws are the inner one's, decoded. The
+    latents are taken as the codec makes them: those of `PCACodec` and `AutoencoderCodec` have unit variance on what
+    these were fitted to, so an inner bridge's epsilon is in those units.
+
+    **Densities.** A bijective codec (`PCACodec` with all dimensions) hands the inner bridge's density through,
+
+    .. math:: \log q(x) = \log q_z(E(x)) - \log |\det \partial x / \partial z| ,
+
+    and ``draws()`` are as exact as the inner ones. Through a lossy codec there is none: draws lie on a surface of the
+    decoder's making, and ``log_prob`` and ``draws()`` raise.
+
+    **How good it can be** the codec says: draws are no better than its reconstructions. `reconstruction_report`
+    shows them by latent dimension, and chooses one.
+
+    Args:
+        bridge: The inner bridge, of the codec's ``latent_dim``; it is fitted in place. Omitted: a `SmoothedBridge`,
+            made in ``fit``.
+        codec: Omitted: ``AutoencoderCodec()``, whose latent dimension is chosen in ``fit``. One that is fitted already
+            (on other data, as in the paper) is left as it is.
+        context_dim: Size of the context of the default inner bridge. Omitted: the inner bridge's.
+
+    Attributes:
+        bridge: The inner bridge; None before ``fit`` if it was omitted.
+        codec: The codec.
+        dim: Size of the data; an error before the codec knows it.
+
+    References:
+        Latent Schrödinger Bridge Diffusion Model for Generative Learning (Jiao, Kang, Lin, Liu and Zuo, 2024),
+        https://arxiv.org/abs/2404.13309. Inner bridges other than theirs, and densities, are ours.
+
+    Example:
+        >>> from pyro_sb.bridges import LightSB, PCACodec
+        >>> bridge = LatentBridge(LightSB(2, num_components=3), PCACodec(2))
+        >>> history = bridge.fit(torch.randn(500, 2) @ torch.randn(2, 2), num_updates=50, progress=False)
+        >>> value, log_q = bridge().draws((5,))
+        >>> torch.allclose(bridge().log_prob(value), log_q, atol=1e-4)
+        True
+    """
 
     def __init__(
         self, bridge: Bridge | None = None, codec: Codec | None = None, *, context_dim: int | None = None
@@ -122,7 +162,7 @@ class LatentState(Bridge):
         return {"inner": inner, "codec": codec, "makes_inner": self.makes_inner, "context_dim": self.context_dim}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "LatentState":
+    def from_config(cls, config: dict[str, Any]) -> "LatentBridge":
         """Build the codec and the inner bridge, then the one around them."""
         name, options = config["codec"]
         if name not in CODECS:
@@ -137,100 +177,25 @@ class LatentState(Bridge):
         bridge.makes_inner = config["makes_inner"]
         return bridge
 
-    def save(self, path: str | Path) -> None:
-        """As `Bridge.save`."""
-        self._fitted().save(path)  # written over below: an inner bridge may refuse what it cannot save
-        super().save(path)
+    def contents(self) -> dict[str, Any]:
+        """As `Bridge.contents`, where the inner bridge can be saved."""
+        self._fitted().contents()
+        return super().contents()
 
-    @property
-    def _keeps_all(self) -> bool:
-        """Whether the codec is bijective; before its fit, whether its class answers that for itself, and may be."""
-        return self.codec.bijective if self.codec.fitted else type(self.codec).bijective is not Codec.bijective
+    def title(self) -> str:
+        """The class with its sizes, as far as they are known."""
+        context = f", context_dim={self.context_dim}" if self.context_dim else ""
+        return f"{type(self).__name__}(dim={self.whole_dim or 'of the data'}{context})"
 
-    def _fitted(self) -> Bridge:
-        if self.bridge is None:
-            raise RuntimeError(f"{type(self).__name__} must be fitted first: call bridge.fit(draws).")
-        return self.bridge
+    def describe_lines(self) -> list[str]:
+        """The codec and the inner bridge, a line each; then the data."""
+        inner = "SmoothedBridge, made in fit" if self.bridge is None else self.bridge.title()
+        return [f"codec {self.codec!r}", f"inner bridge {inner}", *super().describe_lines()]
 
-    def _inner(self, latent_dim: int) -> Bridge:
-        """The inner bridge to fit: a new one where it was omitted and the size is another."""
-        if self.bridge is not None and not (self.makes_inner and self.bridge.dim != latent_dim):
-            self._check_dims(self.bridge, latent_dim)
-            return self.bridge
-        return SmoothedBridge(latent_dim, context_dim=self.context_dim)
-
-    def _check_dims(self, bridge: Bridge, latent_dim: int) -> None:
-        if bridge.dim != latent_dim:
-            raise ValueError(
-                f"the inner bridge's dim must be the codec's latent_dim, got {bridge.dim} and {latent_dim}. "
-                f"Write {type(bridge).__name__}({latent_dim}), or omit the bridge."
-            )
-
-    def _encode(self, x: Tensor) -> Tensor:
-        return self.codec.encode(shaped("x", torch.as_tensor(x), self.dim).to(self.like()))
-
-    def _decode(self, z: Tensor, drawn: bool = False) -> Tensor:
-        """Decoded latents, finite; with the codec's residual where they are draws."""
-        x = self.codec.draw(z) if drawn else self.codec.decode(z)
-        bad = int((~torch.isfinite(x)).any(-1).sum())
-        if bad:
-            raise RuntimeError(
-                f"decoded draws must be finite, got NaN or infinity in {bad} of {x[..., 0].numel()}. "
-                "The inner bridge draws latents that the decoder cannot take: fit it longer, or mend the decoder."
-            )
-        return x
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        sizes = state_dict.get(prefix + "codec._extra_state")
-        if self.makes_inner and isinstance(sizes, dict) and any(k.startswith(prefix + "bridge.") for k in state_dict):
-            self.bridge = self._inner(sizes["latent_dim"])
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-# Any bridge in the latent space of a codec
-
-
-class LatentBridge(LatentState):
-    r"""Any bridge between an encoder and a decoder: it learns the law of :math:`z = E(x)`, and draws :math:`D(z)`.
-
-    ``fit`` encodes the rows, fits the inner bridge to the latents, and draws are the inner one's, decoded. The
-    latents are taken as the codec makes them: those of `PCACodec` and `AutoencoderCodec` have unit variance on what
-    these were fitted to, so an inner bridge's epsilon is in those units.
-
-    **Densities.** A bijective codec (`PCACodec` with all dimensions) hands the inner bridge's density through,
-
-    .. math:: \log q(x) = \log q_z(E(x)) - \log |\det \partial x / \partial z| ,
-
-    and ``draws()`` are as exact as the inner ones. Through a lossy codec there is none: draws lie on a surface of the
-    decoder's making, and ``log_prob`` and ``draws()`` raise.
-
-    **How good it can be** the codec says: draws are no better than its reconstructions. `reconstruction_report`
-    shows them by latent dimension, and chooses one.
-
-    Args:
-        bridge: The inner bridge, of the codec's ``latent_dim``; it is fitted in place. Omitted: a `SmoothedBridge`,
-            made in ``fit``.
-        codec: Omitted: ``AutoencoderCodec()``, whose latent dimension is chosen in ``fit``. One that is fitted already
-            (on other data, as in the paper) is left as it is.
-        context_dim: Size of the context of the default inner bridge. Omitted: the inner bridge's.
-
-    Attributes:
-        bridge: The inner bridge; None before ``fit`` if it was omitted.
-        codec: The codec.
-        dim: Size of the data; an error before the codec knows it.
-
-    References:
-        Latent Schrödinger Bridge Diffusion Model for Generative Learning (Jiao, Kang, Lin, Liu and Zuo, 2024),
-        https://arxiv.org/abs/2404.13309. Inner bridges other than theirs, and densities, are ours.
-
-    Example:
-        >>> from pyro_sb.bridges import LightSB, PCACodec
-        >>> bridge = LatentBridge(LightSB(2, num_components=3), PCACodec(2))
-        >>> history = bridge.fit(torch.randn(500, 2) @ torch.randn(2, 2), num_updates=50, progress=False)
-        >>> value, log_q = bridge().draws((5,))
-        >>> torch.allclose(bridge().log_prob(value), log_q, atol=1e-4)
-        True
-    """
+    def fit_options(self) -> frozenset[str]:
+        """Names of the options that ``fit`` takes, the inner bridge's among them."""
+        inner = keyword_names(SmoothedBridge, "fit") if self.bridge is None else self.bridge.fit_options()
+        return super().fit_options() | inner
 
     def fit(
         self,
@@ -244,64 +209,69 @@ class LatentBridge(LatentState):
         pretrain: Any = None,
         refit_codec: bool = False,
         codec_options: dict[str, Any] | None = None,
-        num_draws: int = 20_000,
+        num_law_draws: int = 20_000,
         **options: Any,
     ) -> FitHistory:
         """Fit the codec if it is not fitted, then the inner bridge to the latents.
 
         Args:
-            target: Draws ``(N, dim)``, or a distribution, which gives ``num_draws`` of them.
+            target: Draws ``(N, dim)``, or a distribution, which gives ``num_law_draws`` of them.
             source: For inner bridges that take one: draws, a point or a distribution in the data's space, encoded. A
-                distribution keeps its density through a bijective codec, and gives ``num_draws`` draws otherwise.
+                distribution keeps its density through a bijective codec, and gives ``num_law_draws`` draws otherwise.
             context: Contexts of the draws, for the inner bridge. Shape ``(N, context_dim)``.
             weights: Non-negative weights of the draws. Shape ``(N,)``.
             progress: Show bars.
             checkpoint: Path to save the whole bridge to at its end. Until then the codec and the inner bridge's own
                 checkpoint lie beside it, and the same call goes on from them.
             pretrain: Rows ``(M, dim)`` to fit the codec on instead of the target, fitted already or not.
-            refit_codec: Fit a codec that is fitted already anew on the target.
+            refit_codec: Fit a codec that is fitted already once more, on the target.
             codec_options: Of the codec's ``fit``.
-            num_draws: Draws of a distribution.
+            num_law_draws: Draws of a distribution.
             **options: Of the inner bridge's ``fit``.
 
         Returns:
             The inner bridge's record; ``seconds`` are those of both.
         """
+        codec_options = codec_options or {}
+        check_names(f"{type(self).__name__}.fit", options, self.fit_options())
+        check_names(f"{type(self.codec).__name__}.fit (codec_options)", codec_options, self.codec.fit_options())
         parts, seconds = Parts(checkpoint), 0.0
         if isinstance(target, Distribution):
             parts.begin()
         size = self.codec.data_dim if pretrain is None and not refit_codec else None
-        draws = target_rows(target, size, num_draws)
-        if isinstance(target, Distribution) and (weights is not None or self.context_dim):
-            raise ValueError(
-                "weights and contexts go with draws, got a distribution as target. Pass target.sample((n,))."
-            )
-        normalised = None if weights is None else as_weights(weights, draws)
-        read_context(self.context_dim, context, draws, normalised)
+        read = read_target(
+            target_size(target) if size is None else size,
+            self.context_dim,
+            target,
+            context=context,
+            weights=weights,
+            num_law_draws=num_law_draws,
+            held_out=options.get("held_out", 0.0),
+        )
+        draws = read.points
         rows = None if pretrain is None else as_draws("pretrain", pretrain, draws.shape[1], like=draws)
-        parts.known_by(self.codec, draws, normalised, rows, refit_codec, codec_options or {})
+        parts.known_by(self.codec, draws, read.weights, rows, refit_codec, codec_options)
         learns = rows is not None or refit_codec or not self.codec.fitted
         if not parts.restore(self.codec, learns):
             if learns:
-                given = {"weights": normalised} if rows is None else {}
-                fitted = self.codec.fit(
-                    draws if rows is None else rows, progress=progress, **given, **codec_options or {}
-                )
+                given = {"weights": read.weights} if rows is None else {}
+                fitted = self.codec.fit(draws if rows is None else rows, progress=progress, **given, **codec_options)
                 seconds = fitted.seconds
             parts.keep(self.codec)
-        z = latent_rows(self.codec, draws, normalised)
+        z = latent_rows(self.codec, draws)
         inner = self._inner(int(z.shape[1]))
         inner_options = options | ({} if parts.inner is None else {"checkpoint": parts.inner})
+        inner_options |= {"held_out": read.held_out} if "held_out" in options else {}
         history = inner.fit(
             z,
-            latent_source(self.codec, source, draws, num_draws),
-            context=context,
-            weights=normalised,
+            latent_source(self.codec, source, draws, num_law_draws),
+            context=read.context,
+            weights=read.weights,
             progress=progress,
             **inner_options,
         )
         self.bridge, history.seconds = inner, history.seconds + seconds
-        self._source = source if isinstance(source, Distribution) else None
+        self._source, self.fitted_to = (source if isinstance(source, Distribution) else None), read.describe(source)
         if checkpoint is not None and not history.interrupted:
             self.save(checkpoint)
             parts.clear()
@@ -408,3 +378,47 @@ class LatentBridge(LatentState):
         """Points encoded, moved and decoded; with gradients where the inner bridge's draws have them."""
         with torch.set_grad_enabled(self.has_rsample and torch.is_grad_enabled()):
             return self._decode(move(self._encode(x), context), drawn)
+
+    @property
+    def _keeps_all(self) -> bool:
+        """Whether the codec is bijective; before its fit, whether its class answers that for itself, and may be."""
+        return self.codec.bijective if self.codec.fitted else type(self.codec).bijective is not Codec.bijective
+
+    def _fitted(self) -> Bridge:
+        if self.bridge is None:
+            raise RuntimeError(f"{type(self).__name__} must be fitted first: call bridge.fit(draws).")
+        return self.bridge
+
+    def _inner(self, latent_dim: int) -> Bridge:
+        """The inner bridge to fit: a new one where it was omitted and the size is another."""
+        if self.bridge is not None and not (self.makes_inner and self.bridge.dim != latent_dim):
+            self._check_dims(self.bridge, latent_dim)
+            return self.bridge
+        return SmoothedBridge(latent_dim, context_dim=self.context_dim)
+
+    def _check_dims(self, bridge: Bridge, latent_dim: int) -> None:
+        if bridge.dim != latent_dim:
+            raise ValueError(
+                f"the inner bridge's dim must be the codec's latent_dim, got {bridge.dim} and {latent_dim}. "
+                f"Write {type(bridge).__name__}({latent_dim}), or omit the bridge."
+            )
+
+    def _encode(self, x: Tensor) -> Tensor:
+        return self.codec.encode(shaped("x", torch.as_tensor(x), self.dim).to(self.like()))
+
+    def _decode(self, z: Tensor, drawn: bool = False) -> Tensor:
+        """Decoded latents, finite; with the codec's residual where they are draws."""
+        x = self.codec.draw(z) if drawn else self.codec.decode(z)
+        bad = int((~torch.isfinite(x)).any(-1).sum())
+        if bad:
+            raise RuntimeError(
+                f"decoded draws must be finite, got NaN or infinity in {bad} of {x[..., 0].numel()}. "
+                "The inner bridge draws latents that the decoder cannot take: fit it longer, or change the decoder."
+            )
+        return x
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        sizes = state_dict.get(prefix + "codec._extra_state")
+        if self.makes_inner and isinstance(sizes, dict) and any(k.startswith(prefix + "bridge.") for k in state_dict):
+            self.bridge = self._inner(sizes["latent_dim"])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,6 +1,5 @@
-"""What a latent fit reads: rows of the target, its latents, and the source's."""
+"""Fit of a latent bridge: latents of both ends, and the files of an unfinished fit."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,19 @@ from pyro_sb.bridges.base import as_draws
 from pyro_sb.bridges.codecs.base import Codec, check_pair, encoded
 from pyro_sb.bridges.codecs.rows import advice, numerical_rank, shaped
 from pyro_sb.bridges.ends import read_source
-from pyro_sb.bridges.units import check_law
+from pyro_sb.files import read_file, write_file
 from pyro_sb.training import random_state, set_random_state
 
 
-def target_rows(target: Any, size: int | None, num_draws: int) -> Tensor:
-    """The target's draws ``(N, d)``; of this size, where the codec knows it."""
+def target_size(target: Any) -> int:
+    """Size of the target's events; 1 where it has none, for the reading to refuse."""
     if isinstance(target, Distribution):
-        size = size or (target.event_shape[0] if len(target.event_shape) == 1 else 1)
-        check_law("target", target, size)
-    elif size is None:
-        shape = torch.as_tensor(target).shape
-        size = int(shape[1]) if len(shape) == 2 else 1
-    return as_draws("target", target, size, num_draws=num_draws)
+        return target.event_shape[0] if len(target.event_shape) == 1 else 1
+    shape = torch.as_tensor(target).shape
+    return int(shape[1]) if len(shape) == 2 else 1
 
 
-def latent_rows(codec: Codec, draws: Tensor, weights: Tensor | None = None) -> Tensor:
+def latent_rows(codec: Codec, draws: Tensor) -> Tensor:
     """The target's latents ``(N, latent_dim)``; refused where the codec does not fit the draws, or some say nothing."""
     z = check_pair(codec, shaped("target", draws, codec.data_dim))
     still = z.amax(0) - z.amin(0) <= 10 * torch.finfo(z.dtype).eps * z.abs().amax(0)
@@ -36,31 +32,26 @@ def latent_rows(codec: Codec, draws: Tensor, weights: Tensor | None = None) -> T
             f"latents must vary along every axis, got constant latents {still.nonzero().flatten().tolist()} of "
             f"{z.shape[1]} on {len(z)} rows. Lower latent_dim, or train the encoder so that it uses them."
         )
-    used = z if weights is None else z[weights > 0]
-    rank = numerical_rank(used)
-    if rank < min(z.shape[1], len(used) - 1):  # few rows say little of the rank
+    rank = numerical_rank(z)
+    if rank < min(z.shape[1], len(z) - 1):  # few rows say little of the rank
         raise ValueError(
             f"latent_dim must be at most the data's rank, got {z.shape[1]} latents with numerical rank {rank} on "
-            f"{len(used)} rows. {advice(rank)}, or fit the codec on rows like these."
+            f"{len(z)} rows. {advice(rank)}, or fit the codec on rows like these."
         )
     return z
 
 
-def latent_source(codec: Codec, source: Any, like: Tensor, num_draws: int) -> Any:
+def latent_source(codec: Codec, source: Any, like: Tensor, num_law_draws: int) -> Any:
     """The source in the latent space: None, a point, draws, or a distribution that keeps its density."""
     if source is None:
         return None
-    size = like.shape[1]
+    source = read_source(source, like.shape[1], like)
     if isinstance(source, Distribution):
-        check_law("source", source, size)
         if codec.bijective:
             return encoded(source, codec)
-        source = source.sample((num_draws,))
-    points = check_pair(codec, read_source(source, size, like), "rows of the source")
+        source = as_draws("source", source, like.shape[1], num_draws=num_law_draws, like=like)
+    points = check_pair(codec, source, "rows of the source")
     return points[0] if len(points) == 1 else points
-
-
-# An unfinished latent fit on disk: the fitted codec and the inner bridge's own checkpoint, beside the final file
 
 
 class Parts:
@@ -77,7 +68,7 @@ class Parts:
         self.start, self.name, self.device = random_state(), "", torch.device("cpu")
         self.saved: dict[str, Any] | None = None
         if self.codec is not None and self.codec.exists():
-            self.saved = torch.load(self.codec, map_location="cpu", weights_only=True)
+            self.saved = read_file(self.codec, map_location="cpu")
 
     def begin(self) -> None:
         """Torch's random state as the fit that was cut short began with: its draws of a distribution come again."""
@@ -87,9 +78,9 @@ class Parts:
 
     def known_by(self, codec: Codec, draws: Tensor, *others: Any) -> None:
         """What this fit is known again by: the codec's class and options, and the figures of draws and others."""
-        told = [_figures(each) if isinstance(each, Tensor) else each for each in (draws, *others)]
+        figures = [_figures(each) if isinstance(each, Tensor) else each for each in (draws, *others)]
         self.device = draws.device
-        self.name = repr((type(codec).__name__, codec.config(), told))
+        self.name = repr((type(codec).__name__, codec.config(), figures))
 
     def restore(self, codec: Codec, learns: bool) -> bool:
         """Whether this fit was cut short; the codec and torch's random state are then as it had them.
@@ -115,10 +106,8 @@ class Parts:
         """Write the fitted codec."""
         if self.codec is None:
             return
-        part = self.codec.with_name(self.codec.name + ".part")
         state = {"name": self.name, "state": codec.state_dict(), "start": self.start, "random": random_state()}
-        torch.save(state, part)
-        os.replace(part, self.codec)
+        write_file(state, self.codec)
 
     def clear(self) -> None:
         """Remove both files."""

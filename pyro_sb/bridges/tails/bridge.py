@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform, TransformedDistribution, constraints
 
-from pyro_sb.bridges.base import Bridge, as_draws, as_weights, class_named
-from pyro_sb.bridges.ends import read_source
+from pyro_sb.bridges.base import Bridge, class_named
+from pyro_sb.bridges.ends import read_source, read_target
+from pyro_sb.bridges.options import check_names
 from pyro_sb.bridges.proposals import MappedLaw
 from pyro_sb.bridges.tails.fit import quantile, tail_index
 from pyro_sb.distributions import Draws, PathLaw
@@ -64,6 +65,11 @@ class TailTransform(Transform):
     def curvature(self, z: Tensor) -> Tensor:
         r"""The ratio :math:`\frac{d^2 x_i}{d z_i^2} \big/ \frac{d x_i}{d z_i}`. Shape ``(*, d)``."""
         return curvature(z, self.lower, self.upper)
+
+    def __repr__(self) -> str:
+        tails = [" ".join(f"{v:.3g}" for v in side[:8].tolist()) for side in (self.lower, self.upper)]
+        more = " ..." if len(self.lower) > 8 else ""
+        return f"TailTransform(dim={len(self.loc)}): tails of index {tails[0]}{more} below, {tails[1]}{more} above"
 
     def _call(self, x: Tensor) -> Tensor:
         return self.loc + self.scale * power_tail(x, self.lower, self.upper)
@@ -191,23 +197,28 @@ class TailMatched(Bridge):
         Returns:
             The inner bridge's record.
         """
-        draws = as_draws("target", target, self.dim, num_draws=tail_draws)
-        is_law = isinstance(target, Distribution)
-        if is_law and weights is not None:
-            raise ValueError("weights are those of draws, got a distribution as target. Pass target.sample((n,)).")
-        normalised = as_weights(weights, draws)
-        transform = self._match(draws, normalised)
-        start = self._to_inner(source, transform, draws)
-        history = self.bridge.fit(
-            _transformed(target, transform) if is_law else transform.inv(draws),
-            start,
+        check_names(f"{type(self).__name__}.fit", options, self.fit_options())
+        read = read_target(
+            self.dim,
+            self.context_dim,
+            target,
             context=context,
-            weights=None if weights is None else normalised,
+            weights=weights,
+            num_law_draws=tail_draws,
+            held_out=options.get("held_out", 0.0),
+        )
+        transform = self._match(read.points, read.shares)
+        start = self._to_inner(source, transform, read.points)
+        history = self.bridge.fit(
+            transform.inv(read.points) if read.law is None else _transformed(read.law, transform),
+            start,
+            context=read.context,
+            weights=read.weights,
             progress=progress,
-            **options,
+            **options | ({"held_out": read.held_out} if "held_out" in options else {}),
         )
         self.loc, self.scale, self.lower, self.upper = transform.loc, transform.scale, transform.lower, transform.upper
-        self._source = source if isinstance(source, Distribution) else None
+        self._source, self.fitted_to = (source if isinstance(source, Distribution) else None), read.describe(source)
         if checkpoint is not None:
             self.save(checkpoint)
         return history
@@ -290,10 +301,19 @@ class TailMatched(Bridge):
         inner = class_named(config["inner_class"], Bridge, "inner_class")
         return cls(inner.from_config(config["inner_config"]), df=config["df"], fraction=config["fraction"])
 
-    def save(self, path: str | Path) -> None:
-        """As `Bridge.save`."""
-        self.bridge.save(path)  # written over below: an inner bridge may refuse what it cannot save
-        super().save(path)
+    def contents(self) -> dict[str, Any]:
+        """As `Bridge.contents`, where the inner bridge can be saved."""
+        self.bridge.contents()
+        return super().contents()
+
+    def describe_lines(self) -> list[str]:
+        """The inner bridge and the tails; then the data."""
+        tails = [str(self.transform)] if self.fitted else []
+        return [f"inner bridge {self.bridge.title()}", *tails, *super().describe_lines()]
+
+    def fit_options(self) -> frozenset[str]:
+        """Names of the options that ``fit`` takes, the inner bridge's among them."""
+        return super().fit_options() | self.bridge.fit_options()
 
     @torch.no_grad()
     def _match(self, draws: Tensor, weights: Tensor) -> TailTransform:
@@ -315,17 +335,13 @@ class TailMatched(Bridge):
 
     def _to_inner(self, source: Any, transform: TailTransform, like: Tensor) -> Any:
         """The source in z: None, a point, draws, or a distribution that keeps its density."""
+        source = read_source(source, self.dim, like)
         if source is None:
             return None
-        if not isinstance(source, Distribution):
-            points = transform.inv(read_source(source, self.dim, like))
-            return points[0] if len(points) == 1 else points
-        if tuple(source.event_shape) != (self.dim,) or len(source.batch_shape):
-            shapes = f"{tuple(source.batch_shape)} and {tuple(source.event_shape)}"
-            raise ValueError(
-                f"source must have batch and event shapes () and ({self.dim},), got {shapes}. Write .to_event(1)."
-            )
-        return _transformed(source, transform)
+        if isinstance(source, Distribution):
+            return _transformed(source, transform)
+        points = transform.inv(source)
+        return points[0] if len(points) == 1 else points
 
     def _inverse(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.dim:

@@ -1,4 +1,4 @@
-"""How heavy the tails of draws are: a generalised Pareto fit to each side of each coordinate."""
+r"""Index of power tails, :math:`P(|X| > r) \propto r^{-\nu}`: a generalised Pareto fit a side."""
 
 import math
 from typing import NamedTuple

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from pyro_sb.bridges.base import Bridge, as_draws
-from pyro_sb.bridges.diffusion.draws import DiffusionDraws
+from pyro_sb.bridges.diffusion.bridge import DiffusionBridge
 from pyro_sb.bridges.diffusion.smoothed import SmoothedBridge
 from pyro_sb.bridges.dsb.bridge import DSB
-from pyro_sb.bridges.langevin.affinity import AffinityBridge
+from pyro_sb.bridges.langevin.bridge import KernelLangevinBridge
 from pyro_sb.bridges.latent.bridge import LatentBridge
 from pyro_sb.bridges.light.bass import LightSBBM
 from pyro_sb.bridges.tails.bridge import TailMatched
@@ -151,7 +151,7 @@ def _source(bridge: Bridge, source: Any, context: Tensor | None, num: int) -> li
     if source is None:
         return [Line("source residual", "not computed", "-", "pass source, or it is the bridge's own")]
     inner = _inner(bridge)
-    if isinstance(inner, DiffusionDraws):
+    if isinstance(inner, DiffusionBridge):
         leaves = (
             "the target, smoothed" if isinstance(inner, SmoothedBridge) else "the Gaussian that its noising ends in"
         )
@@ -171,7 +171,7 @@ def _starts(bridge: Bridge, num: int, context: Tensor | None) -> Tensor:
 
 def _sinkhorn(bridge: Bridge) -> Line:
     name, inner = "Sinkhorn residual", _inner(bridge)
-    if not isinstance(inner, AffinityBridge):
+    if not isinstance(inner, KernelLangevinBridge):
         return Line(name, "does not apply", "-", f"{bridge.describe()} solves no scaling")
     total = torch.zeros_like(inner.weights)
     for rows in torch.arange(len(inner.points), device=total.device).split(BLOCK):

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
+from pyro_sb.files import read_file, write_file
 from pyro_sb.infer.amortized.latent_law import Residuals
 from pyro_sb.infer.amortized.simulator import Simulations
 from pyro_sb.infer.amortized.training_set import TrainingSet
@@ -36,7 +35,7 @@ class Store:
         """What is there; None if nothing is; an error if it belongs to another fit."""
         if self.path is None or not self.path.exists():
             return None
-        saved = torch.load(self.path, weights_only=True)
+        saved = read_file(self.path)
         if saved["arguments"] != self.arguments:
             raise ValueError(
                 f"{self.path} must be of this fit, {self.arguments}, got {saved['arguments']}. Fit with those, or "
@@ -61,9 +60,7 @@ class Store:
             "rows": [rows.latents, rows.context, rows.features, rows.held_out, rows.num_simulations],
             "exchangeable": exchangeable,
         }
-        part = self.path.with_name(self.path.name + ".part")
-        torch.save(state, part)
-        part.replace(self.path)
+        write_file(state, self.path)
 
     def clear(self) -> None:
         """Remove it."""

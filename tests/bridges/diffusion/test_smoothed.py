@@ -46,7 +46,7 @@ def knowing(bridge):
 def test_it_solves_the_schrodinger_system_by_quadrature(epsilon):
     # f0 = 1 and g1 = mu: the start is the reference's image of mu, the drift epsilon times the gradient of log h,
     # h(x, t) = int N(y; x, (1 - t) epsilon) g1(y) dy
-    bridge = untrained(3 + 1.5 * torch.randn(200, 1, **F64), epsilon=epsilon, start="moment")
+    bridge = untrained(3 + 1.5 * torch.randn(200, 1, **F64), epsilon=epsilon, source_law="moment")
     mean, variance = bridge.location, bridge.covariance[0]
     y = mean + variance.sqrt() * torch.linspace(-9, 9, 4001, **F64)
     mu = Normal(mean, variance.sqrt()).log_prob(y) + (y[1] - y[0]).log()
@@ -126,7 +126,7 @@ def test_its_start_is_the_mixture_over_the_rows():
 @pytest.mark.parametrize("num_steps", [1, 6])
 def test_weights_are_exact_for_a_bad_fit_and_few_steps(start, num_steps):
     draws = torch.randn(60, 2, **F64) @ torch.tensor([[1.0, 0.6], [0.0, 0.5]], **F64)
-    bridge = spoilt(untrained(draws, epsilon=3.0, start=start))
+    bridge = spoilt(untrained(draws, epsilon=3.0, source_law=start))
     bridge.sampler.path_steps = num_steps
     value, log_q = bridge().draws((40_000,))
     target = MultivariateNormal(value.mean(0), 0.4 * value.T.cov())
@@ -173,7 +173,7 @@ def test_it_keeps_at_most_so_many_rows(monkeypatch):
     law = MultivariateNormal(torch.zeros(2, **F64), torch.eye(2, **F64))
     bridge.fit(law, num_updates=2, progress=False)
     assert bridge.rows.shape == (10, 2)
-    assert not len(untrained(torch.randn(60, 2, **F64), start="moment").rows)
+    assert not len(untrained(torch.randn(60, 2, **F64), source_law="moment").rows)
 
 
 def test_saved_and_loaded_it_has_its_epsilon_and_steps(tmp_path):
@@ -223,8 +223,8 @@ def test_what_it_refuses():
     with pytest.raises(ValueError, match="smoothed by noise"):
         SmoothedBridge(2).fit(draws, draws, progress=False)
     with pytest.raises(ValueError, match='"moment" where there is a context'):
-        SmoothedBridge(2, context_dim=1, start="rows")
-    with pytest.raises(ValueError, match="start must be one of"):
-        SmoothedBridge(2, start="gaussian")
+        SmoothedBridge(2, context_dim=1, source_law="rows")
+    with pytest.raises(ValueError, match="source_law must be one of"):
+        SmoothedBridge(2, source_law="gaussian")
     with pytest.raises(ValueError, match="num_steps"):
         SmoothedBridge(2, num_steps=0)

@@ -8,12 +8,11 @@ from torch import nn
 
 from pyro_sb.bridges import SGM, VSDM, Bridge, Sampler
 from pyro_sb.bridges.diffusion.adapt import best_matrix, project, step_size
-from pyro_sb.bridges.diffusion.draws import flow_change
 from pyro_sb.bridges.diffusion.network import factor_covariance, factor_loss
 from pyro_sb.nn import SetEmbedding
 from pyro_sb.ops.closed_form import gaussian_bridge
 from pyro_sb.ops.linear_sde import LinearSDE, Schedule, fixed_point_rates, preconditioning, start_covariance
-from pyro_sb.ops.solvers import Conditional, Flow
+from pyro_sb.ops.solvers import Conditional, Flow, flow_change
 
 F64 = {"dtype": torch.float64}
 SMALL = {"hidden": (16, 16), "covariance_hidden": (16, 16)}
@@ -63,7 +62,7 @@ def test_on_stretched_data_the_drift_is_no_multiple_of_the_identity_and_has_the_
 @pytest.mark.parametrize("drift", ["tolerance", "matrix"])
 def test_other_drifts(drift):
     draws, given = stretched(), torch.tensor([[2.0, 0.5], [0.5, 1.0]], **F64)
-    bridge = quick(VSDM(2, drift=given if drift == "matrix" else drift, **SMALL), draws)
+    bridge = quick(VSDM(2, drift_matrix=given if drift == "matrix" else drift, **SMALL), draws)
     if drift == "matrix":
         torch.testing.assert_close(bridge.drift_matrix, given, rtol=1e-9, atol=1e-9)
     else:
@@ -141,7 +140,7 @@ def test_robbins_and_monro():
 
 
 def test_the_stochastic_drift_keeps_its_history():
-    bridge = VSDM(2, drift="stochastic", **SMALL)
+    bridge = VSDM(2, drift_matrix="stochastic", **SMALL)
     history = bridge.fit(stretched(), num_updates=40, num_stages=10, progress=False)
     assert bridge.rates_history.shape == (11, 2) and len(history.residuals) == 10
     torch.testing.assert_close(bridge.rates_history[-1], bridge.rates)
@@ -241,7 +240,7 @@ def test_the_drift_is_that_of_the_paths():
 @pytest.mark.parametrize("dim", [2, 22])
 def test_any_size_has_its_densities(dim, covariance):
     draws = torch.randn(200, dim) * torch.linspace(1, 3, dim)
-    bridge = quick(VSDM(dim, covariance=covariance, **SMALL), draws)
+    bridge = quick(VSDM(dim, step_covariance=covariance, **SMALL), draws)
     law = bridge()
     value, log_q = law.draws((20,))
     exact = torch.distributions.Normal(torch.zeros(dim), torch.linspace(1, 3, dim)).log_prob(value).sum(-1)
@@ -252,15 +251,15 @@ def test_any_size_has_its_densities(dim, covariance):
 
 REFUSED = {
     "b": (lambda: VSDM(2, b_min=0.0), "0 < b_min <= b_max"),
-    "drift": (lambda: VSDM(2, drift="best"), "drift must be one of"),
-    "shape": (lambda: VSDM(2, drift=torch.eye(3)), r"shape \(2, 2\), got \(3, 3\)"),
-    "symmetric": (lambda: VSDM(2, drift=torch.tensor([[1.0, 1.0], [0.0, 1.0]])), "symmetric"),
-    "definite": (lambda: VSDM(2, drift=-torch.eye(2)), "positive definite, got an eigenvalue of -1"),
-    "start": (lambda: VSDM(2, start="noise"), "start must be one of"),
-    "covariance": (lambda: VSDM(2, covariance="small"), "covariance must be one of"),
+    "drift": (lambda: VSDM(2, drift_matrix="best"), "drift_matrix must be one of"),
+    "shape": (lambda: VSDM(2, drift_matrix=torch.eye(3)), r"shape \(2, 2\), got \(3, 3\)"),
+    "symmetric": (lambda: VSDM(2, drift_matrix=torch.tensor([[1.0, 1.0], [0.0, 1.0]])), "symmetric"),
+    "definite": (lambda: VSDM(2, drift_matrix=-torch.eye(2)), "positive definite, got an eigenvalue of -1"),
+    "start": (lambda: VSDM(2, source_law="noise"), "source_law must be one of"),
+    "covariance": (lambda: VSDM(2, step_covariance="small"), "step_covariance must be one of"),
     "hidden": (lambda: VSDM(2, hidden=()), "at least one layer"),
     "embedding": (lambda: VSDM(2, embedding=nn.Linear(1, 1)), "needs a context"),
-    "sgm": (lambda: SGM(2, drift="tolerance"), "SGM has D = I"),
+    "sgm": (lambda: SGM(2, drift_matrix="tolerance"), "SGM has D = I"),
     "solver": (lambda: Sampler(solver="rk4"), "solver must be one of"),
     "steps": (lambda: Sampler(num_steps=0), "at least 1"),
     "source": (lambda: VSDM(2).fit(torch.randn(50, 2), torch.randn(50, 2)), "source must be None, got Tensor"),

@@ -13,7 +13,7 @@ from pyro_sb.nn import SetEmbedding
 F64 = {"dtype": torch.float64}
 BRIDGES = {
     "closed-form": lambda: VSDM(2, hidden=(8, 8), covariance_hidden=(8,)),
-    "stochastic": lambda: VSDM(2, hidden=(8, 8), covariance_hidden=(8,), drift="stochastic"),
+    "stochastic": lambda: VSDM(2, hidden=(8, 8), covariance_hidden=(8,), drift_matrix="stochastic"),
     "conditional": lambda: VSDM(
         2, context_dim=4, hidden=(8, 8), covariance_hidden=(8,), embedding=SetEmbedding(2, 3, hidden=(8,))
     ),

@@ -10,8 +10,10 @@ from torch.distributions import MultivariateNormal
 
 from pyro_sb.bridges import DSB, SGM, Bridge
 from pyro_sb.bridges.dsb.data import ReferenceChain, read_source_law, reversed_paths, sinkhorn_pairs
-from pyro_sb.bridges.dsb.fit import DSBOptions, Fit, measured_steps
+from pyro_sb.bridges.dsb.fit import DSBFit, Iterations, measured_steps
 from pyro_sb.bridges.dsb.half import Guide
+from pyro_sb.bridges.ends import read_target
+from pyro_sb.bridges.options import FitOptions
 from pyro_sb.bridges.pairs import read_pairs
 from pyro_sb.ops.brownian import SCHEDULES
 from pyro_sb.ops.closed_form import gaussian_bridge, gaussian_ipf
@@ -47,9 +49,9 @@ def affine_of(function, dim):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("chain_steps", [1, 2, 7])
-def test_before_it_has_learnt_both_chains_are_the_gaussian_bridge_for_any_number_of_steps(chain_steps, schedule):
-    bridge, exact = between_gaussians(chain_steps=chain_steps, schedule=schedule)
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+def test_before_it_has_learnt_both_chains_are_the_gaussian_bridge_for_any_number_of_steps(num_steps, schedule):
+    bridge, exact = between_gaussians(num_steps=num_steps, schedule=schedule)
     for forward, mean, cov, end_mean, end_cov, cross in [
         (True, exact.mean0, exact.cov0, exact.mean1, exact.cov1, exact.cross_covariance),
         (False, exact.mean1, exact.cov1, exact.mean0, exact.cov0, exact.cross_covariance.mT),
@@ -57,7 +59,7 @@ def test_before_it_has_learnt_both_chains_are_the_gaussian_bridge_for_any_number
         chain = bridge._chain(forward)
         given, start = bridge._given(chain.half, None), mean
         joint = cov  # Cov(start, state)
-        for k in range(chain_steps):
+        for k in range(num_steps):
             matrix, offset = affine_of(lambda x: chain.mean(k, x, given), 3)  # noqa: B023
             scale = chain.half.step(chain.times[k], chain.times[k + 1], mean[None], given, 0.7).scale[0]
             noise = chain.half.basis * scale.square() @ chain.half.basis.T
@@ -68,9 +70,9 @@ def test_before_it_has_learnt_both_chains_are_the_gaussian_bridge_for_any_number
         assert start is not None
 
 
-@pytest.mark.parametrize("chain_steps", [1, 5])
-def test_between_gaussians_the_path_s_density_is_the_draw_s_own(chain_steps):
-    bridge, exact = between_gaussians(chain_steps=chain_steps)
+@pytest.mark.parametrize("num_steps", [1, 5])
+def test_between_gaussians_the_path_s_density_is_the_draw_s_own(num_steps):
+    bridge, exact = between_gaussians(num_steps=num_steps)
     target = MultivariateNormal(exact.mean1, exact.cov1)
     draws = bridge().draws((40,))
     torch.testing.assert_close(draws.log_q, target.log_prob(draws.value), rtol=1e-8, atol=1e-8)
@@ -80,7 +82,7 @@ def test_between_gaussians_the_path_s_density_is_the_draw_s_own(chain_steps):
 
 def test_the_default_source_has_the_target_s_moments_and_its_density():
     target = torch.randn(500, 2, **F64) * torch.tensor([0.3, 4.0], **F64) + 7
-    bridge = DSB(2, hidden=(8,), chain_steps=3)
+    bridge = DSB(2, hidden=(8,), num_steps=3)
     bridge.fit(target, **QUICK, held_out=0.0)
     given = bridge._given(bridge.ahead, None)
     law = dist.Normal(target.mean(0), target.std(0, correction=0)).to_event(1)
@@ -105,7 +107,7 @@ def test_given_a_context_it_starts_at_the_gaussian_bridge_between_the_regression
     noise = torch.randn(400, 2, **F64)
     noise = noise - noise.mean(0)
     target = context @ slope.T + noise @ rest.T
-    bridge = DSB(2, context_dim=2, epsilon=0.5, hidden=(8,), chain_steps=3)
+    bridge = DSB(2, context_dim=2, epsilon=0.5, hidden=(8,), num_steps=3)
     bridge.fit(target, context=context, held_out=0.0, **QUICK)
     bridge.ahead.net.reset(), bridge.back.net.reset()
     for half in (bridge.ahead, bridge.back):
@@ -128,14 +130,14 @@ def test_given_a_context_it_starts_at_the_gaussian_bridge_between_the_regression
 def test_the_published_reversal_of_a_gaussian_bridge_is_its_other_half_to_second_order():
     # E[x + B(x') - B(x) | x] against F(x), exactly, from the joint Gaussian law of a step: errors fall as h^2
     errors = []
-    for chain_steps in (20, 40, 80):
+    for num_steps in (20, 40, 80):
         torch.manual_seed(1)
-        bridge, exact = between_gaussians(dim=1, chain_steps=chain_steps, schedule="constant")
+        bridge, exact = between_gaussians(dim=1, num_steps=num_steps, schedule="constant")
         bridge.ahead.take_steps(bridge._times()), bridge.back.take_steps(bridge._times())
-        ahead, back, k = bridge._chain(True), bridge._chain(False), chain_steps // 2
+        ahead, back, k = bridge._chain(True), bridge._chain(False), num_steps // 2
         given, behind = bridge._given(ahead.half, None), bridge._given(back.half, None)
         mean, cov = exact.marginal(float(ahead.times[k + 1]))  # of x', where B's step begins
-        matrix, offset = affine_of(lambda x: back.mean(chain_steps - 1 - k, x, behind), 1)  # noqa: B023
+        matrix, offset = affine_of(lambda x: back.mean(num_steps - 1 - k, x, behind), 1)  # noqa: B023
         size = ahead.times[k + 1] - ahead.times[k]
         slope = cov @ matrix.T / (matrix @ cov @ matrix.T + exact.epsilon * size)  # E[x' | x]
         goal = 1 + matrix * slope - matrix
@@ -146,7 +148,7 @@ def test_the_published_reversal_of_a_gaussian_bridge_is_its_other_half_to_second
 
 
 def test_mean_matching_goals_are_the_earlier_state_where_the_other_chain_is_brownian():
-    bridge, _ = between_gaussians(dim=2, chain_steps=5)
+    bridge, _ = between_gaussians(dim=2, num_steps=5)
     x = torch.randn(7, 2, **F64)
     times = bridge._times()
     paths = reversed_paths(ReferenceChain(times, 0.7, None), x, bridge._given(bridge.back, None), None)
@@ -156,7 +158,7 @@ def test_mean_matching_goals_are_the_earlier_state_where_the_other_chain_is_brow
 
 def test_the_ornstein_uhlenbeck_reference_leaves_the_source_alone():
     times, epsilon = torch.linspace(0, 1, 2001, **F64), 3.0
-    bridge, exact = between_gaussians(dim=1, chain_steps=5)
+    bridge, exact = between_gaussians(dim=1, num_steps=5)
     given = bridge._given(bridge.back, None)
     chain = ReferenceChain(times, epsilon, exact.cov0.diagonal())
     mean, variance = exact.mean0.clone(), exact.cov0.diagonal().clone()
@@ -174,7 +176,7 @@ def test_the_first_iteration_of_ipf_is_the_score_model(variance, most):
     rate, target = 4.0, torch.cat([torch.randn(4000, 1) * 0.3 - 1, torch.randn(4000, 1) * 0.3 + 1])
     score = SGM(1, b_min=rate, b_max=rate, power=1.0, hidden=(64, 64))
     score.fit(target, num_updates=1500, progress=False)
-    bridge = DSB(1, epsilon=rate, method="ipf", chain_steps=50, variance=variance, hidden=(64, 64))
+    bridge = DSB(1, epsilon=rate, method="ipf", num_steps=50, variance=variance, hidden=(64, 64))
     source = dist.Normal(torch.zeros(1), torch.ones(1)).to_event(1)
     bridge.fit(target, source, reference="ou", num_iterations=1, num_updates=1500, progress=False)
     x = torch.linspace(-1.5, 1.5, 41)[:, None]
@@ -208,7 +210,7 @@ def test_what_a_regression_cannot_see_is_learnt_from_the_context():
     context = 4 * torch.rand(4000, 1) - 2
     target = context.abs() + 0.2 * torch.randn(4000, 1)
     for method in ("imf", "ipf"):
-        bridge = DSB(1, context_dim=1, epsilon=1.0, method=method, hidden=(64, 64), chain_steps=20)
+        bridge = DSB(1, context_dim=1, epsilon=1.0, method=method, hidden=(64, 64), num_steps=20)
         bridge.fit(target, context=context, num_iterations=2, num_updates=300, num_pairs=4000, progress=False)
         place = torch.tensor([[-1.5], [-0.75], [0.75], [1.5]])
         means = bridge(place).sample((1000,)).mean(0)
@@ -224,7 +226,7 @@ def test_sinkhorn_pairs_have_the_bridge_s_correlation():
 
 @pytest.mark.parametrize("method", ["imf", "ipf"])
 def test_steps_have_the_reference_s_variance_where_it_is_asked_for(method):
-    bridge = DSB(2, epsilon=0.3, method=method, hidden=(8,), chain_steps=4, variance="reference")
+    bridge = DSB(2, epsilon=0.3, method=method, hidden=(8,), num_steps=4, variance="reference")
     bridge.fit(torch.randn(100, 2, **F64), **QUICK)
     for forward in (True, False):
         chain = bridge._chain(forward)
@@ -247,12 +249,12 @@ def as_ipf_learns_it(bridge):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_steps_out_of_a_table_are_the_gaussian_bridge_s(schedule):
-    bridge, exact = between_gaussians(chain_steps=5, schedule=schedule)
+    bridge, exact = between_gaussians(num_steps=5, schedule=schedule)
     as_ipf_learns_it(bridge)
     draws = bridge().draws((40,))
     law = MultivariateNormal(exact.mean1, exact.cov1)
     torch.testing.assert_close(draws.log_q, law.log_prob(draws.value), rtol=1e-8, atol=1e-8)
-    bridge.chain_steps = 500  # shorter steps have the reference's variance
+    bridge.num_steps = 500  # shorter steps have the reference's variance
     chain = bridge._chain(True)
     logs = torch.stack([chain.half._step_log(now, then) for now, then in zip(chain.times[:-1], chain.times[1:])])
     share = 5 / 500 if schedule == "constant" else 0.1
@@ -262,7 +264,7 @@ def test_steps_out_of_a_table_are_the_gaussian_bridge_s(schedule):
 @pytest.mark.parametrize("matched", [False, True])
 def test_ipf_leaves_the_gaussian_bridge_as_it_is_in_three_steps(matched):
     # what F would learn from B's paths is F: means and variances. The published goals would move both
-    bridge, exact = between_gaussians(chain_steps=3, schedule="constant")
+    bridge, exact = between_gaussians(num_steps=3, schedule="constant")
     as_ipf_learns_it(bridge)
     num, half = 40_000, bridge.ahead
     x, given = MultivariateNormal(exact.mean1, exact.cov1).sample((num,)), bridge._given(half, None)
@@ -286,7 +288,7 @@ def test_ipf_in_four_steps_goes_through_the_exact_iterates():
     source, target = (MultivariateNormal(torch.zeros(1), torch.eye(1) * v) for v in (1.0, 9.0))
     one = torch.eye(1, **F64)
     exact = gaussian_ipf(gaussian_bridge(0 * one[0], one, 0 * one[0], 9 * one, epsilon=1.0), 3)[::2]
-    bridge, found = DSB(1, epsilon=1.0, method="ipf", chain_steps=4, hidden=(32, 32)), []
+    bridge, found = DSB(1, epsilon=1.0, method="ipf", num_steps=4, hidden=(32, 32)), []
 
     def keep(_):
         x0, x1 = bridge.coupling(20_000)
@@ -303,11 +305,11 @@ def test_ipf_in_four_steps_goes_through_the_exact_iterates():
 def test_an_unfinished_fit_goes_on_bit_for_bit(tmp_path, method, kind):
     target = torch.randn(300, 2) if kind == "draws" else MultivariateNormal(torch.ones(2), torch.eye(2))
     source = torch.rand(90, 2) if kind == "draws" else None
-    options = QUICK | {"num_iterations": 2, "num_updates": 40, "refresh": 15, "num_draws": 500}
+    options = QUICK | {"num_iterations": 2, "num_updates": 40, "refresh": 15, "num_law_draws": 500}
     path, runs = tmp_path / "a.pt", []
 
     def fresh():
-        return DSB(2, hidden=(8, 8), chain_steps=3, method=method)
+        return DSB(2, hidden=(8, 8), num_steps=3, method=method)
 
     def count(*_):
         runs.append(1)
@@ -352,7 +354,7 @@ def test_a_checkpoint_of_another_fit_is_refused(tmp_path):
 
 
 def test_ctrl_c_keeps_what_was_learnt():
-    bridge, calls = DSB(2, hidden=(8,), chain_steps=3), []
+    bridge, calls = DSB(2, hidden=(8,), num_steps=3), []
 
     def interrupt(*_):
         calls.append(1)
@@ -367,13 +369,13 @@ def test_ctrl_c_keeps_what_was_learnt():
 
 def test_iterations_are_told_and_measured():
     told = []
-    bridge = DSB(2, hidden=(8,), chain_steps=3)
+    bridge = DSB(2, hidden=(8,), num_steps=3)
     history = bridge.fit(torch.randn(100, 2), **(QUICK | {"num_iterations": 3}), on_iteration=told.append)
     assert told == [1, 2, 3] and len(history.residuals) == 3
 
 
 def test_draws_to_draws_has_no_density_and_says_so():
-    bridge = DSB(2, hidden=(8,), chain_steps=3)
+    bridge = DSB(2, hidden=(8,), num_steps=3)
     bridge.fit(torch.randn(100, 2), torch.rand(80, 2), **QUICK)
     assert bridge.density is None
     for ask in (lambda: bridge().draws((3,)), lambda: bridge.path_log_prob(torch.zeros(2))):
@@ -394,10 +396,10 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("change", [("chain_steps", 5), ("schedule", "triangular")])
+@pytest.mark.parametrize("change", [("num_steps", 5), ("schedule", "triangular")])
 def test_ipf_s_steps_are_its_own_and_imf_s_are_free(change, tmp_path):
     for method in ("imf", "ipf"):
-        bridge = DSB(2, hidden=(8,), chain_steps=4, schedule="constant", method=method)
+        bridge = DSB(2, hidden=(8,), num_steps=4, schedule="constant", method=method)
         bridge.fit(torch.randn(100, 2), **QUICK)
         setattr(bridge, *change)
         bridge.save(tmp_path / "a.pt")
@@ -412,15 +414,15 @@ def test_ipf_s_steps_are_its_own_and_imf_s_are_free(change, tmp_path):
 
 
 def test_a_file_without_the_variances_of_steps_is_refused():
-    bridge = DSB(2, hidden=(8,), chain_steps=3)
+    bridge = DSB(2, hidden=(8,), num_steps=3)
     bridge.fit(torch.randn(100, 2), **QUICK)
     state = {key: value for key, value in bridge.state_dict().items() if "step_" not in key}
     with pytest.raises(ValueError, match="of an earlier version. Fit the bridge again"):
-        DSB(2, hidden=(8,), chain_steps=3).load_state_dict(state)
+        DSB(2, hidden=(8,), num_steps=3).load_state_dict(state)
 
 
 def test_a_loaded_bridge_asks_for_a_source_that_was_a_distribution(tmp_path):
-    bridge, law = DSB(2, hidden=(8,), chain_steps=3), MultivariateNormal(torch.zeros(2), torch.eye(2))
+    bridge, law = DSB(2, hidden=(8,), num_steps=3), MultivariateNormal(torch.zeros(2), torch.eye(2))
     bridge.fit(torch.randn(100, 2), law, **QUICK)
     bridge.save(tmp_path / "a.pt")
     loaded = DSB.load(tmp_path / "a.pt")
@@ -438,9 +440,9 @@ def test_a_loaded_bridge_asks_for_a_source_that_was_a_distribution(tmp_path):
         (lambda: DSB(2, method="sinkhorn"), "method must be one of"),
         (lambda: DSB(2, schedule="cosine"), "schedule must be one of"),
         (lambda: DSB(2, variance="learnt"), "variance must be one of"),
-        (lambda: DSB(2, chain_steps=0), "chain_steps must be a whole number, at least 1"),
-        (lambda: DSB(2, chain_steps=2.5), "chain_steps must be a whole number"),
-        (lambda: DSB(2, chain_steps=math.nan), "chain_steps must be a whole number"),
+        (lambda: DSB(2, num_steps=0), "num_steps must be a whole number, at least 1"),
+        (lambda: DSB(2, num_steps=2.5), "num_steps must be a whole number"),
+        (lambda: DSB(2, num_steps=math.nan), "num_steps must be a whole number"),
         (lambda: DSB(2, epsilon=None), "epsilon must be positive and finite, got None"),
         (lambda: DSB(2, embedding=torch.nn.Identity()), "context_dim > 0"),
     ],
@@ -480,13 +482,14 @@ def test_sinkhorn_pairs_are_refused_where_there_is_a_context():
 def test_held_out_source_draws_teach_nothing():
     # far away as they are, no pair that is learnt from may hold one; the judge holds no others
     source = torch.randn(200, 2)
-    read = read_pairs(2, 0, torch.randn(50, 2), None, None, 100, 0.0, None)
+    read = read_pairs(read_target(2, 0, torch.randn(50, 2), num_law_draws=100))
     begin = read_source_law(read, source, 2, 100, 0.25)
     assert len(begin.test) == 50 and set(begin.test.tolist()) | set(begin.train.tolist()) == set(range(200))
     bridge = DSB(2, hidden=(8,))
     bridge._adopt(read, begin)
-    options = DSBOptions(1, 1, 8, 1e-3, None, 100, 8, "independent", "mean", "brownian", True, 1, False, None)
-    fit = Fit(bridge, options, read, begin, [], "", None)
+    options = FitOptions(1, 8, 1e-3, None, 100, False, None)
+    plan = Iterations(1, 8, "independent", "mean", "brownian", True, 1)
+    fit = DSBFit(bridge, options, plan, read, begin, [], "", None)
     for held_out, rows in ((False, begin.train), (True, begin.test)):
         drawn = fit._start(500, None, held_out)
         allowed = {tuple(row) for row in source[rows].tolist()}
@@ -495,11 +498,11 @@ def test_held_out_source_draws_teach_nothing():
 
 def test_an_epsilon_far_below_the_target_is_warned_of():
     with pytest.warns(RuntimeWarning, match="epsilon is 0.000.* of the target's variance"):
-        DSB(2, epsilon=1.0, hidden=(8,), chain_steps=2).fit(100 * torch.randn(100, 2), **QUICK)
+        DSB(2, epsilon=1.0, hidden=(8,), num_steps=2).fit(100 * torch.randn(100, 2), **QUICK)
 
 
 def test_many_draws_come_in_chunks_of_the_same_law(monkeypatch):
-    bridge, exact = between_gaussians(chain_steps=4)
+    bridge, exact = between_gaussians(num_steps=4)
     monkeypatch.setattr("pyro_sb.bridges.dsb.bridge.CHUNK", 100)
     draws = bridge().draws((37,))
     target = MultivariateNormal(exact.mean1, exact.cov1)

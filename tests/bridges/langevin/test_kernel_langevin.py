@@ -556,9 +556,8 @@ def test_a_scaling_that_stops_short_warns_with_the_figure_and_the_knob():
 
 def test_a_distribution_may_be_the_target(tmp_path):
     bridge = KernelLangevinBridge(2)
-    bridge.fit(
-        MultivariateNormal(torch.zeros(2), torch.eye(2)), num_draws=128, checkpoint=tmp_path / "b.pt", progress=False
-    )
+    law = MultivariateNormal(torch.zeros(2), torch.eye(2))
+    bridge.fit(law, num_law_draws=128, checkpoint=tmp_path / "b.pt", progress=False)
     assert bridge.points.shape == (128, 2)
     assert torch.equal(KernelLangevinBridge.load(tmp_path / "b.pt").points, bridge.points)
 

@@ -196,7 +196,7 @@ def test_transport_has_gradients_where_the_inner_bridge_s_draws_do(monkeypatch):
 
 def test_both_ways_and_pairs_are_the_inner_bridge_s_decoded():
     x = rows()
-    bridge = LatentBridge(DSB(2, hidden=(8,), chain_steps=3), PCACodec(2))
+    bridge = LatentBridge(DSB(2, hidden=(8,), num_steps=3), PCACodec(2))
     fitted(bridge, x, source=x + 20, num_iterations=1)
     asked = []
     for ask in (
@@ -248,7 +248,7 @@ def test_a_codec_that_is_fitted_stays_unless_asked():
     torch.testing.assert_close(codec.location, target.mean(0))
     fitted(bridge, target, pretrain=other)
     torch.testing.assert_close(codec.location, other.mean(0))
-    fitted(bridge, MultivariateNormal(torch.zeros(6, **F64), torch.eye(6, **F64)), num_draws=500)
+    fitted(bridge, MultivariateNormal(torch.zeros(6, **F64), torch.eye(6, **F64)), num_law_draws=500)
     torch.testing.assert_close(codec.location, other.mean(0))
 
 
@@ -285,7 +285,7 @@ def test_a_bound_carries_no_gradient_of_the_determinant_alone():
     pair = PairCodec(
         torch.asinh, torch.sinh, 2, 2, bijective=True, log_abs_det=lambda z: z.cosh().log().sum(-1)
     )  # fmt: skip
-    bridge = fitted(LatentBridge(DSB(2, hidden=(8,), chain_steps=3), pair), rows(), num_iterations=1, num_pairs=100)
+    bridge = fitted(LatentBridge(DSB(2, hidden=(8,), num_steps=3), pair), rows(), num_iterations=1, num_pairs=100)
     assert not bridge.path_log_prob(torch.zeros(2, requires_grad=True)).requires_grad
 
 
@@ -296,7 +296,7 @@ def test_a_pair_with_more_latents_than_data_is_refused():
 
 def test_between_gaussians_the_bound_through_a_bijection_is_the_density():
     target = rows(4000)
-    bridge = LatentBridge(DSB(2, hidden=(8,), chain_steps=3), PCACodec(2))
+    bridge = LatentBridge(DSB(2, hidden=(8,), num_steps=3), PCACodec(2))
     fitted(bridge, target, num_iterations=1, num_pairs=4000, held_out=0.0)
     for half in (bridge.bridge.ahead, bridge.bridge.back):  # as before they learnt: exact between the moments
         half.net.reset()
@@ -304,7 +304,7 @@ def test_between_gaussians_the_bound_through_a_bijection_is_the_density():
     law = MultivariateNormal(target.mean(0), target.T.cov(correction=0))
     x = target[:5]
     torch.testing.assert_close(bridge.path_log_prob(x, num_paths=1), law.log_prob(x), rtol=0, atol=1e-3)
-    lossy = fitted(LatentBridge(DSB(2, hidden=(8,), chain_steps=3), PCACodec(2)), wide(), num_iterations=1)
+    lossy = fitted(LatentBridge(DSB(2, hidden=(8,), num_steps=3), PCACodec(2)), wide(), num_iterations=1)
     with pytest.raises(NotImplementedError, match="PCACodec.*lossy"):
         lossy.path_log_prob(torch.zeros(6))
 
@@ -372,7 +372,7 @@ def test_a_fit_that_was_cut_short_goes_on_with_its_codec(update, kind, tmp_path,
     def fit(checkpoint, seed=4):
         torch.manual_seed(seed)
         bridge = LatentBridge(small(), AutoencoderCodec(2, hidden=(8,)))
-        options = {"num_updates": 60, "codec_options": {"num_updates": 5}, "num_draws": 200}
+        options = {"num_updates": 60, "codec_options": {"num_updates": 5}, "num_law_draws": 200}
         return fitted(bridge, target, checkpoint=checkpoint, **options).state_dict()
 
     whole, original, calls = fit(None), SmoothedBridge._goal, iter(range(10_000))

@@ -103,12 +103,8 @@ def test_dropout_is_on_in_the_fit_alone(monkeypatch):
             raise KeyError("enough")
 
     target, context = pairs()
-<<<<<<< HEAD:tests/bridges/light/test_light_contexts.py
-    bridge = Watched(2, num_components=3, epsilon=0.5, context_dim=3, covariance="full", hidden=(16, 16), dropout=0.5)
-=======
     monkeypatch.setitem(SOLVERS, "likelihood", Watched())
     bridge = LightSB(2, num_components=3, epsilon=0.5, context_dim=3, covariance="full", hidden=(16, 16), dropout=0.5)
->>>>>>> light:tests/bridges/light/test_parameters.py
     with pytest.raises(KeyError, match="enough"):
         bridge.fit(target, context=context, **QUICK)
     assert seen == [True] and not bridge.parameters_of.net.noisy

@@ -49,7 +49,7 @@ def quiet():
 
 
 def dsb(target, source=None):
-    bridge = DSB(2, hidden=(32, 32), chain_steps=8)
+    bridge = DSB(2, hidden=(32, 32), num_steps=8)
     with quiet():
         bridge.fit(target, source, num_iterations=1, num_updates=60, num_pairs=500, progress=False)
     return bridge

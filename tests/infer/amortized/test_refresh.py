@@ -6,8 +6,8 @@ import warnings
 import pyro.infer
 import pytest
 import torch
-
 from pyro_sb.bridges.diffusion.state import Sampler
+
 from pyro_sb.bridges.diffusion.vsdm import VSDM
 from pyro_sb.infer.amortized.latent_law import LatentLaw, Residuals
 from pyro_sb.infer.amortized.paired import BatchJoint, paired_joint

@@ -59,7 +59,7 @@ BRIDGES = {
     "VSDM": (lambda **kw: small(VSDM, **kw), {"num_updates": 100}),
     "SGM": (lambda **kw: small(SGM, **kw), {"num_updates": 100}),
     "DSB": (
-        lambda **kw: DSB(2, hidden=(16, 16), chain_steps=20, schedule="constant", **kw),
+        lambda **kw: DSB(2, hidden=(16, 16), num_steps=20, schedule="constant", **kw),
         {"num_updates": 50, "num_iterations": 2},
     ),
     "plain": (lambda **kw: KernelLangevinBridge(2, scheme="plain", num_steps=3, **kw), {}),
