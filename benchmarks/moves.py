@@ -21,8 +21,8 @@ from benchmarks.score import Row, score
 from benchmarks.targets import FLOAT, autoregression, banana, gaussian, two_modes
 from pyro_sb.datasets import PosteriorTask, posterior_task
 from pyro_sb.infer import MCMC, KernelLangevin
-from pyro_sb.infer.mcmc.frozen import Frozen, equal_weights, fit_bridge
-from pyro_sb.infer.mcmc.walk import ROLES
+from pyro_sb.infer.kernels.langevin import fit_bridge
+from pyro_sb.infer.mcmc.walk import ROLES, Frozen
 from pyro_sb.infer.moves.moves import BridgeMove
 from pyro_sb.infer.moves.tuning import Batch, tune
 from pyro_sb.ops.student_mixture import weighted_covariance
@@ -53,7 +53,7 @@ class CrankNicolson(KernelLangevin):
         if self.frozen is not None:
             return
         super()._prepare()
-        points, weights = equal_weights(self.population)
+        points, weights = self.population.distinct()
         covariance = weighted_covariance(points, weights)
         move = BridgeMove(fit_bridge(points, weights, covariance, 1e6))
         start = points[torch.multinomial(weights, CHAINS, replacement=True)]

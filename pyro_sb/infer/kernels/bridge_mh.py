@@ -1,4 +1,4 @@
-"""BridgeMH: any bridge with a density as the proposal of an exact MCMC kernel."""
+r"""BridgeMH, exact MCMC :math:`\min(1, w' / w)` with any bridge that has a density as its proposal."""
 
 import copy
 import logging
@@ -12,20 +12,27 @@ from torch import Tensor
 from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.light.light import LightSB
 from pyro_sb.infer.amortized.posterior import Posterior
+from pyro_sb.infer.amortized.refresh import PosteriorProposals
 from pyro_sb.infer.kernels.checks import (
     check_bridge,
+    check_bridge_probability,
     check_context,
+    check_coordinates,
+    check_count,
     check_density,
     check_dim,
-    check_options,
+    check_fit_options,
+    check_local,
+    check_model,
     check_paths,
     check_posterior,
+    check_start,
     check_unused,
+    made_bridge,
 )
-from pyro_sb.infer.kernels.moves import BridgeWalk
-from pyro_sb.infer.kernels.proposals import BridgeProposals, PosteriorProposals, Proposals
 from pyro_sb.infer.kernels.warmup import Pilot, Start, freeze_bridge, judge, start_of_pilot, start_of_population
-from pyro_sb.infer.mcmc.kernel import WalkingKernel
+from pyro_sb.infer.mcmc.kernel import ModelKernel
+from pyro_sb.infer.moves.proposals import BridgeProposals, Proposals
 from pyro_sb.infer.population.coordinates import choose_coordinates
 from pyro_sb.infer.population.population import POOR_SHARE, populate
 
@@ -35,7 +42,7 @@ logger = logging.getLogger(__name__)
 LEAST_ACCEPTANCE = 0.05
 
 
-class BridgeMH(WalkingKernel):
+class BridgeMH(ModelKernel):
     r"""Exact MCMC that proposes from a bridge and corrects it, on points or in the space of paths.
 
     A proposal :math:`x'` is a draw of the bridge, independent of the state, and is accepted with
@@ -119,8 +126,8 @@ class BridgeMH(WalkingKernel):
         self,
         model: Callable[..., Any] | None = None,
         bridge: Bridge | Posterior | Callable[[int], Bridge] | None = None,
-        potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         *,
+        potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         local: str | None = "hmc",
         context: Any = None,
         num_proposals: int = 1,
@@ -135,6 +142,7 @@ class BridgeMH(WalkingKernel):
         transforms: dict[str, Any] | None = None,
         jit_compile: bool = False,
     ) -> None:
+        check_model(model, bridge, potential_fn)
         check_bridge(bridge, context)
         if model is None and potential_fn is None and isinstance(bridge, Posterior):
             model = bridge.model
@@ -146,12 +154,18 @@ class BridgeMH(WalkingKernel):
             transforms=transforms,
             jit_compile=jit_compile,
         )
-        check_options(local, num_proposals, num_paths, bridge_probability, num_particles, start, reparam)
+        check_local(local)
+        check_bridge_probability(bridge_probability, local)
+        check_coordinates(reparam)
+        self.num_proposals = check_count("num_proposals", num_proposals, least=1)
+        self.num_paths = check_count("num_paths", num_paths, least=1)
+        self.num_particles = check_count("num_particles", num_particles, least=50)
         check_unused(bridge, fit_options, num_paths)
+        if bridge is None or isinstance(bridge, Bridge) or isinstance(bridge, type):
+            check_fit_options(LightSB if bridge is None else bridge, fit_options)
         self.bridge, self.context = bridge, context
-        self.local, self.num_proposals, self.num_paths = local, num_proposals, num_paths
-        self.bridge_probability, self.num_particles = bridge_probability, num_particles
-        self.start, self.fit_options, self.reparam = start, dict(fit_options or {}), reparam
+        self.local, self.bridge_probability = local, bridge_probability
+        self.start, self.fit_options, self.reparam = check_start(start), dict(fit_options or {}), reparam
         self.proposals: Proposals | None = None
         self.pilot: Pilot | None = None
         self._begin: Start | None = None
@@ -165,15 +179,27 @@ class BridgeMH(WalkingKernel):
         elif isinstance(self.bridge, Bridge):
             check_dim(self.bridge, self.log_joint)
 
+    def __repr__(self) -> str:
+        if self.bridge is None or isinstance(self.bridge, type) or not isinstance(self.bridge, (Bridge, Posterior)):
+            name = getattr(self.bridge, "__name__", "LightSB")
+            bridge = f"a {name}, to be fitted in warm-up"
+        elif isinstance(self.bridge, Posterior):
+            bridge = "an amortised posterior"
+        else:
+            bridge = f"{self.bridge.describe()}, {'fitted' if self.bridge.fitted else 'to be fitted in warm-up'}"
+        lines = [f"BridgeMH({self._subject()})", f"  proposes from: {bridge}"]
+        if self.pilot is None or self.frozen is None:
+            return "\n".join([*lines, "  before its warm-up"])
+        return "\n".join([*lines, *(f"  {line}" for line in self.describe().splitlines()[-3:])])
+
     def describe(self) -> str:
         """What warm-up found and froze, in lines: the population if there is one, the bridge's worth, the moves."""
         if self.pilot is None or self.frozen is None:
             return "BridgeMH before its warm-up"
         stages = [] if self.population is None else list(self.population.stages)
-        coordinates = "the model's own" if self.coordinates is None else f"non-centred in {self.coordinates.sites}"
         worth = f"effective share {self.pilot.share:.3f}, k-hat {self.pilot.k_hat:.2f}"
         return "\n".join(
-            [*stages, f"bridge: {worth}", f"coordinates: {coordinates}", f"moves: {self.frozen.describe()}"]
+            [*stages, f"bridge: {worth}", f"coordinates: {self._where()}", f"moves: {self.frozen.describe()}"]
         )
 
     def _facts(self) -> dict[str, Any]:
@@ -218,7 +244,7 @@ class BridgeMH(WalkingKernel):
     def _fitted_proposals(self) -> Proposals:
         """Proposals of the bridge as it is, or of a copy that is fitted to the population."""
         if isinstance(self.bridge, Posterior):
-            return PosteriorProposals(self.bridge.law, self.num_paths)
+            return PosteriorProposals(self.bridge.law, self.bridge.law.context, self.num_paths)
         if isinstance(self.bridge, Bridge) and self.bridge.fitted:
             return BridgeProposals(self.bridge, check_context(self.bridge, self.context), self.num_paths)
         reparam = self.reparam if self._joint_options["transforms"] is None else None
@@ -243,9 +269,8 @@ class BridgeMH(WalkingKernel):
             assert self.population is not None
             return LightSB(self.log_joint.dim, num_components=self.population.core.num_components, covariance="full")
         assert not isinstance(self.bridge, Posterior)
-        made = self.bridge(self.log_joint.dim)
-        check_bridge(made, None)
-        check_dim(made, self.log_joint)
+        made = made_bridge(self.bridge, self.log_joint)
+        check_fit_options(made, self.fit_options)
         return made
 
     def _found_start(self) -> Start:
@@ -263,7 +288,3 @@ class BridgeMH(WalkingKernel):
         """Draws of the start by weight."""
         assert self._begin is not None
         return self._begin.points[torch.multinomial(self._begin.weights, num, replacement=True)]
-
-    def _new_walk(self, state: Tensor, log_density: Tensor) -> BridgeWalk:
-        assert self.frozen is not None
-        return BridgeWalk(self._target, self.frozen, state, log_density)
