@@ -143,7 +143,7 @@ def temper(
 
     A level raises each :math:`\beta` until the incremental weights' effective sample size falls to ``ess_share``,
     resamples systematically, and moves every particle by Hamiltonian Monte Carlo. Step sizes follow the acceptance of
-    their own column. The evidence is unbiased for each target.
+    their own column. The evidence is unbiased but for the levels, which the particles choose: its bias falls as 1 / N.
 
     Args:
         law: q, normalised.
