@@ -178,6 +178,9 @@ class BridgeMH(ModelKernel):
             check_posterior(self.bridge, self.log_joint)
         elif isinstance(self.bridge, Bridge):
             check_dim(self.bridge, self.log_joint)
+        elif self.bridge is not None:
+            with torch.random.fork_rng(devices=[]):  # the one that is fitted is made when it is fitted
+                check_fit_options(made_bridge(self.bridge, self.log_joint), self.fit_options)
 
     def __repr__(self) -> str:
         if self.bridge is None or isinstance(self.bridge, type) or not isinstance(self.bridge, (Bridge, Posterior)):
@@ -269,9 +272,7 @@ class BridgeMH(ModelKernel):
             assert self.population is not None
             return LightSB(self.log_joint.dim, num_components=self.population.core.num_components, covariance="full")
         assert not isinstance(self.bridge, Posterior)
-        made = made_bridge(self.bridge, self.log_joint)
-        check_fit_options(made, self.fit_options)
-        return made
+        return made_bridge(self.bridge, self.log_joint)
 
     def _found_start(self) -> Start:
         """The population's, or the bridge's weighted draws, or a population where those are poor."""
