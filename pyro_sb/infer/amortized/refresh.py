@@ -16,7 +16,7 @@ from pyro_sb.infer.moves.tuning import Batch, fit_step
 __all__ = ["BridgeRefresh", "PosteriorProposals", "ProposalLaw"]
 
 SUMMED = {"lp", "energy", "move", "diverging"}
-TOLD = {"refresh acceptance", "local acceptance", "gradient evaluations", "density evaluations"}
+LAST_FIGURES = {"refresh acceptance", "local acceptance", "gradient evaluations", "density evaluations"}
 
 
 class ProposalLaw(Protocol):
@@ -170,7 +170,7 @@ class BridgeRefresh(WalkingKernel):
         return chains
 
     def _facts(self) -> dict[str, Any]:
-        """What the start was worth, and the smallest acceptance rates of an observation."""
+        """Figures of the start, and the smallest acceptance rates of an observation."""
         found = dict(self.facts)
         if self.walk is not None:
             rates = self.walk.acceptance_by_role()
@@ -181,14 +181,14 @@ class BridgeRefresh(WalkingKernel):
         return found
 
     def describe(self) -> str:
-        """What the start was worth and what the moves did, in a line."""
-        told = self.facts | {name: value for name, value in self.diagnostics().items() if name in TOLD}
+        """The figures of the start and of the moves, in a line."""
+        figures = self.facts | {name: value for name, value in self.diagnostics().items() if name in LAST_FIGURES}
         moves = [] if self.frozen is None else [f"moves: {self.frozen.describe()}"]
-        figures = [
+        shown = [
             f"{name} {value:.3g}" if isinstance(value, float) and math.isfinite(value) else f"{name} {value}"
-            for name, value in told.items()
+            for name, value in figures.items()
         ]
-        return "; ".join([*figures, *moves])
+        return "; ".join([*shown, *moves])
 
     def __repr__(self) -> str:
         num, dim = self.starts.shape[1:]

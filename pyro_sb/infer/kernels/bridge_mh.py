@@ -53,7 +53,7 @@ class BridgeMH(ModelKernel):
     else that of the path that led to it, forwards less backwards (VSDM, SGM, DSB, the plain scheme of
     `KernelLangevinBridge`, a light bridge with a distribution as source). In the second case the chain's state is x
     with a path, its law :math:`\pi(x) B(\text{path} | x)` with the bridge's backward law B, and x has law
-    :math:`\pi` exactly. At the start, and after any other move, the path is drawn anew from :math:`B(\cdot | x)`.
+    :math:`\pi` exactly. At the start, and after any other move, the path is drawn again, from :math:`B(\cdot | x)`.
     So **the target is exactly invariant however bad the bridge is**; a bad bridge costs acceptance.
 
     The bridge may be
@@ -82,13 +82,13 @@ class BridgeMH(ModelKernel):
         local: ``"hmc"``, ``"mala"``, or None for the bridge alone.
         context: What a conditional bridge is called on. Shape ``(context_dim,)``.
         num_proposals: Tries a step, at least 1. With more than one the step is multiple-try Metropolis, a form of
-            iterated sampling importance resampling that rejects less: worth it where evaluations are cheap.
+            iterated sampling importance resampling that rejects less: for models whose evaluations are cheap.
         num_paths: Paths a proposal, at least 1: averaging the path weights over more raises the acceptance of a bridge
             of paths, without evaluations of the model.
         bridge_probability: Probability of the bridge's move, in (0, 1). None: tuned. With ``local=None`` it is 1.
         num_particles: Draws that the bridge is judged by, and size of the population where there is one. At least 50.
         start: Where a population starts: ``"search"``, ``"prior"`` or points ``(M, dim)``. A fitted bridge whose
-            weights are worth a tenth of its draws needs none.
+            weights have an effective share of a tenth needs none.
         fit_options: What ``fit`` of a bridge that is not fitted gets besides draws and weights.
         reparam: ``"auto"``: where a population fits poorly (a funnel), a bridge that is not fitted is fitted, and
             chains walk, in the model's non-centred coordinates if those fit better. None: never.
@@ -196,17 +196,17 @@ class BridgeMH(ModelKernel):
         return "\n".join([*lines, *(f"  {line}" for line in self.describe().splitlines()[-3:])])
 
     def describe(self) -> str:
-        """What warm-up found and froze, in lines: the population if there is one, the bridge's worth, the moves."""
+        """Lines on the population if there is one, the bridge's weights, the coordinates, and the moves."""
         if self.pilot is None or self.frozen is None:
             return "BridgeMH before its warm-up"
         stages = [] if self.population is None else list(self.population.stages)
-        worth = f"effective share {self.pilot.share:.3f}, k-hat {self.pilot.k_hat:.2f}"
+        weights = f"effective share {self.pilot.share:.3f}, k-hat {self.pilot.k_hat:.2f}"
         return "\n".join(
-            [*stages, f"bridge: {worth}", f"coordinates: {self._where()}", f"moves: {self.frozen.describe()}"]
+            [*stages, f"bridge: {weights}", f"coordinates: {self._where()}", f"moves: {self.frozen.describe()}"]
         )
 
     def _facts(self) -> dict[str, Any]:
-        """What the bridge's proposals are worth as an importance sample."""
+        """Figures of the bridge's proposals as an importance sample."""
         assert self.pilot is not None
         evidence, error = self.pilot.log_evidence
         return {
@@ -256,7 +256,7 @@ class BridgeMH(ModelKernel):
         )
         begin, bridge = start_of_population(self.population), self._template()
         with warnings.catch_warnings():
-            if self.bridge is None:  # what it is worth is measured next
+            if self.bridge is None:  # its weights are measured next
                 warnings.filterwarnings("ignore", message=".*have not converged")
             options = {"progress": False} | ({"solver": "em"} if self.bridge is None else {}) | self.fit_options
             bridge.fit(begin.points, weights=begin.weights, **options)

@@ -147,7 +147,7 @@ def check_count(name: str, value: Any, least: int) -> int:
 
 
 def check_start(start: Any) -> str | Tensor:
-    """Where a population starts."""
+    """A start of a population: a name or points."""
     if not isinstance(start, Tensor) and not (isinstance(start, str) and start in ("search", "prior")):
         raise ValueError(f'start must be "search", "prior" or a tensor of points (M, dim), got {start!r}.')
     return start

@@ -154,7 +154,7 @@ class KernelLangevin(ModelKernel):
         }
 
     def describe(self) -> str:
-        """What warm-up found and froze, in lines: the population's stages, its evidence, the coordinates, the moves."""
+        """Lines on the population's stages, its evidence, the coordinates, and the moves."""
         if self.population is None or self.frozen is None:
             return "KernelLangevin before its warm-up"
         evidence = f"{self.population.log_evidence:.3f} +- {self.population.log_evidence_error:.3f}"

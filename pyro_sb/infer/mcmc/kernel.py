@@ -74,7 +74,7 @@ class WalkingKernel(MCMCKernel):
 
     @abstractmethod
     def describe(self) -> str:
-        """What warm-up found and froze, in lines."""
+        """Lines on the population or bridge of warm-up, the coordinates, and the moves."""
 
     # What it may supply: another layout of the walk than the log joint's
 
@@ -106,7 +106,7 @@ class WalkingKernel(MCMCKernel):
         return stats
 
     def _facts(self) -> dict[str, Any]:
-        """What warm-up found, for `diagnostics`."""
+        """Figures of warm-up, for `diagnostics`."""
         return {}
 
     # Pyro's contract
