@@ -59,7 +59,7 @@ class CrankNicolson(KernelLangevin):
         start = points[torch.multinomial(weights, CHAINS, replacement=True)]
         batch = Batch(start, self._target.log_prob(start))
         tuned, _ = tune(move, self._target, batch, torch.linalg.cholesky(covariance))
-        self.frozen = Frozen({"bridge": move}, {"bridge": 1.0}, {"bridge": tuned.acceptance}, move.bridge)
+        self.frozen = Frozen({"bridge": move}, {"bridge": 1.0}, {"bridge": tuned.acceptance})
 
 
 WAYS: dict[str, Callable[[Callable], KernelLangevin]] = {

@@ -226,12 +226,10 @@ def freeze(
         limit, spread = (1, 1.5) if local == "mala" else trajectory_range(fit)
         tuned["local"], batch = tune_local(population.core, log_joint, batch, scale, max_steps=limit, spread=spread)
     shares = probabilities if probabilities is not None else share_moves(tuned, min_bridge_probability)
-    bridge_move = tuned["bridge"].move if "bridge" in tuned else None
     return Frozen(
         {role: item.move for role, item in tuned.items()},
         {role: shares[role] for role in tuned},
         {role: item.acceptance for role, item in tuned.items()},
-        bridge_move.bridge if isinstance(bridge_move, BridgeMove) else None,
     )
 
 

@@ -179,7 +179,10 @@ class WalkingKernel(MCMCKernel):
     def step_size(self, value: float | Tensor) -> None:
         self._prepare()
         move = self._local_move()
-        move.step_size = value.clone() if isinstance(move.step_size, Tensor) else float(value)
+        if isinstance(move.step_size, Tensor):
+            move.step_size = torch.as_tensor(value).to(move.step_size).expand_as(move.step_size).clone()
+        else:
+            move.step_size = float(value)
 
     def _local_move(self) -> Any:
         assert self.frozen is not None
@@ -393,6 +396,5 @@ class ModelKernel(WalkingKernel):
 
 def _name(function: Any) -> str:
     """A function's name; a partial's is that of its function."""
-    return getattr(function, "__name__", None) or getattr(
-        getattr(function, "func", function), "__name__", type(function).__name__
-    )
+    inner = getattr(function, "func", function)
+    return str(getattr(inner, "__name__", type(inner).__name__))

@@ -6,7 +6,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.langevin.bridge import KernelLangevinBridge
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.moves.moves import IndependentMove, Move, Proposed, Transition
 
@@ -29,14 +28,12 @@ class Frozen:
         moves: The moves.
         probabilities: Of the move that a step begins with: they sum to one and do not depend on the state.
         acceptance: Acceptance rates measured while tuning.
-        bridge: The fitted bridge behind the bridge move, or None if that move is left out.
         then: Roles of the moves that follow in every step.
     """
 
     moves: dict[str, Move]
     probabilities: dict[str, float]
     acceptance: dict[str, float]
-    bridge: KernelLangevinBridge | None = None
     then: tuple[str, ...] = ()
 
     def describe(self) -> str:

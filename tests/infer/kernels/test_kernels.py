@@ -87,13 +87,13 @@ def test_everything_is_frozen_after_warm_up() -> None:
     params = kernel.initial_params
     frozen = kernel.frozen
     before = pickle.dumps(
-        (frozen.probabilities, [move.step_size for move in frozen.moves.values()], frozen.bridge.log_v)
+        (frozen.probabilities, [move.step_size for move in frozen.moves.values()], frozen.moves["bridge"].bridge.log_v)
     )
     proposal = [value.clone() for value in frozen.moves["index"].mixture]
     for _ in range(3):
         params = {name: value[-1] for name, value in kernel.sample_block(params, 20).draws.items()}
     after = pickle.dumps(
-        (frozen.probabilities, [move.step_size for move in frozen.moves.values()], frozen.bridge.log_v)
+        (frozen.probabilities, [move.step_size for move in frozen.moves.values()], frozen.moves["bridge"].bridge.log_v)
     )
     assert kernel.frozen is frozen and before == after
     assert all(torch.equal(one, two) for one, two in zip(proposal, frozen.moves["index"].mixture, strict=True))
