@@ -98,7 +98,7 @@ class Population:
             f"  mixture of {self.core.num_components} component{'s' * (self.core.num_components > 1)}{modes}",
             f"  {evaluations.density} evaluations, {evaluations.gradient} with gradient, in {len(self.stages)} stages:",
         ]
-        shown = self.stages if len(self.stages) <= 6 else (*self.stages[:3], "...", *self.stages[-2:])
+        shown = self.stages if len(self.stages) <= 6 else (*self.stages[:2], "...", *self.stages[-3:])
         return "\n".join([*lines, *(f"    {stage}" for stage in shown)])
 
 
