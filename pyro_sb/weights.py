@@ -54,11 +54,18 @@ def log_evidence(log_weights: Tensor) -> tuple[float, float]:
 def systematic_resample(weights: Tensor, num: int) -> Tensor:
     """Indices of ``num`` systematic draws from normalised weights: each count differs from its mean by less than one.
 
-    Shape ``(num,)``.
+    Args:
+        weights: Non-negative, each column summing to one. Shape ``(N,)``, or ``(N, B)`` for B columns.
+        num: Draws of each column.
+
+    Returns:
+        Shape ``(num,)`` or ``(num, B)``.
     """
-    offset = torch.rand((), dtype=weights.dtype, device=weights.device)
-    positions = (torch.arange(num, dtype=weights.dtype, device=weights.device) + offset) / num
-    return torch.searchsorted(weights.cumsum(0), positions).clamp_max(weights.numel() - 1)
+    offset = torch.rand(weights.shape[1:], dtype=weights.dtype, device=weights.device)
+    grid = torch.arange(num, dtype=weights.dtype, device=weights.device)
+    positions = (grid + offset[..., None]) / num
+    heights = weights.movedim(0, -1).cumsum(-1).contiguous()
+    return torch.searchsorted(heights, positions).clamp_max(len(weights) - 1).movedim(-1, 0)
 
 
 class ParetoTail(NamedTuple):

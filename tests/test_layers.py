@@ -119,7 +119,14 @@ def test_names_of_classes_are_unique():
 
 
 def test_private_names_stay_in_their_folder():
-    theirs = {"_asdict", "_replace", "_foreach_lerp_", "_batch_shape", "_buffers", "_standard_gamma"}  # of Python and torch
+    theirs = {
+        "_asdict",
+        "_replace",
+        "_foreach_lerp_",
+        "_batch_shape",
+        "_buffers",
+        "_standard_gamma",
+    }  # of Python and torch
     defined: dict[Path, set[str]] = {}
     trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
     for path, tree in trees.items():
@@ -146,3 +153,90 @@ def test_private_names_stay_in_their_folder():
                 continue
             found += [f"{path.relative_to(PACKAGE)}:{node.lineno}: {name}" for name in used]
     assert not found, "\n".join(found)
+
+
+# ---- inside infer: one order of folders, no circle of files, no private name of another module ----
+
+INFER = ["model", "moves", "population", "mcmc", "amortized", "kernels", "autoguide"]
+
+
+def imports_of(path: Path) -> list[tuple[str, str]]:
+    """Module and name of everything of ours that a file imports, lazy imports too."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in nodes if (node.module or "").startswith("pyro_sb.")]
+    return [(str(node.module), alias.name) for node in ours for alias in node.names]
+
+
+def refusals_inside(path: Path, package: Path) -> list[str]:
+    """Breaches of a file of infer, one line each."""
+    folder = path.relative_to(package / "infer").parts[0]
+    found = []
+    for module, name in imports_of(path):
+        parts = module.split(".")[1:]
+        if parts[0] == "infer" and len(parts) > 2 and INFER.index(parts[1]) > INFER.index(folder):
+            found.append(f"infer/{folder} imports infer/{parts[1]}, which lies above it")
+        if name.startswith("_") or any(part.startswith("_") for part in parts):
+            found.append(f"{module} keeps {name} to itself")
+    return found
+
+
+def circles(package: Path) -> list[list[str]]:
+    """Files of infer that import each other, directly or through others."""
+    graph = {
+        f"pyro_sb.{path.relative_to(package).with_suffix('').as_posix().replace('/', '.')}": {
+            module for module, _ in imports_of(path)
+        }
+        for path in (package / "infer").rglob("*.py")
+        if path.name != "__init__.py"
+    }
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = list(graph[start])
+        while waiting:
+            module = waiting.pop()
+            if module in graph and module not in seen:
+                seen.add(module)
+                waiting.extend(graph[module])
+        return seen
+
+    far = {module: reached(module) for module in graph}
+    return [
+        sorted({module, *(m for m in far[module] if module in far[m])}) for module in graph if module in far[module]
+    ]
+
+
+def test_folders_of_infer_import_in_one_order_and_no_private_names():
+    files = [path for path in (PACKAGE / "infer").rglob("*.py") if path.parent != PACKAGE / "infer"]
+    assert {path.relative_to(PACKAGE / "infer").parts[0] for path in files} <= set(INFER)
+    found = [f"{path.name}: {line}" for path in files for line in refusals_inside(path, PACKAGE)]
+    assert not found, "\n".join(found)
+
+
+def test_no_files_of_infer_import_each_other_in_a_circle():
+    assert not circles(PACKAGE)
+
+
+@pytest.mark.parametrize(
+    ("folder", "line", "message"),
+    [
+        ("moves", "from pyro_sb.infer.mcmc.walk import Walk", "infer/moves imports infer/mcmc, which lies above it"),
+        ("mcmc", "def f():\n    from pyro_sb.infer.kernels.checks import x", "infer/mcmc imports infer/kernels"),
+        ("mcmc", "from pyro_sb.infer.moves.moves import _moved", "pyro_sb.infer.moves.moves keeps _moved to itself"),
+        ("mcmc", "from pyro_sb.infer.moves._secret import x", "keeps x to itself"),
+    ],
+)
+def test_the_rules_inside_infer_refuse(tmp_path, folder, line, message):
+    path = tmp_path / "pyro_sb" / "infer" / folder / "a.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(line)
+    assert message in refusals_inside(path, tmp_path / "pyro_sb")[0]
+
+
+def test_a_circle_of_files_is_found(tmp_path):
+    folder = tmp_path / "pyro_sb" / "infer" / "moves"
+    folder.mkdir(parents=True)
+    for name, other in (("a", "b"), ("b", "c"), ("c", "a"), ("d", "a")):
+        (folder / f"{name}.py").write_text(f"from pyro_sb.infer.moves.{other} import x")
+    found = circles(tmp_path / "pyro_sb")
+    assert len(found) == 3 and all(circle == [f"pyro_sb.infer.moves.{n}" for n in "abc"] for circle in found)

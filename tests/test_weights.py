@@ -167,3 +167,16 @@ def test_rounding_above_equal_weights_is_no_tail(raised):
     log_weights = torch.zeros(1000, dtype=torch.float64)
     log_weights[:raised] = 1e-3
     assert pareto_k(log_weights) < 0.0
+
+
+def test_columns_are_resampled_systematically_each_by_its_own_offset():
+    weights = torch.softmax(2 * torch.randn(50, 4, dtype=torch.float64), 0)
+    index = systematic_resample(weights, 70)
+    assert index.shape == (70, 4)
+    for b in range(4):
+        counts = torch.bincount(index[:, b], minlength=50)
+        assert (counts - 70 * weights[:, b]).abs().max() < 1 + 1e-9
+    torch.manual_seed(3)
+    one = systematic_resample(weights[:, 0], 70)
+    torch.manual_seed(3)
+    assert torch.equal(systematic_resample(weights[:, :1], 70)[:, 0], one)

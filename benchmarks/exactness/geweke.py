@@ -45,14 +45,12 @@ from pyro_sb.bridges import (
     TailMatched,
 )
 from pyro_sb.bridges.codecs.base import Codec
-from pyro_sb.distributions import Draws
 from pyro_sb.infer import AmortizedPosterior, BridgeMH, Posterior, Simulations
-from pyro_sb.infer.amortized.latent_law import LatentLaw
-from pyro_sb.infer.kernels.moves import BridgeWalk, ProposalMove
-from pyro_sb.infer.kernels.proposals import Proposals
+from pyro_sb.infer.amortized.refresh import PosteriorProposals
 from pyro_sb.infer.mcmc.walk import ROLES, Walk
 from pyro_sb.infer.model.joint import LogJoint
 from pyro_sb.infer.moves.moves import Transition
+from pyro_sb.infer.moves.proposals import ProposalMove, Proposals
 
 SIZE = 3  # observations of a chain
 SD, LOG_SD = 1.5, 0.4
@@ -166,29 +164,6 @@ def warmed(bridge: Bridge | Posterior, local: str | None, **options: object) -> 
     with quiet():
         kernel._prepare()
     return kernel
-
-
-class EachPosterior:
-    """Proposals of a conditional bridge, for every chain at its own observations.
-
-    Args:
-        posterior: Conditioned on the observations of all chains.
-    """
-
-    def __init__(self, posterior: Posterior) -> None:
-        self.law: LatentLaw = posterior.law
-
-    def renew(self) -> None:
-        """Nothing is shared."""
-
-    def draws(self, num: int) -> Draws:
-        """Draws ``(num, 2)``, the chain as their fastest index."""
-        value, log_q = self.law.draws(num // len(self.law.context))
-        return Draws(value.flatten(0, 1).double(), log_q.flatten().double())
-
-    def redraw(self, x: Tensor) -> Tensor:
-        """Log density of the chains' states."""
-        return self.law.path_log_prob(x[None].to(self.law.context))[0].double()
 
 
 # ---- the matrix ----
@@ -325,12 +300,12 @@ def fitted_posterior(name: str, fit: str) -> AmortizedPosterior:
     return amortised
 
 
-def posterior_at(amortised: AmortizedPosterior, y: Tensor) -> EachPosterior:
+def posterior_at(amortised: AmortizedPosterior, y: Tensor) -> PosteriorProposals:
     """Proposals at the observations of all chains, by paths of six steps where it is a diffusion."""
     posterior = amortised.condition(y)
     if isinstance(posterior.bridge, VSDM):
         posterior.bridge.sampler = Sampler(path_steps=6)
-    return EachPosterior(posterior)
+    return PosteriorProposals(posterior.law, posterior.law.context)
 
 
 def scores(name: str, fit: str, num_chains: int, locals_: tuple[str | None, ...] = (None, "hmc")) -> list[Score]:
@@ -368,15 +343,18 @@ light bridge with the draws' own tails.
 
 def stale(kernel: BridgeMH) -> BridgeMH:
     """The kernel with its path refresh broken, to see that the test finds it."""
-    kernel._new_walk = lambda x, log_density: StaleWalk(kernel._target, kernel.frozen, x, log_density)  # type: ignore
+    kernel.walk_kind = StaleWalk
     return kernel
 
 
-class StaleWalk(BridgeWalk):
+class StaleWalk(Walk):
     """A walk that keeps the old path after a local move."""
 
-    def _step(self, choice: int) -> Transition:
-        return super()._step(choice) if self.roles[choice] == "bridge" else Walk._step(self, choice)
+    def _step(self, role: str) -> Transition:
+        path = self.log_q
+        moved = super()._step(role)
+        self.log_q = moved.log_q if role == "bridge" else path
+        return moved
 
 
 def main() -> None:

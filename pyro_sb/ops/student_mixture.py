@@ -230,3 +230,11 @@ def weighted_covariance(points: Tensor, weights: Tensor) -> Tensor:
     covariance = (weights[:, None] * centred).T @ centred
     diagonal = covariance.diagonal()
     return covariance + torch.diag(1e-9 * diagonal + torch.finfo(points.dtype).tiny)
+
+
+def within_covariance(base: StudentMixture, points: Tensor, weights: Tensor) -> Tensor:
+    """Weighted covariance about the mean of each point's likeliest component of ``base``. Shape ``(d, d)``."""
+    label = base.log_responsibilities(points).argmax(-1)
+    onehot = torch.nn.functional.one_hot(label, base.num_components).to(points.dtype) * weights[:, None]
+    means = (onehot.T @ points) / onehot.sum(0).clamp_min(torch.finfo(points.dtype).tiny)[:, None]
+    return weighted_covariance(points - means[label], weights)

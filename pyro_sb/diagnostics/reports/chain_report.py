@@ -112,7 +112,7 @@ def _divergences(figures: ChainFigures, kernel: Any) -> Line:
     cure = "smaller steps, or another parametrisation (non-centred)"
     if isinstance(kernel, WalkingKernel):  # it has no step size to set, and a single one tells nothing
         spared = max(SPARE, 1 / total)
-        cure = "a larger num_particles, or another parametrisation (non-centred)"
+        cure = kernel.divergence_cure
     verdict = graded(share, spared, 0.01)
     note = "" if share == 0 else cure if verdict != "ok" else "few, of steps of many lengths"
     return Line("divergences", f"{figures.diverging} ({share:.1%})", verdict, note)

@@ -255,12 +255,13 @@ class BatchJoint:
     def log_prob(self, z: Tensor) -> Tensor:
         """Rows ``(C * B, dim)``, observations fastest, to ``(C * B,)``."""
         self.evaluations.density += len(z)
-        return self.rows.log_prob(z)
+        return self.rows.log_prob(z.to(self.dtype)).to(z)
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The same with gradients."""
         self.evaluations.gradient += len(z)
-        return self.rows.value_and_grad(z)
+        value, grad = self.rows.value_and_grad(z.to(self.dtype))
+        return value.to(z), grad.to(z)
 
     def unpack_rows(self, z: Tensor) -> Sites:
         """``(*lead, B, dim)`` to unconstrained sites ``(*lead, *batch, *site)``."""

@@ -20,7 +20,7 @@ from pyro_sb.infer.amortized.refresh import BridgeRefresh
 from pyro_sb.infer.amortized.simulator import Simulations, Simulator
 from pyro_sb.infer.mcmc.mcmc import MCMC
 from pyro_sb.infer.model.log_joint import log_joint
-from pyro_sb.infer.population.tempering import NormalLaw, temper_bridge, weighted_factor
+from pyro_sb.infer.population.tempering import NormalLaw, temper, weighted_factor
 
 __all__ = ["Posterior"]
 
@@ -135,7 +135,7 @@ class Posterior:
         Args:
             num_samples: Draws a chain.
             num_chains: Chains an observation.
-            warmup_steps: Steps in which the moves are tuned. None: 50.
+            warmup_steps: Steps before the first draw that is kept, of moves that are tuned before. None: 32.
             num_proposals: Draws that the start is made of, at least ``num_chains``.
             progress: Show a bar.
 
@@ -174,7 +174,10 @@ class Posterior:
         if not self.law.marginal:
             law = NormalLaw(u.mean(0), 1.5 * weighted_factor(u, torch.full_like(u[..., 0], 1 / len(u))))
         most = MOST_NUMBERS // (u.shape[1] * u.shape[2] * u.shape[2])  # a metric a row
-        particles = temper_bridge(law, target, max(128, min(num, most)))
+        num = max(128, min(num, most))
+        particles = temper(
+            law, target, num, sweeps=8, final_sweeps=20, num_steps=6, spread=10.0, max_levels=60
+        )  # many short levels: modes of many widths, from a start that is poor
         facts |= {"start": "tempered", "levels": particles.num_levels}
         warnings.warn(
             f"the bridge's weights are poor (Pareto k {facts['k_hat']:.2f}, effective share "
@@ -184,7 +187,7 @@ class Posterior:
             RuntimeWarning,
             stacklevel=3,
         )
-        return particles.points, particles.log_evidence
+        return particles.points[torch.randperm(num, device=u.device)], particles.log_evidence
 
     def _weighted(self, num: int) -> tuple[Tensor, Tensor, Any]:
         """Draws ``(n, B, d)``, their log weights ``(n, B)``, and the log joint."""

@@ -1,27 +1,26 @@
-"""BridgeRefresh: the kernel that corrects an amortised posterior, independence moves from the bridge and local HMC."""
+r"""BridgeRefresh, exact chains of B posteriors :math:`p(\theta | y_b)` at once: refreshes from a law, and local HMC."""
 
-import logging
 import math
-from collections import OrderedDict
 from typing import Any, Protocol
 
 import torch
-from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyro_sb.distributions import Draws
-from pyro_sb.infer.mcmc.record import Block
-from pyro_sb.infer.moves.hamiltonian import TARGET_ACCEPTANCE, Rows, hmc_step
+from pyro_sb.infer.mcmc.kernel import Sites, WalkingKernel
+from pyro_sb.infer.mcmc.walk import TUNING_CHAINS, Frozen
+from pyro_sb.infer.moves.moves import Transition, hmc_step, jittered, start_rows
+from pyro_sb.infer.moves.proposals import ProposalMove
+from pyro_sb.infer.moves.tuning import Batch, fit_step
 
-__all__ = ["BridgeRefresh", "CorrectedJoint", "ProposalLaw"]
+__all__ = ["BridgeRefresh", "PosteriorProposals", "ProposalLaw"]
 
-logger = logging.getLogger(__name__)
-Sites = dict[str, Tensor]
-LOCAL_MOVES, NUM_STEPS, SPREAD = 2, 5, 2.0
+SUMMED = {"lp", "energy", "move", "diverging"}
+LAST_FIGURES = {"refresh acceptance", "local acceptance", "gradient evaluations", "density evaluations"}
 
 
 class ProposalLaw(Protocol):
-    """What the kernel asks of an amortised law."""
+    """An amortised law, an observation a column."""
 
     def draws(self, num: int) -> Draws:
         """Draws ``(num, B, d)`` with the log density that corrects them."""
@@ -32,28 +31,83 @@ class ProposalLaw(Protocol):
         ...
 
 
-class CorrectedJoint(Protocol):
-    """What it asks of a target: rows ``(C * B, d)``, and sites of states ``(*, B, d)``."""
+class PosteriorProposals:
+    """Proposals of an amortised law in rows that run over its observations fastest.
 
-    transforms: dict[str, Any]
-    evaluations: Any
+    Args:
+        law: The law of B observations, in the model's unconstrained coordinates.
+        like: A row an observation, of the law's dtype and device. Shape ``(B, *)``.
+        num_paths: As in `BridgeProposals`; for one observation.
+    """
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Log joint of rows."""
-        ...
+    def __init__(self, law: Any, like: Tensor, num_paths: int = 1) -> None:
+        self.law, self.like = law, like
+        self.num_paths = num_paths if num_paths > 1 and not law.marginal else 1
 
-    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Log joint and gradient of rows."""
-        ...
+    def renew(self) -> None:
+        """Nothing is shared."""
+
+    @torch.no_grad()
+    def draws(self, num: int) -> Draws:
+        """Draws ``(num, d)`` with their log density; ``num`` is a multiple of B."""
+        value, log_q = self.law.draws(num // len(self.like))
+        if self.num_paths > 1:
+            further = self.law.path_log_prob(value, self.num_paths - 1) + math.log(self.num_paths - 1)
+            log_q = torch.logaddexp(log_q, further) - math.log(self.num_paths)
+        return Draws(value.flatten(0, 1).double(), log_q.flatten().double())
+
+    @torch.no_grad()
+    def redraw(self, x: Tensor) -> Tensor:
+        """Log density of points, or of paths drawn backwards from them."""
+        u = x.unflatten(0, (-1, len(self.like))).to(self.like)
+        return self.law.path_log_prob(u, self.num_paths).flatten().double()
 
 
-class BridgeRefresh(MCMCKernel):
+class SideBySideMove:
+    """Hamiltonian trajectories of B targets, each in a metric of its own by a step of its own.
+
+    Args:
+        factor: Factors of the metrics. Shape ``(B, d, d)``.
+        step_size: Leapfrog step of each target, in units of its metric; rows draw factors down to half of it.
+    """
+
+    name = "hmc"
+    independent = False
+    target_accept = 0.75
+    num_steps, spread, num_trajectories = 5, 2.0, 2
+    cost = 2.5 * (num_trajectories * num_steps + 1)
+
+    def __init__(self, factor: Tensor, step_size: float = 0.3) -> None:
+        self.factor = factor
+        self.step_size: Tensor = torch.full_like(factor[:, 0, 0], step_size)
+
+    def step(self, log_joint: Any, x: Tensor, log_density: Tensor) -> Transition:
+        """Two trajectories of five steps of every row: eleven gradients."""
+        repeats = len(x) // len(self.factor)
+        scale = self.factor[0] if len(self.factor) == 1 else self.factor.repeat(repeats, 1, 1)
+        rows = start_rows(log_joint.value_and_grad, x)
+        accept_prob, diverging = torch.zeros_like(log_density), torch.zeros_like(log_density, dtype=torch.bool)
+        for _ in range(self.num_trajectories):
+            step_size = jittered(self.step_size.repeat(repeats)[:, None], self.spread, x)
+            moved = hmc_step(log_joint.value_and_grad, rows.with_momentum(), scale, step_size, self.num_steps)
+            rows = moved.rows
+            accept_prob, diverging = (
+                accept_prob + moved.accept_prob / self.num_trajectories,
+                diverging | moved.diverging,
+            )
+        return Transition(rows.x, rows.log_density, accept_prob, diverging)
+
+
+class BridgeRefresh(WalkingKernel):
     r"""Exact MCMC for one observation or many: refreshes from an amortised law between Hamiltonian trajectories.
 
     A refresh proposes a draw of the law and accepts it with the ratio of
     :math:`\log p(\theta, y) - \log q`; where q is the density of a path, the path that belongs to the present state is
-    first drawn backwards anew, which leaves the target invariant on paths. Each refresh is followed by two trajectories
+    first drawn backwards, which leaves the target invariant on paths. Each refresh is followed by two trajectories
     of five leapfrog steps in the metric of the start. Steps are tuned in warm-up, for every observation, and frozen.
+
+    Statistics of a batch are those of its chains: acceptance rates are means over observations, ``lp`` is their sum,
+    and a draw is marked as diverging if a trajectory of any observation diverged.
 
     :meth:`AmortizedPosterior.condition(y).mcmc <pyro_sb.infer.amortized.posterior.Posterior.mcmc>` makes and runs it.
 
@@ -66,157 +120,78 @@ class BridgeRefresh(MCMCKernel):
         facts: What is known of the start, for :meth:`diagnostics`.
     """
 
-    default_warmup_steps = 50
+    divergence_cure = "a larger num_proposals, a fit on more simulations, or another parametrisation (non-centred)"
 
     def __init__(
         self, law: ProposalLaw, joint: Any, starts: Tensor, factor: Tensor, *, model: Any, facts: dict[str, Any]
     ) -> None:
-        self.law, self.log_joint, self.starts, self.factor = law, joint, starts, factor
+        super().__init__()
+        self.law, self.joint, self.starts, self.factor = law, joint, starts, factor
         self.model, self.facts = model, facts
-        self.num_chains: int | None = None
-        self._initial: Sites | None = None
-        self._rows: Rows | None = None
-        self._steps_left = 0
 
-    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Begin anew at the starts."""
-        self._steps_left, self._count = warmup_steps, 0
-        self.step_size = torch.full_like(self.starts[0, :, 0], 0.3)
-        self._refreshed = torch.zeros_like(self.step_size)
-        self._accepted = torch.zeros_like(self.step_size)
-        self._rows = None
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.joint
+
+    def _prepare(self) -> None:
+        """Tune the trajectories' steps on rows from the start, and freeze the moves, once."""
+        if self.frozen is not None:
+            return
+        local = SideBySideMove(self.factor.double())
+        x = self._starts(TUNING_CHAINS)
+        log_density = self.log_joint.log_prob(x)
+        fit_step(local, self.log_joint, Batch(x, log_density))
+        refresh = ProposalMove(PosteriorProposals(self.law, self.starts[0]))
+        self.frozen = Frozen({"bridge": refresh, "local": local}, {"bridge": 1.0}, {}, then=("local",))
+
+    def _starts(self, num: int) -> Tensor:
+        return self.starts[torch.arange(num) % len(self.starts)].flatten(0, 1).double()
+
+    # Rows are chains and observations, the observations fastest
 
     @property
-    def transforms(self) -> dict[str, Any]:
-        """Transforms from each site's support to the reals."""
-        return self.log_joint.transforms
+    def _batched(self) -> bool:
+        """Whether sites carry the observations; a log joint of one observation knows none."""
+        return hasattr(self.log_joint, "pack_rows")
 
-    @property
-    def initial_params(self) -> Sites:
-        """Unconstrained starts of the chains."""
-        if self._initial is None:
-            num = 1 if self.num_chains is None else self.num_chains
-            state = self.starts[torch.arange(num) % len(self.starts)]
-            self._initial = self._sites(state if self.num_chains is not None else state[0])
-        return self._initial
+    def _rows(self, sites: Sites) -> Tensor:
+        state = self.log_joint.pack_rows(sites) if self._batched else self.log_joint.pack(sites)[..., None, :]
+        return state.detach().reshape(-1, state.shape[-1])
 
-    @initial_params.setter
-    def initial_params(self, params: Sites) -> None:
-        self._initial = params
+    def _sites(self, states: Tensor) -> Sites:
+        state = states.unflatten(-2, (-1, self.starts.shape[1])).to(self.log_joint.dtype)
+        return self.log_joint.unpack_rows(state) if self._batched else self.log_joint.unpack(state[..., 0, :])
 
-    def sample(self, params: Sites) -> Sites:
-        """One transition, for ``pyro.infer.MCMC``."""
-        draws = self.sample_block(params, 1).draws
-        return {name: value[0] if self.num_chains is not None else value[0, 0] for name, value in draws.items()}
+    def _by_chain(self, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+        rows = {name: value.unflatten(-1, (-1, self.starts.shape[1])) for name, value in stats.items()}
+        chains = {name: value.double().mean(-1) for name, value in rows.items() if name not in SUMMED}
+        if "move" in rows:
+            chains |= {"move": rows["move"][..., 0], "diverging": rows["diverging"].any(-1)}
+            chains |= {name: rows[name].sum(-1) for name in ("lp", "energy")}
+        return chains
 
-    def sample_block(self, params: Sites, num_steps: int) -> Block:
-        """``num_steps`` refreshes of every chain, each with its local moves."""
-        state = self._state(params)
-        chains, batch, dim = state.shape
-        rows = self._rows
-        if rows is None or not torch.equal(rows.x, state.reshape(-1, dim)):
-            rows = Rows(state.reshape(-1, dim), *self.log_joint.value_and_grad(state.reshape(-1, dim)))
-        proposals, log_q = self.law.draws(num_steps * chains)
-        ahead = Rows(
-            proposals.to(state).reshape(-1, dim), *self.log_joint.value_and_grad(proposals.to(state).reshape(-1, dim))
-        )
-        blocks = [Rows(*parts) for parts in zip(*(x.chunk(num_steps) for x in ahead), strict=True)]
-        log_q = log_q.to(state).unflatten(0, (num_steps, chains))
-        draws, refreshed, accepted, density = [], [], [], []
-        for i in range(num_steps):
-            rows, took = self._refresh(rows, blocks[i], log_q[i])
-            rows, probability = self._local(rows, chains)
-            draws.append(rows.x.reshape(chains, batch, dim))
-            refreshed.append(took)
-            accepted.append(probability)
-            density.append(rows.log_density.reshape(chains, batch))
-        self._rows = rows
-        if self._steps_left <= 0:
-            self._refreshed += torch.stack(refreshed).mean((0, 1)) * num_steps
-            self._accepted += torch.stack(accepted).mean((0, 1)) * num_steps
-            self._count += num_steps
-        self._steps_left -= num_steps
-        lp = torch.stack(density).sum(-1)
-        stats = {
-            "acceptance_rate": torch.stack(accepted).mean(-1),
-            "refresh_rate": torch.stack(refreshed).mean(-1),
-            "lp": lp,
-            "energy": -lp,
-            "diverging": torch.zeros_like(lp, dtype=torch.bool),
-            "step_size": self.step_size.mean().expand_as(lp),
-        }
-        return Block(self._sites(torch.stack(draws)), stats)
-
-    def _refresh(self, rows: Rows, proposal: Rows, log_q: Tensor) -> tuple[Rows, Tensor]:
-        """Independence Metropolis-Hastings of points or paths; the acceptance probabilities ``(C, B)``."""
-        state = rows.x.reshape(*log_q.shape, -1)
-        here = self.law.path_log_prob(state.to(self.starts)).to(log_q)  # of a path drawn backwards anew
-        log_ratio = (proposal.log_density - log_q.reshape(-1)) - (rows.log_density - here.reshape(-1))
-        probability = torch.exp(log_ratio.clamp_max(0.0)).nan_to_num(0.0)
-        accept = torch.rand_like(probability) < probability
-        moved = Rows(
-            torch.where(accept[:, None], proposal.x, rows.x),
-            torch.where(accept, proposal.log_density, rows.log_density),
-            torch.where(accept[:, None], proposal.grad, rows.grad),
-        )
-        return moved, probability.reshape(log_q.shape)
-
-    def _local(self, rows: Rows, chains: int) -> tuple[Rows, Tensor]:
-        """Hamiltonian trajectories; the mean acceptance probabilities ``(C, B)``."""
-        batch, dim = self.factor.shape[:2]
-        scale = self.factor.to(rows.x).expand(chains, batch, dim, dim).reshape(-1, dim, dim)
-        mean = rows.x.new_zeros(chains, batch)
-        for _ in range(LOCAL_MOVES):
-            step = self.step_size.to(rows.x).expand(chains, batch).reshape(-1, 1)
-            rows, probability = hmc_step(
-                self.log_joint.value_and_grad, rows, scale, step, num_steps=NUM_STEPS, spread=SPREAD
-            )
-            mean += probability.reshape(chains, batch) / LOCAL_MOVES
-        if self._steps_left > 0:
-            error = mean.mean(0).to(self.step_size) - TARGET_ACCEPTANCE
-            self.step_size = self.step_size * torch.exp(1.0 * error)
-        return rows, mean
-
-    def _state(self, params: Sites) -> Tensor:
-        """Unconstrained sites, of one chain without a dimension for it, to states ``(C, B, d)``."""
-        batched = hasattr(self.log_joint, "pack_rows")
-        state = self.log_joint.pack_rows(params) if batched else self.log_joint.pack(params)[..., None, :]
-        return state if state.dim() == 3 else state[None]
-
-    def _sites(self, state: Tensor) -> Sites:
-        """States ``(*lead, B, d)`` to unconstrained sites."""
-        if hasattr(self.log_joint, "unpack_rows"):
-            return self.log_joint.unpack_rows(state)
-        return self.log_joint.unpack(state[..., 0, :])
-
-    def logging(self) -> OrderedDict[str, str]:
-        """Acceptance of refreshes and local moves, for the progress bar."""
-        if not self._count:
-            return OrderedDict()
-        return OrderedDict(
-            [
-                ("refresh", f"{float(self._refreshed.mean()) / self._count:.3f}"),
-                ("local", f"{float(self._accepted.mean()) / self._count:.3f}"),
-            ]
-        )
-
-    def diagnostics(self) -> dict[str, Any]:
-        """What the start was worth, and the acceptance rates since: of a batch, its smallest or largest figure."""
-        count = max(1, self._count)
-        return self.facts | {
-            "refresh acceptance": float(self._refreshed.min()) / count,
-            "local acceptance": float(self._accepted.min()) / count,
-            "gradient evaluations": self.log_joint.evaluations.gradient,
-            "density evaluations": self.log_joint.evaluations.density,
-        }
+    def _facts(self) -> dict[str, Any]:
+        """Figures of the start, and the smallest acceptance rates of an observation."""
+        found = dict(self.facts)
+        if self.walk is not None:
+            rates = self.walk.acceptance_by_role()
+            least = {
+                role: float(rate.unflatten(0, (-1, self.starts.shape[1])).mean(0).min()) for role, rate in rates.items()
+            }
+            found |= {"refresh acceptance": least["bridge"], "local acceptance": least["local"]}
+        return found
 
     def describe(self) -> str:
-        """The diagnostics in a line."""
-        return "; ".join(
+        """The figures of the start and of the moves, in a line."""
+        figures = self.facts | {name: value for name, value in self.diagnostics().items() if name in LAST_FIGURES}
+        moves = [] if self.frozen is None else [f"moves: {self.frozen.describe()}"]
+        shown = [
             f"{name} {value:.3g}" if isinstance(value, float) and math.isfinite(value) else f"{name} {value}"
-            for name, value in self.diagnostics().items()
-        )
+            for name, value in figures.items()
+        ]
+        return "; ".join([*shown, *moves])
 
-    def cleanup(self) -> None:
-        """Drop the chains' state."""
-        self._initial, self._rows = None, None
+    def __repr__(self) -> str:
+        num, dim = self.starts.shape[1:]
+        ready = "moves frozen" if self.frozen is not None else "before its warm-up"
+        plurals = "s" * (num > 1), "s" * (dim > 1)
+        return f"BridgeRefresh({num} observation{plurals[0]}, {dim} latent number{plurals[1]}, {ready})"

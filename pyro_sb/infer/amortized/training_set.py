@@ -10,15 +10,20 @@ from pyro_sb.infer.amortized.features import Features, is_logit
 from pyro_sb.infer.amortized.latent_law import Residuals
 from pyro_sb.infer.amortized.paired import PairedJoint
 from pyro_sb.infer.amortized.simulator import Simulations, Simulator
-from pyro_sb.infer.moves.hamiltonian import rejuvenate
+from pyro_sb.infer.moves.moves import HamiltonianStep, Rows, adapted, hmc_step, jittered, start_rows
 from pyro_sb.ops.regression import regress
 
-__all__ = ["TrainingSet", "bounded_axes", "exchangeable_sites", "training_set"]
+__all__ = ["TrainingSet", "bounded_axes", "exchangeable_sites", "rejuvenate", "training_set"]
 
 logger = logging.getLogger(__name__)
 ROWS = 100_000  # rows that rejuvenation aims at
 MOST_COPIES = 19
 PERMUTATIONS = 4
+PILOT, SPREAD, TARGET_ACCEPT = (
+    16,
+    20.0,
+    0.75,
+)  # of rejuvenation: transitions that tune the step, for posteriors of many widths
 
 
 class TrainingSet(NamedTuple):
@@ -83,6 +88,47 @@ def training_set(
         design = design.repeat(repeats, 1)
         context = features.context(observed).repeat(repeats, 1) if features.raw else design
     return TrainingSet(residuals, latents.flatten(0, 1), context, design, judged.repeat(repeats), num)
+
+
+def rejuvenate(
+    joint: PairedJoint, pairs: Simulations, scale: Tensor, num: int, *, sweeps: int = 8, num_steps: int = 5
+) -> Tensor:
+    r"""Fresh latents for the same observations: the simulated pairs, moved within :math:`p(\theta | y)`.
+
+    A simulated :math:`\theta` is an exact draw of :math:`p(\theta | y)` at its own y, so chains that start there and
+    leave :math:`p(\theta | y)` invariant are stationary from their first step: every copy is a draw of the joint law,
+    whatever the mixing. The simulator is not called; the model's density is.
+
+    Args:
+        joint: The model's log joint.
+        pairs: N simulations.
+        scale: Factor of the metric. Shape ``(d, d)``.
+        num: Copies to make.
+        sweeps: Transitions between copies.
+        num_steps: Leapfrog steps a transition.
+
+    Returns:
+        Latents, the simulated ones first. Shape ``(num + 1, N, d)``.
+    """
+
+    def target(z: Tensor) -> tuple[Tensor, Tensor]:
+        return joint.value_and_grad(z, pairs.observations)
+
+    def moved(rows: Rows, step_size: float) -> HamiltonianStep:
+        steps = jittered(step_size, SPREAD, rows.x)
+        return hmc_step(target, rows.with_momentum(), scale, steps, num_steps)
+
+    copies, step_size = [pairs.latents], 0.5
+    first = rows = start_rows(target, pairs.latents)
+    for _ in range(PILOT):  # the step is tuned on rows that are thrown away, and frozen
+        rows, accept_prob, *_ = moved(rows, step_size)
+        step_size = adapted(step_size, accept_prob, TARGET_ACCEPT, 0.8)
+    rows = first
+    for _ in range(num):
+        for _ in range(sweeps):
+            rows = moved(rows, step_size).rows
+        copies.append(rows.x)
+    return torch.stack(copies)
 
 
 def proposal_factor(pairs: Simulations, features: Features) -> Tensor:

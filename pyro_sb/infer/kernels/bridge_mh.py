@@ -1,4 +1,4 @@
-"""BridgeMH: any bridge with a density as the proposal of an exact MCMC kernel."""
+r"""BridgeMH, exact MCMC :math:`\min(1, w' / w)` with any bridge that has a density as its proposal."""
 
 import copy
 import logging
@@ -12,20 +12,27 @@ from torch import Tensor
 from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.light.light import LightSB
 from pyro_sb.infer.amortized.posterior import Posterior
+from pyro_sb.infer.amortized.refresh import PosteriorProposals
 from pyro_sb.infer.kernels.checks import (
     check_bridge,
+    check_bridge_probability,
     check_context,
+    check_coordinates,
+    check_count,
     check_density,
     check_dim,
-    check_options,
+    check_fit_options,
+    check_local,
+    check_model,
     check_paths,
     check_posterior,
+    check_start,
     check_unused,
+    made_bridge,
 )
-from pyro_sb.infer.kernels.moves import BridgeWalk
-from pyro_sb.infer.kernels.proposals import BridgeProposals, PosteriorProposals, Proposals
 from pyro_sb.infer.kernels.warmup import Pilot, Start, freeze_bridge, judge, start_of_pilot, start_of_population
-from pyro_sb.infer.mcmc.kernel import WalkingKernel
+from pyro_sb.infer.mcmc.kernel import ModelKernel
+from pyro_sb.infer.moves.proposals import BridgeProposals, Proposals
 from pyro_sb.infer.population.coordinates import choose_coordinates
 from pyro_sb.infer.population.population import POOR_SHARE, populate
 
@@ -35,7 +42,7 @@ logger = logging.getLogger(__name__)
 LEAST_ACCEPTANCE = 0.05
 
 
-class BridgeMH(WalkingKernel):
+class BridgeMH(ModelKernel):
     r"""Exact MCMC that proposes from a bridge and corrects it, on points or in the space of paths.
 
     A proposal :math:`x'` is a draw of the bridge, independent of the state, and is accepted with
@@ -46,7 +53,7 @@ class BridgeMH(WalkingKernel):
     else that of the path that led to it, forwards less backwards (VSDM, SGM, DSB, the plain scheme of
     `KernelLangevinBridge`, a light bridge with a distribution as source). In the second case the chain's state is x
     with a path, its law :math:`\pi(x) B(\text{path} | x)` with the bridge's backward law B, and x has law
-    :math:`\pi` exactly. At the start, and after any other move, the path is drawn anew from :math:`B(\cdot | x)`.
+    :math:`\pi` exactly. At the start, and after any other move, the path is drawn again, from :math:`B(\cdot | x)`.
     So **the target is exactly invariant however bad the bridge is**; a bad bridge costs acceptance.
 
     The bridge may be
@@ -75,13 +82,13 @@ class BridgeMH(WalkingKernel):
         local: ``"hmc"``, ``"mala"``, or None for the bridge alone.
         context: What a conditional bridge is called on. Shape ``(context_dim,)``.
         num_proposals: Tries a step, at least 1. With more than one the step is multiple-try Metropolis, a form of
-            iterated sampling importance resampling that rejects less: worth it where evaluations are cheap.
+            iterated sampling importance resampling that rejects less: for models whose evaluations are cheap.
         num_paths: Paths a proposal, at least 1: averaging the path weights over more raises the acceptance of a bridge
             of paths, without evaluations of the model.
         bridge_probability: Probability of the bridge's move, in (0, 1). None: tuned. With ``local=None`` it is 1.
         num_particles: Draws that the bridge is judged by, and size of the population where there is one. At least 50.
         start: Where a population starts: ``"search"``, ``"prior"`` or points ``(M, dim)``. A fitted bridge whose
-            weights are worth a tenth of its draws needs none.
+            weights have an effective share of a tenth needs none.
         fit_options: What ``fit`` of a bridge that is not fitted gets besides draws and weights.
         reparam: ``"auto"``: where a population fits poorly (a funnel), a bridge that is not fitted is fitted, and
             chains walk, in the model's non-centred coordinates if those fit better. None: never.
@@ -119,8 +126,8 @@ class BridgeMH(WalkingKernel):
         self,
         model: Callable[..., Any] | None = None,
         bridge: Bridge | Posterior | Callable[[int], Bridge] | None = None,
-        potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         *,
+        potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         local: str | None = "hmc",
         context: Any = None,
         num_proposals: int = 1,
@@ -135,6 +142,7 @@ class BridgeMH(WalkingKernel):
         transforms: dict[str, Any] | None = None,
         jit_compile: bool = False,
     ) -> None:
+        check_model(model, bridge, potential_fn)
         check_bridge(bridge, context)
         if model is None and potential_fn is None and isinstance(bridge, Posterior):
             model = bridge.model
@@ -146,12 +154,18 @@ class BridgeMH(WalkingKernel):
             transforms=transforms,
             jit_compile=jit_compile,
         )
-        check_options(local, num_proposals, num_paths, bridge_probability, num_particles, start, reparam)
+        check_local(local)
+        check_bridge_probability(bridge_probability, local)
+        check_coordinates(reparam)
+        self.num_proposals = check_count("num_proposals", num_proposals, least=1)
+        self.num_paths = check_count("num_paths", num_paths, least=1)
+        self.num_particles = check_count("num_particles", num_particles, least=50)
         check_unused(bridge, fit_options, num_paths)
+        if bridge is None or isinstance(bridge, Bridge) or isinstance(bridge, type):
+            check_fit_options(LightSB if bridge is None else bridge, fit_options)
         self.bridge, self.context = bridge, context
-        self.local, self.num_proposals, self.num_paths = local, num_proposals, num_paths
-        self.bridge_probability, self.num_particles = bridge_probability, num_particles
-        self.start, self.fit_options, self.reparam = start, dict(fit_options or {}), reparam
+        self.local, self.bridge_probability = local, bridge_probability
+        self.start, self.fit_options, self.reparam = check_start(start), dict(fit_options or {}), reparam
         self.proposals: Proposals | None = None
         self.pilot: Pilot | None = None
         self._begin: Start | None = None
@@ -164,20 +178,35 @@ class BridgeMH(WalkingKernel):
             check_posterior(self.bridge, self.log_joint)
         elif isinstance(self.bridge, Bridge):
             check_dim(self.bridge, self.log_joint)
+        elif self.bridge is not None:
+            with torch.random.fork_rng(devices=[]):  # the one that is fitted is made when it is fitted
+                check_fit_options(made_bridge(self.bridge, self.log_joint), self.fit_options)
+
+    def __repr__(self) -> str:
+        if self.bridge is None or isinstance(self.bridge, type) or not isinstance(self.bridge, (Bridge, Posterior)):
+            name = getattr(self.bridge, "__name__", "LightSB")
+            bridge = f"a {name}, to be fitted in warm-up"
+        elif isinstance(self.bridge, Posterior):
+            bridge = "an amortised posterior"
+        else:
+            bridge = f"{self.bridge.describe()}, {'fitted' if self.bridge.fitted else 'to be fitted in warm-up'}"
+        lines = [f"BridgeMH({self._subject()})", f"  proposes from: {bridge}"]
+        if self.pilot is None or self.frozen is None:
+            return "\n".join([*lines, "  before its warm-up"])
+        return "\n".join([*lines, *(f"  {line}" for line in self.describe().splitlines()[-3:])])
 
     def describe(self) -> str:
-        """What warm-up found and froze, in lines: the population if there is one, the bridge's worth, the moves."""
+        """Lines on the population if there is one, the bridge's weights, the coordinates, and the moves."""
         if self.pilot is None or self.frozen is None:
             return "BridgeMH before its warm-up"
         stages = [] if self.population is None else list(self.population.stages)
-        coordinates = "the model's own" if self.coordinates is None else f"non-centred in {self.coordinates.sites}"
-        worth = f"effective share {self.pilot.share:.3f}, k-hat {self.pilot.k_hat:.2f}"
+        weights = f"effective share {self.pilot.share:.3f}, k-hat {self.pilot.k_hat:.2f}"
         return "\n".join(
-            [*stages, f"bridge: {worth}", f"coordinates: {coordinates}", f"moves: {self.frozen.describe()}"]
+            [*stages, f"bridge: {weights}", f"coordinates: {self._where()}", f"moves: {self.frozen.describe()}"]
         )
 
     def _facts(self) -> dict[str, Any]:
-        """What the bridge's proposals are worth as an importance sample."""
+        """Figures of the bridge's proposals as an importance sample."""
         assert self.pilot is not None
         evidence, error = self.pilot.log_evidence
         return {
@@ -218,7 +247,7 @@ class BridgeMH(WalkingKernel):
     def _fitted_proposals(self) -> Proposals:
         """Proposals of the bridge as it is, or of a copy that is fitted to the population."""
         if isinstance(self.bridge, Posterior):
-            return PosteriorProposals(self.bridge.law, self.num_paths)
+            return PosteriorProposals(self.bridge.law, self.bridge.law.context, self.num_paths)
         if isinstance(self.bridge, Bridge) and self.bridge.fitted:
             return BridgeProposals(self.bridge, check_context(self.bridge, self.context), self.num_paths)
         reparam = self.reparam if self._joint_options["transforms"] is None else None
@@ -227,7 +256,7 @@ class BridgeMH(WalkingKernel):
         )
         begin, bridge = start_of_population(self.population), self._template()
         with warnings.catch_warnings():
-            if self.bridge is None:  # what it is worth is measured next
+            if self.bridge is None:  # its weights are measured next
                 warnings.filterwarnings("ignore", message=".*have not converged")
             options = {"progress": False} | ({"solver": "moments"} if self.bridge is None else {}) | self.fit_options
             bridge.fit(begin.points, weights=begin.weights, **options)
@@ -243,10 +272,7 @@ class BridgeMH(WalkingKernel):
             assert self.population is not None
             return LightSB(self.log_joint.dim, num_components=self.population.core.num_components, covariance="full")
         assert not isinstance(self.bridge, Posterior)
-        made = self.bridge(self.log_joint.dim)
-        check_bridge(made, None)
-        check_dim(made, self.log_joint)
-        return made
+        return made_bridge(self.bridge, self.log_joint)
 
     def _found_start(self) -> Start:
         """The population's, or the bridge's weighted draws, or a population where those are poor."""
@@ -263,7 +289,3 @@ class BridgeMH(WalkingKernel):
         """Draws of the start by weight."""
         assert self._begin is not None
         return self._begin.points[torch.multinomial(self._begin.weights, num, replacement=True)]
-
-    def _new_walk(self, state: Tensor, log_density: Tensor) -> BridgeWalk:
-        assert self.frozen is not None
-        return BridgeWalk(self._target, self.frozen, state, log_density)

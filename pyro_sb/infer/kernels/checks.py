@@ -1,5 +1,6 @@
-"""What `BridgeMH` refuses, and why."""
+"""Checks of what kernels are given: each refusal says what must hold, what came, and what to write instead."""
 
+from inspect import Parameter, signature
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,9 @@ HAVE_DENSITY = (
     "LightSB, LightSBM, LightSBBM and DSB (source omitted or a distribution), TailMatched around them, VSDM, SGM, "
     'SmoothedBridge, LatentBridge with a bijective codec, KernelLangevinBridge with scheme="plain"'
 )
+
+GIVEN = {"context", "weights"}
+"""Arguments of ``fit`` that the kernel gives itself."""
 
 
 def check_bridge(bridge: Any, context: Any) -> None:
@@ -129,34 +133,98 @@ def check_posterior(posterior: Posterior, log_joint: LogJoint) -> None:
         )
 
 
-def check_options(
-    local: str | None,
-    num_proposals: int,
-    num_paths: int,
-    bridge_probability: float | None,
-    num_particles: int,
-    start: str | Tensor,
-    reparam: str | None,
-) -> None:
-    """Refuse options out of range."""
+def check_local(local: Any) -> None:
+    """Refuse a local move that there is not."""
     if local not in ("hmc", "mala", None):
         raise ValueError(f'local must be "hmc", "mala" or None, got {local!r}.')
-    for name, value, least in (
-        ("num_proposals", num_proposals, 1),
-        ("num_paths", num_paths, 1),
-        ("num_particles", num_particles, 50),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}. Omit it.")
-    if bridge_probability is not None and (local is None or not 0.0 < bridge_probability < 1.0):
-        raise ValueError(
-            f"bridge_probability must lie in (0, 1), beside a local move, got {bridge_probability} with local="
-            f"{local!r}. Omit it, or write local=None for the bridge alone."
-        )
-    if not isinstance(start, Tensor) and start not in ("search", "prior"):
+
+
+def check_count(name: str, value: Any, least: int) -> int:
+    """A whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}. Omit it for the default.")
+    return value
+
+
+def check_start(start: Any) -> str | Tensor:
+    """A start of a population: a name or points."""
+    if not isinstance(start, Tensor) and not (isinstance(start, str) and start in ("search", "prior")):
         raise ValueError(f'start must be "search", "prior" or a tensor of points (M, dim), got {start!r}.')
+    return start
+
+
+def check_coordinates(reparam: Any) -> None:
+    """Refuse coordinates that there are not."""
     if reparam not in ("auto", None):
         raise ValueError(f'reparam must be "auto" or None, got {reparam!r}. For your own, use pyro.poutine.reparam.')
+
+
+def check_share(name: str, share: float) -> float:
+    """A probability under one."""
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), got {share}. Omit it for the default.")
+    return share
+
+
+def check_bridge_probability(probability: float | None, local: str | None) -> None:
+    """Refuse a probability that leaves one of two moves out."""
+    if probability is not None and (local is None or not 0.0 < probability < 1.0):
+        raise ValueError(
+            f"bridge_probability must lie in (0, 1), beside a local move, got {probability} with local="
+            f"{local!r}. Omit it, or write local=None for the bridge alone."
+        )
+
+
+def check_model(model: Any, bridge: Any, potential_fn: Any) -> None:
+    """Refuse a bridge or a potential in the place of a model."""
+    if isinstance(model, (Bridge, Posterior)):
+        place = "bridge=posterior" if isinstance(model, Posterior) else "model, bridge"
+        raise ValueError(f"model must be a Pyro model, got a {type(model).__name__}. Write BridgeMH({place}).")
+    given = isinstance(bridge, (Bridge, Posterior, type)) or bridge is None or not callable(bridge)
+    if model is None and potential_fn is None and not given:
+        raise ValueError(
+            "Exactly one of model and potential_fn must be given, got neither, and a function as bridge. If that is "
+            "minus the log density of a dict of tensors, write BridgeMH(potential_fn=...)."
+        )
+
+
+def check_fit_options(bridge: Any, fit_options: Any) -> None:
+    """Refuse options that ``fit`` of a bridge, or of its class, does not have."""
+    inner = bridge
+    known: dict[str, None] = {}
+    while inner is not None:
+        parameters = signature(inner.fit).parameters.values()
+        known |= dict.fromkeys(p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY or p.name == "source")
+        if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
+            break
+        inner = getattr(inner, "bridge", None)
+        if inner is None:  # a class whose inner bridge is not known yet: its own fit refuses
+            return
+    known = {name: None for name in known if name not in GIVEN}
+    unknown = sorted(set(fit_options or {}) - set(known))
+    if unknown:
+        name = bridge.__name__ if isinstance(bridge, type) else type(bridge).__name__
+        raise ValueError(f"fit_options must be options of {name}.fit, got {unknown}. It has {sorted(known)}.")
+
+
+def made_bridge(make: Any, log_joint: LogJoint) -> Bridge:
+    """The bridge that a function of the dimension makes, checked."""
+    advice = "If it is minus the log density of a dict of tensors, write BridgeMH(potential_fn=...)."
+    try:
+        made = make(log_joint.dim)
+    except Exception as error:
+        raise ValueError(
+            f"bridge must be a Bridge or a function from the dimension to one, got {getattr(make, '__name__', make)}, "
+            f"which raised {type(error).__name__} at {log_joint.dim}: {error}. {advice}"
+        ) from error
+    if not isinstance(made, Bridge):
+        raise ValueError(
+            f"bridge must be a Bridge or a function from the dimension to one, got "
+            f"{getattr(make, '__name__', make)}, which gives a {type(made).__name__} at {log_joint.dim}. {advice}"
+        )
+    check_bridge(made, None)
+    check_dim(made, log_joint)
+    return made
 
 
 def _size(shape: Any) -> int:

@@ -1,4 +1,4 @@
-"""KernelLangevin: an exact MCMC kernel from a population and the kernel-Langevin bridge fitted to it."""
+r"""KernelLangevin, exact MCMC by :math:`N(x + c(m(x) - x), (1 - A_\tau^2) K)` of a bridge fitted to a population."""
 
 import logging
 import math
@@ -9,17 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sb.infer.mcmc.frozen import freeze
-from pyro_sb.infer.mcmc.kernel import WalkingKernel
-from pyro_sb.infer.mcmc.walk import ROLES
+from pyro_sb.bridges.langevin.bridge import KernelLangevinBridge
+from pyro_sb.infer.kernels.checks import (
+    check_coordinates,
+    check_count,
+    check_local,
+    check_share,
+    check_start,
+)
+from pyro_sb.infer.mcmc.kernel import ModelKernel
+from pyro_sb.infer.mcmc.walk import ROLES, TUNING_CHAINS, Frozen
+from pyro_sb.infer.model.log_joint import LogJoint
+from pyro_sb.infer.moves.moves import BridgeMove, IndexMove
+from pyro_sb.infer.moves.tuning import Batch, Tuned, share_moves, trajectory_range, tune, tune_local
 from pyro_sb.infer.population.coordinates import choose_coordinates
-from pyro_sb.infer.population.population import temper_weights
+from pyro_sb.infer.population.population import Population, temper_weights
+from pyro_sb.ops.student_mixture import StudentMixture, weighted_covariance, within_covariance
 from pyro_sb.weights import normalise
+
+__all__ = ["KernelLangevin"]
 
 logger = logging.getLogger(__name__)
 
 
-class KernelLangevin(WalkingKernel):
+class KernelLangevin(ModelKernel):
     r"""Exact MCMC by the kernel-Langevin bridge of a population, every move Metropolis-corrected.
 
     Warm-up builds a weighted population of the target (multi-start Newton search, importance check, tempered SMC
@@ -107,20 +120,29 @@ class KernelLangevin(WalkingKernel):
             transforms=transforms,
             jit_compile=jit_compile,
         )
+        check_local(local)
+        check_coordinates(reparam)
         self.options: dict[str, Any] = {
-            "local": _checked_local(local),
+            "local": local,
             "epsilons": _checked_epsilons(epsilons),
-            "index_time": _checked_index_time(index_time),
-            "min_bridge_probability": _checked_share(min_bridge_probability),
+            "index_time": None if index_time is None else check_count("index_time", index_time, least=1),
+            "min_bridge_probability": check_share("min_bridge_probability", min_bridge_probability),
             "probabilities": _checked_probabilities(probabilities, local),
         }
-        if reparam not in ("auto", None):
-            raise ValueError(
-                f'reparam must be "auto" or None, got {reparam!r}. For your own, use pyro.poutine.reparam.'
+        self.num_particles = check_count("num_particles", num_particles, least=50)
+        self.start, self.reparam = check_start(start), reparam
+
+    def __repr__(self) -> str:
+        lines = [f"KernelLangevin({self._subject()})"]
+        if self.population is None or self.frozen is None:
+            return "\n".join(
+                [*lines, f"  before its warm-up: a population of {self.num_particles}, start {self._from}"]
             )
-        self.num_particles = _checked_count("num_particles", num_particles, 50)
-        self.start = _checked_start(start)
-        self.reparam = reparam
+        return "\n".join([*lines, *(f"  {line}" for line in self.describe().splitlines()[-3:])])
+
+    @property
+    def _from(self) -> str:
+        return f"{len(self.start)} given points" if isinstance(self.start, Tensor) else repr(self.start)
 
     def _facts(self) -> dict[str, Any]:
         """Evidence and quality of the population."""
@@ -132,12 +154,11 @@ class KernelLangevin(WalkingKernel):
         }
 
     def describe(self) -> str:
-        """What warm-up found and froze, in lines: the population's stages, its evidence, the coordinates, the moves."""
+        """Lines on the population's stages, its evidence, the coordinates, and the moves."""
         if self.population is None or self.frozen is None:
             return "KernelLangevin before its warm-up"
-        coordinates = "the model's own" if self.coordinates is None else f"non-centred in {self.coordinates.sites}"
         evidence = f"{self.population.log_evidence:.3f} +- {self.population.log_evidence_error:.3f}"
-        lines = [*self.population.stages, f"log evidence: {evidence}", f"coordinates: {coordinates}"]
+        lines = [*self.population.stages, f"log evidence: {evidence}", f"coordinates: {self._where()}"]
         return "\n".join([*lines, f"moves: {self.frozen.describe()}"])
 
     def _prepare(self) -> None:
@@ -166,10 +187,77 @@ class KernelLangevin(WalkingKernel):
         return self.population.points[torch.multinomial(weights, num, replacement=True)]
 
 
-def _checked_local(local: str | None) -> str | None:
-    if local not in ("hmc", "mala", None):
-        raise ValueError(f'local must be "hmc", "mala" or None, got {local!r}.')
-    return local
+# What warm-up learns: the bridge, the moves and their probabilities
+
+
+def freeze(
+    log_joint: LogJoint,
+    population: Population,
+    *,
+    local: str | None,
+    epsilons: tuple[float, ...],
+    index_time: int | None,
+    min_bridge_probability: float,
+    probabilities: dict[str, float] | None,
+) -> Frozen:
+    """Fit, tune and freeze the moves on a population; the options are KernelLangevin's."""
+    points, weights = population.distinct()
+    metric = within_covariance(population.core, points, weights)
+    metrics = [metric] if population.core.num_components == 1 else [metric, weighted_covariance(points, weights)]
+    scale = torch.linalg.cholesky(metric)
+    start = torch.multinomial(weights, TUNING_CHAINS, replacement=True)
+    batch = Batch(points[start], log_joint.log_prob(points[start]))
+    tuned: dict[str, Tuned] = {}
+    roles = set(probabilities) if probabilities is not None else {"bridge", "index"} | ({"local"} if local else set())
+    bridges: list[KernelLangevinBridge] = []
+    if "bridge" in roles or index_time is not None:
+        bridges = [fit_bridge(points, weights, metric, epsilon) for metric in metrics for epsilon in epsilons]
+    if "bridge" in roles:
+        candidates = []
+        for bridge in bridges:
+            candidate, batch = tune(BridgeMove(bridge), log_joint, batch, scale)
+            candidates.append(candidate)
+        tuned["bridge"] = max(candidates, key=lambda item: item.efficiency)
+    if "index" in roles:
+        move = index_move(population, bridges[0] if bridges else None, points, index_time)
+        tuned["index"], batch = tune(move, log_joint, batch, scale)
+    if "local" in roles:
+        fit = tuned["index"].acceptance if "index" in tuned else 0.0
+        limit, spread = (1, 1.5) if local == "mala" else trajectory_range(fit)
+        tuned["local"], batch = tune_local(population.core, log_joint, batch, scale, max_steps=limit, spread=spread)
+    shares = probabilities if probabilities is not None else share_moves(tuned, min_bridge_probability)
+    return Frozen(
+        {role: item.move for role, item in tuned.items()},
+        {role: shares[role] for role in tuned},
+        {role: item.acceptance for role, item in tuned.items()},
+    )
+
+
+def fit_bridge(points: Tensor, weights: Tensor, metric: Tensor, epsilon: float) -> KernelLangevinBridge:
+    """The bridge of the weighted points at one bandwidth, in the given metric."""
+    bridge = KernelLangevinBridge(points.shape[1], metric=metric, epsilon=epsilon, scheme="plain")
+    bridge.fit(points, weights=weights, progress=False)
+    return bridge
+
+
+def index_move(
+    population: Population, bridge: KernelLangevinBridge | None, points: Tensor, index_time: int | None
+) -> IndexMove:
+    r"""The index move of the population's mixture, coupled by ``index_time`` steps of the bridge.
+
+    With responsibilities R of the components at the points and the bridge's coupling :math:`\Pi`, :math:`C = R^\top
+    \Pi R` is symmetric; its row sums are the components' weights, :math:`D(w)^{-1} C` is w-reversible, and so are its
+    powers.
+    """
+    if index_time is None or bridge is None:
+        return IndexMove(population.proposal)
+    share = population.proposal.log_responsibilities(points).exp()
+    coupling = share.T @ (bridge.weights[:, None] * bridge.transition_probabilities(points)) @ share
+    coupling = 0.5 * (coupling + coupling.T)
+    weights = coupling.sum(1)
+    mixture: StudentMixture = population.proposal._replace(log_weights=(weights / weights.sum()).log())
+    transition = torch.linalg.matrix_power(coupling / weights[:, None], index_time)
+    return IndexMove(mixture, transition / transition.sum(1, keepdim=True))
 
 
 def _checked_epsilons(epsilons: Sequence[float]) -> tuple[float, ...]:
@@ -180,30 +268,6 @@ def _checked_epsilons(epsilons: Sequence[float]) -> tuple[float, ...]:
             f"got {epsilons!r}. Write epsilons=(1.0, 4.0, 16.0, 64.0)."
         )
     return values
-
-
-def _checked_count(name: str, value: int, least: int) -> int:
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be at least {least} and whole, got {value!r}. Write {name}={max(least, 1024)}.")
-    return value
-
-
-def _checked_start(start: str | Tensor) -> str | Tensor:
-    if not isinstance(start, Tensor) and not (isinstance(start, str) and start in ("search", "prior")):
-        raise ValueError(f'start must be "search", "prior" or a tensor of points (M, dim), got {start!r}.')
-    return start
-
-
-def _checked_index_time(index_time: int | None) -> int | None:
-    if index_time is not None and (not isinstance(index_time, int) or index_time < 1):
-        raise ValueError(f"index_time must be None or a whole number of at least 1, got {index_time!r}. Write None.")
-    return index_time
-
-
-def _checked_share(share: float) -> float:
-    if not 0.0 <= share < 1.0:
-        raise ValueError(f"min_bridge_probability must lie in [0, 1), got {share}. Write 0.1.")
-    return share
 
 
 def _checked_probabilities(probabilities: Mapping[str, float] | None, local: str | None) -> dict[str, float] | None:

@@ -1,4 +1,4 @@
-"""What warm-up learns of a bridge as a proposal: what it is worth, where chains start, how often it proposes."""
+r"""Warm-up of a bridge as a proposal: its weights :math:`\pi / q`, the chains' start, and how often it proposes."""
 
 import math
 from dataclasses import dataclass
@@ -6,15 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_sb.infer.kernels.moves import ProposalMove
-from pyro_sb.infer.kernels.proposals import Proposals
-from pyro_sb.infer.mcmc.frozen import TUNING_CHAINS, Frozen, equal_weights, trajectory_range, tune_local
+from pyro_sb.infer.mcmc.walk import TUNING_CHAINS, Frozen
 from pyro_sb.infer.model.log_joint import LogJoint
-from pyro_sb.infer.moves.tuning import Batch, Tuned, local_floor, tune
+from pyro_sb.infer.moves.proposals import ProposalMove, Proposals
+from pyro_sb.infer.moves.tuning import Batch, Tuned, local_floor, trajectory_range, tune, tune_local
 from pyro_sb.infer.population.mixture_fit import fit_mixture
 from pyro_sb.infer.population.population import Population, temper_weights
-from pyro_sb.infer.population.tempering import within_covariance
-from pyro_sb.ops.student_mixture import StudentMixture
+from pyro_sb.ops.student_mixture import StudentMixture, within_covariance
 from pyro_sb.weights import effective_sample_size, log_evidence, normalise, pareto_k
 
 __all__ = ["Pilot", "Start", "freeze_bridge", "judge", "start_of_pilot", "start_of_population"]
@@ -54,7 +52,7 @@ class Pilot:
 
 @dataclass(frozen=True)
 class Start:
-    """Where chains start and tuning runs: weighted points ``(n, d)``, ``(n,)``, and a mixture with their metrics."""
+    """Start of the chains and of tuning: weighted points ``(n, d)``, ``(n,)``, and a mixture with their metrics."""
 
     points: Tensor
     weights: Tensor
@@ -79,7 +77,7 @@ def start_of_pilot(pilot: Pilot, *, metric: bool) -> Start:
 
 def start_of_population(population: Population) -> Start:
     """A population's points and its mixture."""
-    return Start(*equal_weights(population), population.core)
+    return Start(*population.distinct(), population.core)
 
 
 def freeze_bridge(
@@ -105,7 +103,7 @@ def freeze_bridge(
     move = ProposalMove(proposals, num_proposals)
     if local is None:
         acceptance = math.nan if not len(batch.x) else measured(move, log_joint, batch)
-        return Frozen({"bridge": move}, {"bridge": 1.0}, {"bridge": acceptance}, None)
+        return Frozen({"bridge": move}, {"bridge": 1.0}, {"bridge": acceptance})
     assert start.core is not None
     scale = torch.linalg.cholesky(within_covariance(start.core, start.points, start.weights))
     bridge, batch = tune(move, log_joint, batch, scale)
@@ -117,7 +115,6 @@ def freeze_bridge(
         {role: item.move for role, item in tuned.items()},
         {"bridge": share, "local": 1.0 - share},
         {role: item.acceptance for role, item in tuned.items()},
-        None,
     )
 
 

@@ -1,72 +1,59 @@
-"""What kernels share that learn in warm-up, freeze and then walk: the contracts of Pyro and of `MCMC`."""
+r"""Contract of kernels that learn moves in warm-up, freeze them and walk: :math:`\pi`-invariant steps for `MCMC`.
+
+`WalkingKernel` is the contract of Pyro and of `MCMC`; `ModelKernel` its form for a model or a ``potential_fn``.
+"""
 
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from pyro_sb.infer.mcmc.frozen import Frozen
 from pyro_sb.infer.mcmc.record import Block
-from pyro_sb.infer.mcmc.walk import Walk
+from pyro_sb.infer.mcmc.walk import Frozen, Walk
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
 from pyro_sb.infer.population.coordinates import NonCentred
 from pyro_sb.infer.population.population import Population
 
-__all__ = ["WalkingKernel"]
+__all__ = ["ModelKernel", "WalkingKernel"]
+
+Sites = dict[str, Tensor]
 
 
 class WalkingKernel(MCMCKernel):
     """A kernel whose moves are learnt once and frozen, for one chain or many.
 
-    A subclass supplies ``_prepare``, which sets ``frozen`` (and perhaps ``coordinates`` and ``population``), and
-    ``_starts``; ``_new_walk`` where its walk is its own.
+    A subclass supplies ``_bind``, which gives the log joint of arguments; ``_prepare``, which sets ``frozen``; and
+    ``_starts``. A state of its walk is one row a chain; `ModelKernel` may walk in other coordinates than the model's,
+    and chains of B posteriors side by side have B rows each, by ``_rows``, ``_sites`` and ``_by_chain``.
 
-    Args:
-        model: Pyro model.
-        potential_fn: Minus the log joint of one chain, instead of a model.
-        init_strategy: Pyro's per-site strategy for starts.
-        max_plate_nesting: As in Pyro's HMC; found by tracing if omitted.
-        transforms: As in Pyro's HMC: site to the transform from its support to the reals.
-        jit_compile: Refused by name if True: the log joint runs eagerly.
+    Attributes:
+        num_chains: Set by `MCMC`; None for one chain of Pyro's runner.
+        frozen: The moves, after warm-up.
+        log_joint: The target, after `setup`.
+        model: The Pyro model, if there is one.
+        walk_kind: The walk that carries the chains.
+        divergence_cure: Advice of reports where trajectories diverge.
     """
 
     default_warmup_steps = 32
+    walk_kind: type[Walk] = Walk
+    divergence_cure = "a larger num_particles, or another parametrisation (non-centred)"
+    model: Callable[..., Any] | None = None
 
-    def __init__(
-        self,
-        model: Callable[..., Any] | None,
-        potential_fn: Callable[[dict[str, Tensor]], Tensor] | None,
-        *,
-        init_strategy: Callable[..., Any] | None,
-        max_plate_nesting: int | None,
-        transforms: dict[str, Any] | None,
-        jit_compile: bool,
-    ) -> None:
-        if (model is None) == (potential_fn is None):
-            raise ValueError(
-                f"Exactly one of model and potential_fn must be given. Write {type(self).__name__}(model)."
-            )
-        self.model = model
-        self.potential_fn = potential_fn
+    def __init__(self) -> None:
         self.num_chains: int | None = None
-        self._joint_options: dict[str, Any] = {
-            "init_strategy": init_strategy,
-            "max_plate_nesting": max_plate_nesting,
-            "transforms": transforms,
-            "jit_compile": jit_compile,
-        }
-        self.population: Population | None = None
         self.frozen: Frozen | None = None
-        self.coordinates: NonCentred | None = None
-        self._initial_params: dict[str, Tensor] | None = None
+        self._initial_params: Sites | None = None
+        self._report: dict[str, Any] = {"divergences": []}
         self._reset()
 
     def _reset(self) -> None:
-        self._own_start: dict[str, Tensor] | None = None
+        self._own_start: Sites | None = None
         self._walk: Walk | None = None
         self._standing: Tensor | None = None
         self._steps_left = 0
@@ -74,17 +61,53 @@ class WalkingKernel(MCMCKernel):
     # What a subclass supplies
 
     @abstractmethod
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The log joint of the model's arguments."""
+
+    @abstractmethod
     def _prepare(self) -> None:
         """Learn and freeze the moves, once; nothing if that is done."""
 
     @abstractmethod
     def _starts(self, num: int) -> Tensor:
-        """States that chains may start from, in the coordinates of the walk. Shape ``(num, dim)``."""
+        """States that ``num`` chains may start from, in the coordinates of the walk. Shape ``(rows, dim)``."""
 
-    def _new_walk(self, state: Tensor, log_density: Tensor) -> Walk:
-        """A walk of the frozen moves from states ``(C, dim)``."""
-        assert self.frozen is not None
-        return Walk(self._target, self.frozen, state, log_density)
+    @abstractmethod
+    def describe(self) -> str:
+        """Lines on the population or bridge of warm-up, the coordinates, and the moves."""
+
+    # What it may supply: another layout of the walk than the log joint's
+
+    @property
+    def _target(self) -> Any:
+        """Log joint in the coordinates that the chains walk in."""
+        return self.log_joint
+
+    def _rows(self, sites: Sites) -> Tensor:
+        """Unconstrained sites of the chains, in the model's coordinates, to rows ``(rows, dim)``."""
+        flat = self.log_joint.pack(sites).detach()
+        if flat.ndim != (1 if self.num_chains is None else 2):
+            chains = "no chain dimension: one chain" if self.num_chains is None else "one leading chain dimension"
+            raise ValueError(
+                f"initial_params must have {chains}, got {tuple(flat.shape[:-1])} before the site's shape."
+            )
+        return flat if self.num_chains is not None else flat[None]
+
+    def _sites(self, states: Tensor) -> Sites:
+        """States of the walk, ``(*, rows, dim)``, to unconstrained sites ``(*, chains, *site)``."""
+        return self.log_joint.unpack(states.to(self.log_joint.dtype))
+
+    def _into_walk(self, rows: Tensor) -> Tensor:
+        """Rows of the model's coordinates to those of the walk, in float64."""
+        return rows.to(torch.float64)
+
+    def _by_chain(self, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Statistics of rows to those of chains."""
+        return stats
+
+    def _facts(self) -> dict[str, Any]:
+        """Figures of warm-up, for `diagnostics`."""
+        return {}
 
     # Pyro's contract
 
@@ -94,10 +117,9 @@ class WalkingKernel(MCMCKernel):
         Warm-up learns at the first draw.
         """
         self._reset()
-        self.population = self.frozen = self.coordinates = None
+        self.frozen, self._report = None, {"divergences": []}
         self._steps_left = warmup_steps
-        self._arguments = (args, kwargs)
-        self.log_joint: LogJoint = self._build(self.model, self._initial_params)
+        self.log_joint: Any = self._bind(args, kwargs)
         self._check_sites()
 
     @property
@@ -106,36 +128,71 @@ class WalkingKernel(MCMCKernel):
         return self.log_joint.transforms
 
     @property
-    def initial_params(self) -> dict[str, Tensor]:
+    def initial_params(self) -> Sites:
         """Unconstrained start of the chains: the user's, or draws of what warm-up found, by weight."""
         if self._initial_params is not None:
             return self._initial_params
         if self._own_start is None:
             self._prepare()
-            z = self._shown(self._starts(1 if self.num_chains is None else self.num_chains))
-            self._own_start = self.log_joint.unpack(z if self.num_chains is not None else z[0])
+            sites = self._sites(self._starts(1 if self.num_chains is None else self.num_chains))
+            self._own_start = sites if self.num_chains is not None else {name: x[0] for name, x in sites.items()}
         return self._own_start
 
     @initial_params.setter
-    def initial_params(self, params: dict[str, Tensor]) -> None:
+    def initial_params(self, params: Sites) -> None:
         self._initial_params = params
 
-    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    def sample(self, params: Sites) -> Sites:
         """One transition from ``params``, for ``pyro.infer.MCMC``."""
         draws = self.sample_block(params, 1).draws
         return {name: value[0] if self.num_chains is not None else value[0, 0] for name, value in draws.items()}
 
-    def sample_block(self, params: dict[str, Tensor], num_steps: int) -> Block:
+    def sample_block(self, params: Sites, num_steps: int) -> Block:
         """``num_steps`` transitions of every chain from ``params``: draws and statistics, steps first."""
         self._prepare()
-        walk = self._walk = self._walk_from(self._pack(params))
+        walk = self._walk = self._walk_from(self._rows(params))
         if self._steps_left == 0:
             walk.forget_warmup()
         states, stats = walk.run(num_steps)
         self._steps_left -= num_steps
-        draws = self.log_joint.unpack(self._shown(states))
-        self._standing = self.log_joint.pack({name: value[-1] for name, value in draws.items()})
-        return Block(draws, stats)
+        draws = self._sites(states)
+        self._standing = self._rows(
+            {name: value[-1] if self.num_chains is not None else value[-1, 0] for name, value in draws.items()}
+        )
+        return Block(draws, self._by_chain(stats))
+
+    @property
+    def walk(self) -> Walk | None:
+        """The chains' running walk; None before the first step and after `cleanup`."""
+        return self._walk
+
+    @property
+    def step_size(self) -> Tensor:
+        """Leapfrog step of the local move in units of its metric, ``()`` or one an observation; warm-up tunes it.
+
+        To set it is an experiment: the target stays invariant at any step, chains may stand still.
+        """
+        self._prepare()
+        return torch.as_tensor(self._local_move().step_size, dtype=torch.float64)
+
+    @step_size.setter
+    def step_size(self, value: float | Tensor) -> None:
+        self._prepare()
+        move = self._local_move()
+        if isinstance(move.step_size, Tensor):
+            move.step_size = torch.as_tensor(value).to(move.step_size).expand_as(move.step_size).clone()
+        else:
+            move.step_size = float(value)
+
+    def _local_move(self) -> Any:
+        assert self.frozen is not None
+        move = self.frozen.moves.get("local")
+        if move is None:
+            raise AttributeError(
+                f"step_size is that of trajectories, got a {type(self).__name__} without: its moves are "
+                f'{list(self.frozen.moves)}. Write local="hmc".'
+            )
+        return move
 
     def logging(self) -> OrderedDict[str, str]:
         """Acceptance rate and divergences, for the progress bar."""
@@ -145,30 +202,33 @@ class WalkingKernel(MCMCKernel):
         return OrderedDict([("acc. prob", f"{walk.acceptance_rate:.3f}"), ("divergences", str(walk.num_divergences))])
 
     def diagnostics(self) -> dict[str, Any]:
-        """Acceptance rates in all and per move, the probabilities of moves, evaluations, what warm-up found."""
+        """Acceptance rates in all and per move, the probabilities of moves, evaluations, what warm-up found.
+
+        After `cleanup` those of the run that has ended.
+        """
         walk, frozen = self._walk, self.frozen
         if walk is None or frozen is None:
-            return {"divergences": []}
+            return self._report
         evaluations = self.log_joint.evaluations
         by_chain = self.num_chains is not None
+        by_role = {f"acceptance {role}": rate[None] for role, rate in walk.acceptance_by_role().items()}
+        rates = self._by_chain({"acceptance rate": walk.acceptance_by_chain[None]} | by_role)
         report: dict[str, Any] = {
-            "acceptance rate": walk.acceptance_by_chain.tolist() if by_chain else walk.acceptance_rate,
+            "acceptance rate": rates["acceptance rate"][0].tolist() if by_chain else walk.acceptance_rate,
             "density evaluations": evaluations.density,
             "gradient evaluations": evaluations.gradient,
         } | self._facts()
-        for role, rate in walk.acceptance_by_role().items():
+        for role in frozen.moves:
+            rate = rates[f"acceptance {role}"][0]
             report[f"acceptance {role}"] = rate.tolist() if by_chain else float(rate)
-            report[f"probability {role}"] = frozen.probabilities[role]
+            report[f"probability {role}"] = frozen.probabilities.get(role, 1.0)
         if not by_chain:
             report["divergences"] = walk.divergent_steps
         return report
 
-    def _facts(self) -> dict[str, Any]:
-        """What warm-up found, for `diagnostics`."""
-        return {}
-
     def cleanup(self) -> None:
-        """Drop the chains' state. What warm-up learnt stays for inspection."""
+        """Drop the chains' state. What warm-up learnt and `diagnostics` stay for inspection."""
+        self._report = self.diagnostics()
         self._initial_params = None
         self._reset()
 
@@ -189,12 +249,105 @@ class WalkingKernel(MCMCKernel):
         unknown = sorted(set(getattr(self, "_save_params", [])) - set(known))
         if unknown:
             raise ValueError(f"save_params must name sites of the model, got {unknown}. Known sites: {known}.")
-        if self._initial_params is not None and not bool(torch.isfinite(self._pack(self._initial_params)).all()):
+        if self._initial_params is not None and not bool(torch.isfinite(self._rows(self._initial_params)).all()):
             raise ValueError(
                 "initial_params must be finite, got NaN or infinite entries. Omit them, or drop those chains."
             )
 
-    def _build(self, model: Callable[..., Any] | None, initial_params: dict[str, Tensor] | None = None) -> LogJoint:
+    def _walk_from(self, z: Tensor) -> Walk:
+        """The running walk if it stands at z, else a new one from there."""
+        if self._walk is not None and self._standing is not None and torch.equal(self._standing, z):
+            return self._walk
+        state = self._into_walk(z)
+        log_density = self._target.log_prob(state)
+        finite = torch.isfinite(log_density)
+        if not bool(finite.all()):
+            rows = (~finite).nonzero().flatten().tolist()
+            raise ValueError(
+                f"The log joint must be finite at every chain's start, but is not at chains {rows}. "
+                "Omit initial_params, or give points inside the support."
+            )
+        assert self.frozen is not None
+        return self.walk_kind(self._target, self.frozen, state, log_density)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the chains' state, so that a kernel travels to another process."""
+        return self.__dict__ | {"_walk": None}
+
+
+class ModelKernel(WalkingKernel):
+    """A kernel of a model or of a ``potential_fn``, which may walk in the model's non-centred coordinates.
+
+    Args:
+        model: Pyro model.
+        potential_fn: Minus the log joint of one chain, instead of a model.
+        init_strategy: Pyro's per-site strategy for starts.
+        max_plate_nesting: As in Pyro's HMC; found by tracing if omitted.
+        transforms: As in Pyro's HMC: site to the transform from its support to the reals.
+        jit_compile: Refused by name if True: the log joint runs eagerly.
+
+    Attributes:
+        population: The population that warm-up made, if it made one.
+        coordinates: The non-centred coordinates that the chains walk in; None for the model's own.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None,
+        potential_fn: Callable[[Sites], Tensor] | None,
+        *,
+        init_strategy: Callable[..., Any] | None,
+        max_plate_nesting: int | None,
+        transforms: dict[str, Any] | None,
+        jit_compile: bool,
+    ) -> None:
+        super().__init__()
+        if (model is None) == (potential_fn is None):
+            name = type(self).__name__
+            raise ValueError(
+                f"Exactly one of model and potential_fn must be given, got {'both' if model is not None else 'neither'}"
+                f". Write {name}(model), or {name}(potential_fn=...) for minus a log density of a dict of tensors."
+            )
+        self.model = model
+        self.potential_fn = potential_fn
+        self._joint_options: dict[str, Any] = {
+            "init_strategy": init_strategy,
+            "max_plate_nesting": max_plate_nesting,
+            "transforms": transforms,
+            "jit_compile": jit_compile,
+        }
+        self.population: Population | None = None
+        self.coordinates: NonCentred | None = None
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Bind the model's arguments; what was learnt from others is dropped.
+
+        Warm-up learns at the first draw.
+        """
+        self.population = self.coordinates = None
+        super().setup(warmup_steps, *args, **kwargs)
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogJoint:
+        self._arguments = (args, kwargs)
+        if self.model is not None and not args and not kwargs:
+            self._refuse_potential(self.model)
+        return self._build(self.model, self._initial_params)
+
+    def _refuse_potential(self, model: Callable[..., Any]) -> None:
+        """Name ``potential_fn=`` where a function of one argument got none."""
+        try:
+            given = signature(model).parameters.values()
+        except (TypeError, ValueError):  # a callable without a signature
+            return
+        places = Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD
+        needed = [p.name for p in given if p.default is Parameter.empty and p.kind in places]
+        if len(needed) == 1:
+            raise ValueError(
+                f"model must get its arguments from run(), got none for {needed[0]!r}. Write run({needed[0]}); or, if "
+                f"it is minus the log density of a dict of tensors, {type(self).__name__}(potential_fn=...)."
+            )
+
+    def _build(self, model: Callable[..., Any] | None, initial_params: Sites | None = None) -> LogJoint:
         args, kwargs = self._arguments
         return log_joint(
             model,
@@ -208,46 +361,40 @@ class WalkingKernel(MCMCKernel):
 
     def _hints(self) -> Tensor | None:
         """The user's starts as points for a search, in the model's coordinates."""
-        return None if self._initial_params is None else self._pack(self._initial_params).to(torch.float64)
+        return None if self._initial_params is None else self._rows(self._initial_params).to(torch.float64)
 
     @property
     def _target(self) -> LogJoint:
-        """Log joint in the coordinates that the chains walk in."""
         return self.log_joint if self.coordinates is None else self.coordinates.log_joint
 
-    def _shown(self, state: Tensor) -> Tensor:
-        """The model's unconstrained vector at states of the walk."""
-        z = state if self.coordinates is None else self.coordinates.forward(state)
-        return z.to(self.log_joint.dtype)
+    def _sites(self, states: Tensor) -> Sites:
+        z = states if self.coordinates is None else self.coordinates.forward(states)
+        return super()._sites(z)
 
-    def _walk_from(self, z: Tensor) -> Walk:
-        """The running walk if it stands at z, else a new one from there."""
-        if self._walk is not None and self._standing is not None and torch.equal(self._standing, z):
-            return self._walk
-        state = z.to(torch.float64)
-        state = state if self.coordinates is None else self.coordinates.inverse(state)
-        log_density = self._target.log_prob(state)
-        finite = torch.isfinite(log_density)
-        if not bool(finite.all()):
-            rows = (~finite).nonzero().flatten().tolist()
-            raise ValueError(
-                f"The log joint must be finite at every chain's start, but is not at chains {rows}. "
-                "Omit initial_params, or give points inside the support."
-            )
-        return self._new_walk(state, log_density)
+    def _into_walk(self, rows: Tensor) -> Tensor:
+        rows = super()._into_walk(rows)
+        return rows if self.coordinates is None else self.coordinates.inverse(rows)
 
-    def _pack(self, params: dict[str, Tensor]) -> Tensor:
-        flat = self.log_joint.pack(params).detach()
-        if flat.ndim != (1 if self.num_chains is None else 2):
-            chains = "no chain dimension: one chain" if self.num_chains is None else "one leading chain dimension"
-            raise ValueError(
-                f"initial_params must have {chains}, got {tuple(flat.shape[:-1])} before the site's shape."
-            )
-        return flat if self.num_chains is not None else flat[None]
+    def _where(self) -> str:
+        """The coordinates, for `describe`."""
+        return "the model's own" if self.coordinates is None else f"non-centred in {self.coordinates.sites}"
+
+    def _subject(self) -> str:
+        """The model's name, and whether arguments are bound, for `__repr__`."""
+        what = f"potential_fn {_name(self.potential_fn)}" if self.model is None else f"model {_name(self.model)}"
+        joint = getattr(self, "log_joint", None)
+        if joint is None:
+            return f"{what}, not set up: MCMC's run(*model_args) does it"
+        return f"{what}, {joint.dim} unconstrained number{'s' * (joint.dim != 1)} in {list(joint.site_shapes)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the chains' state and coordinates, so that a kernel travels to another process."""
-        lost: dict[str, Any] = {"_walk": None, "coordinates": None}
+        lost: dict[str, Any] = {"coordinates": None}
         if self.coordinates is not None:  # they are in these coordinates, and mean nothing without them
             lost |= {"population": None, "frozen": None}
-        return self.__dict__ | lost
+        return super().__getstate__() | lost
+
+
+def _name(function: Any) -> str:
+    """A function's name; a partial's is that of its function."""
+    inner = getattr(function, "func", function)
+    return str(getattr(inner, "__name__", type(inner).__name__))

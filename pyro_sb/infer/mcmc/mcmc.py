@@ -1,8 +1,7 @@
-r"""MCMC: Pyro's runner with chains as a tensor dimension.
+r"""MCMC, Pyro's runner with chains as a tensor dimension: states ``(chains, ...)``, blocks ``(steps, chains, ...)``.
 
 Pyro's own runner gives every chain a process and hands draws over one at a time. Here one process moves all chains
-together: states are ``(chains, ...)``, draws arrive in blocks of ``(steps, chains, ...)``, and one batched evaluation
-of the log joint serves every chain.
+together, and one batched evaluation of the log joint serves every chain.
 
 A kernel takes part by the *batched protocol*: it is a :class:`~pyro.infer.mcmc.mcmc_kernel.MCMCKernel` that also has
 
@@ -18,9 +17,12 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from html import escape
+from itertools import product
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.infer.mcmc import api, util
 from pyro.infer.mcmc.logger import ProgressBar
@@ -298,6 +300,48 @@ class MCMC(api.MCMC):
         util.print_summary(samples, prob=prob)
         print(f"Number of divergences: {sum(len(entry['divergences']) for entry in self._diagnostics)}")
 
+    def __repr__(self) -> str:
+        kernel = repr(self.kernel).splitlines()
+        lines = [
+            f"MCMC of {self.num_chains} chain{'s' * (self.num_chains > 1)} x {self.num_samples} draws",
+            *kernel[:1],
+        ]
+        if self._samples is None:
+            return "\n  ".join([*lines, f"not run: {self.warmup_steps} warm-up steps first; call run(*model_args)"])
+        sites = [f"{name} {tuple(x.shape[2:])}" if x.dim() > 2 else name for name, x in self._samples.items()]
+        shown = sites if len(sites) <= 8 else [*sites[:7], f"and {len(sites) - 7} more"]
+        divergences = sum(len(entry["divergences"]) for entry in self._diagnostics)
+        share = divergences / (self.num_chains * self.num_samples)
+        figures = [f"sites: {', '.join(shown)}", f"divergences: {divergences} ({share:.1%})"]
+        if self.evaluations is not None:
+            counts = self.evaluations
+            figures.append(f"evaluations: {counts.density} of the density, {counts.gradient} with gradient")
+        return "\n  ".join([*lines, *figures])
+
+    def _repr_html_(self) -> str:
+        """Table of the first 20 numbers: mean, sd, 5 % and 95 % quantiles, n_eff and r_hat."""
+        text = "<br>".join(escape(line) for line in repr(self).splitlines())
+        if self._samples is None:
+            return f"<p>{text}</p>"
+        columns = ("", "mean", "sd", "5 %", "95 %", "n_eff", "r_hat")
+        rows = [(name, *(f"{figure:.4g}" for figure in figures)) for name, figures in self._table(20)]
+        cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        return f"<p>{text}</p><table><tr>{''.join(f'<th>{name}</th>' for name in columns)}</tr>{cells}</table>"
+
+    def _table(self, most: int) -> Iterator[tuple[str, list[float]]]:
+        """Figures of at most so many numbers, by name."""
+        for name, value in self._results().items():
+            value = floating(value)
+            convergence = site_diagnostics(value)
+            columns = value.flatten(0, 1)
+            levels = torch.tensor([0.05, 0.95], dtype=columns.dtype, device=columns.device)
+            figures = [columns.mean(0), columns.std(0), *columns.quantile(levels, 0), *convergence.values()]
+            for index in product(*map(range, value.shape[2:])):
+                if most == 0:
+                    return
+                most -= 1
+                yield name + (f"[{', '.join(map(str, index))}]" if index else ""), [float(x[index]) for x in figures]
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_log_joint": None}  # it may hold closures; rebuilt on demand
 
@@ -310,7 +354,7 @@ def _blocks(num_steps: int, single: bool) -> Iterator[tuple[int, int]]:
 
 
 def _postfix(kernel: Any, block: Block, record: Record) -> OrderedDict[str, str]:
-    """What the progress bar says: the kernel's words, and always acceptance and divergences."""
+    """Words of the progress bar: the kernel's, and always acceptance and divergences."""
     words = OrderedDict(kernel.logging() or {})
     if "acceptance_rate" in block.stats and not any(word.startswith("acc") for word in words):
         words["acc. prob"] = f"{block.stats['acceptance_rate'].double().mean().item():.3f}"

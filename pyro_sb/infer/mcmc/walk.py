@@ -1,48 +1,91 @@
-"""The chains' walk under frozen moves: one state a chain, one move a step for all chains."""
+r"""A walk of many chains under frozen moves, each :math:`\pi`-invariant: one state a chain, the same move for all."""
+
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from pyro_sb.infer.mcmc.frozen import Frozen
 from pyro_sb.infer.model.log_joint import LogJoint
-from pyro_sb.infer.moves.moves import IndexMove, Transition
+from pyro_sb.infer.moves.moves import IndependentMove, Move, Proposed, Transition
+
+__all__ = ["ROLES", "TUNING_CHAINS", "Frozen", "Walk"]
 
 ROLES = ("bridge", "index", "local")
 """Roles of the moves; the statistic ``move`` holds their positions here."""
 
-ROWS_A_CALL = 2048
+TUNING_CHAINS = 64
+"""Chains that moves are tuned on."""
+
 ROWS_AHEAD = 256
 
 
-class Walk:
-    """Chains under a mixture of frozen moves; counts what it accepts.
+@dataclass(frozen=True)
+class Frozen:
+    """Moves that warm-up learnt, by role: ``"bridge"``, ``"index"``, ``"local"``.
 
-    Every step one move is drawn, independently of the states, and applied to all chains. Proposals of an index move
-    that does not depend on the state are drawn for many steps ahead and evaluated in few calls.
+    Attributes:
+        moves: The moves.
+        probabilities: Of the move that a step begins with: they sum to one and do not depend on the state.
+        acceptance: Acceptance rates measured while tuning.
+        then: Roles of the moves that follow in every step.
+    """
+
+    moves: dict[str, Move]
+    probabilities: dict[str, float]
+    acceptance: dict[str, float]
+    then: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """One line: each move with its probability, acceptance rate and step."""
+        parts = []
+        for role, move in self.moves.items():
+            size = mean_step(move)
+            when = f"p {self.probabilities[role]:.2f}" if role in self.probabilities else "in every step"
+            rate = f", accepts {self.acceptance[role]:.2f}" if role in self.acceptance else ""
+            parts.append(f"{role} ({move.name}) {when}{rate}" + (f", step {size:.3g}" if size else ""))
+        return "; ".join(parts)
+
+
+def mean_step(move: Move) -> float:
+    """A move's step size; of several targets side by side, the mean."""
+    return float(move.step_size.mean()) if isinstance(move.step_size, Tensor) else float(move.step_size)
+
+
+class Walk:
+    """Chains under frozen moves; counts what it accepts.
+
+    Every step one move is drawn, independently of the states, and applied to all chains; the moves of ``frozen.then``
+    follow it. Proposals of a move that does not depend on the state are drawn for many steps ahead and evaluated in few
+    calls. Where they are paths, a state keeps the log density of its own path until another move has moved it.
 
     Args:
         log_joint: Target.
         frozen: Moves and their probabilities.
         x: Start of the chains, float64. Shape ``(C, d)``.
         log_density: Target's log density there. Shape ``(C,)``.
+
+    Attributes:
+        log_q: Log density of the states' own paths, ``(C,)``; None where they are to be drawn.
     """
 
     def __init__(self, log_joint: LogJoint, frozen: Frozen, x: Tensor, log_density: Tensor) -> None:
         self.log_joint, self.frozen = log_joint, frozen
         self.x, self.log_density = x, log_density
+        self.log_q: Tensor | None = None
         self.roles = list(frozen.moves)
-        self._ahead: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._ahead: dict[str, list[Proposed]] = {role: [] for role, move in frozen.moves.items() if move.independent}
         self._in_warmup = True
         self._clear()
 
     def _clear(self) -> None:
         self.num_steps, self.num_divergences = 0, 0
         self.divergent_steps: list[int] = []
-        self._accepted = torch.zeros(len(self.roles), len(self.x), dtype=self.x.dtype, device=self.x.device)
-        self._tried = [0] * len(self.roles)
+        self._accepted = {role: torch.zeros_like(self.log_density) for role in self.roles}
+        self._tried = dict.fromkeys(self.roles, 0)
 
     def forget_warmup(self) -> None:
-        """Start the counts anew, once: reports speak of the draws that are kept."""
+        """Set the counts to zero, once: reports speak of the draws that are kept."""
         if self._in_warmup:
             self._in_warmup = False
             self._clear()
@@ -51,76 +94,82 @@ class Walk:
         """States ``(num_steps, C, d)`` and statistics ``(num_steps, C)`` of the next steps.
 
         ``lp`` is the target's log density in the coordinates of the walk, and ``energy`` minus that: a potential,
-        without a kinetic part. ``move`` is a position in :data:`ROLES`.
+        without a kinetic part. ``move`` is a position in :data:`ROLES`, of the move that the step began with.
+        ``acceptance_rate`` is the mean over a step's moves; where several follow each other, each has its own too.
         """
-        probabilities = torch.tensor([self.frozen.probabilities[role] for role in self.roles])
-        schedule = torch.multinomial(probabilities, num_steps, replacement=True).tolist()
+        begins = [role for role in self.roles if role in self.frozen.probabilities]
+        probabilities = torch.tensor([self.frozen.probabilities[role] for role in begins])
+        drawn = torch.multinomial(probabilities, num_steps, replacement=True).tolist()
+        schedule = [(begins[index], *self.frozen.then) for index in drawn]
         self._draw_ahead(schedule)
         draws = torch.empty(num_steps, *self.x.shape, dtype=self.x.dtype, device=self.x.device)
         lp = torch.empty(num_steps, len(self.x), dtype=self.x.dtype, device=self.x.device)
-        accept, diverging = torch.empty_like(lp), torch.zeros_like(lp, dtype=torch.bool)
-        for i, choice in enumerate(schedule):
-            moved = self._step(choice)
-            self.x, self.log_density = moved.x, moved.log_density
-            draws[i], lp[i], accept[i], diverging[i] = moved.x, moved.log_density, moved.accept_prob, moved.diverging
-        self._count(schedule, accept, diverging)
-        steps = [self.frozen.moves[role].step_size for role in self.roles]
-        column = torch.tensor(schedule, device=self.x.device)[:, None]
-        codes = torch.tensor([ROLES.index(role) for role in self.roles], device=self.x.device)
+        accept, diverging = torch.zeros_like(lp), torch.zeros_like(lp, dtype=torch.bool)
+        each = {f"acceptance_{role}": torch.zeros_like(lp) for role in self.roles} if self.frozen.then else {}
+        for i, scan in enumerate(schedule):
+            for role in scan:
+                moved = self._step(role)
+                accept[i] += moved.accept_prob / len(scan)
+                diverging[i] |= moved.diverging
+                if each:
+                    each[f"acceptance_{role}"][i] += moved.accept_prob / scan.count(role)
+            draws[i], lp[i] = self.x, self.log_density
+        self._count_divergences(diverging)
+        codes = torch.tensor([ROLES.index(scan[0]) for scan in schedule], device=lp.device)
+        sizes = [mean_step(self.frozen.moves[scan[-1]]) for scan in schedule]
         stats = {
             "acceptance_rate": accept,
             "diverging": diverging,
             "energy": -lp,
             "lp": lp,
-            "move": codes[column].expand_as(lp),
-            "step_size": torch.tensor(steps, dtype=lp.dtype, device=lp.device)[column].expand_as(lp),
+            "move": codes[:, None].expand_as(lp),
+            "step_size": torch.tensor(sizes, dtype=lp.dtype, device=lp.device)[:, None].expand_as(lp),
         }
-        return draws, stats
+        return draws, stats | each
 
     @property
     def acceptance_rate(self) -> float:
-        """Mean acceptance probability over steps and chains."""
-        return float(self._accepted.sum()) / max(1, self.num_steps * len(self.x))
+        """Mean acceptance probability over moves and chains."""
+        return float(self.acceptance_by_chain.mean())
 
     @property
     def acceptance_by_chain(self) -> Tensor:
         """Mean acceptance probability of every chain. Shape ``(C,)``."""
-        return self._accepted.sum(0) / max(1, self.num_steps)
+        return torch.stack(list(self._accepted.values())).sum(0) / max(1, sum(self._tried.values()))
 
     def acceptance_by_role(self) -> dict[str, Tensor]:
         """Mean acceptance probability of every move and chain, ``(C,)`` each; NaN for a move that was not tried."""
-        tried = torch.tensor(self._tried, dtype=self.x.dtype, device=self.x.device)
-        return dict(zip(self.roles, self._accepted / tried[:, None], strict=True))
+        tried = torch.tensor(list(self._tried.values()), dtype=self.x.dtype, device=self.x.device)
+        return {role: self._accepted[role] / tried[i] for i, role in enumerate(self.roles)}
 
-    def _step(self, choice: int) -> Transition:
-        move = self.frozen.moves[self.roles[choice]]
-        if isinstance(move, IndexMove) and move.transition is None:
-            return move.accept(self.x, self.log_density, *self._ahead.pop())
-        return move.step(self.log_joint, self.x, self.log_density)
+    def _step(self, role: str) -> Transition:
+        """Move all chains once."""
+        move = self.frozen.moves[role]
+        if role in self._ahead:
+            ahead = self._ahead[role].pop()
+            moved = cast(IndependentMove, move).accept(self.x, self.log_density, self.log_q, ahead)
+        else:
+            moved = move.step(self.log_joint, self.x, self.log_density)
+        self.x, self.log_density, self.log_q = moved.x, moved.log_density, moved.log_q
+        self._accepted[role] += moved.accept_prob
+        self._tried[role] += 1
+        return moved
 
-    def _draw_ahead(self, schedule: list[int]) -> None:
-        """Fill the store of independence proposals for this schedule, in calls of bounded size."""
-        move = self.frozen.moves.get("index")
-        if not isinstance(move, IndexMove) or move.transition is not None:
-            return
-        missing = schedule.count(self.roles.index("index")) - len(self._ahead)
-        if missing <= 0:
-            return
-        num_chains = len(self.x)
-        missing = max(missing, ROWS_AHEAD // num_chains)
-        proposals = move.mixture.sample(missing * num_chains)
-        values = torch.cat([self.log_joint.log_prob(part) for part in proposals.split(ROWS_A_CALL)])
-        mixture_values = torch.cat([move.mixture.log_prob(part) for part in proposals.split(ROWS_A_CALL)])
-        fresh = zip(
-            proposals.split(num_chains), values.split(num_chains), mixture_values.split(num_chains), strict=True
-        )
-        self._ahead.extend(fresh)
+    def _draw_ahead(self, schedule: list[tuple[str, ...]]) -> None:
+        """Fill the stores for this schedule, in calls of bounded size; an empty one renews what proposals share."""
+        for role, store in self._ahead.items():
+            move = cast(IndependentMove, self.frozen.moves[role])
+            missing = sum(scan.count(role) for scan in schedule) - len(store)
+            if missing <= 0:
+                continue
+            if not store:
+                move.renew()
+                self.log_q = None
+            fewest = ROWS_AHEAD // (len(self.x) * move.num_proposals)
+            store.extend(move.ahead(self.log_joint, max(missing, fewest), len(self.x)))
 
-    def _count(self, schedule: list[int], accept: Tensor, diverging: Tensor) -> None:
-        for i, choice in enumerate(schedule):
-            self._accepted[choice] += accept[i]
-            self._tried[choice] += 1
+    def _count_divergences(self, diverging: Tensor) -> None:
         steps = diverging.any(1).nonzero().flatten().tolist()
         self.divergent_steps.extend(self.num_steps + step for step in steps)
         self.num_divergences += int(diverging.sum())
-        self.num_steps += len(schedule)
+        self.num_steps += len(diverging)

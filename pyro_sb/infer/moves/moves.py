@@ -1,12 +1,13 @@
-r"""Metropolis moves of a batch of chains: each leaves the target exactly invariant.
+r"""Metropolis moves of a batch of chains, :math:`\alpha = \min\{1, e^{\text{log ratio}}\}`: one accept, one HMC step.
 
-A move draws proposals for all chains at once and accepts them one by one with :func:`metropolis`. What a move learnt is
-frozen: its
-proposal density depends on the current point alone.
+A move draws proposals for all chains at once and accepts each by :func:`metropolis`; Hamiltonian moves do so through
+:func:`hmc_step`. What a move learnt is frozen, and its proposal density depends on the present point alone, so each
+leaves the target exactly invariant.
 """
 
 import math
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,57 +17,222 @@ from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.ops.leapfrog import PhasePoint, leapfrog
 from pyro_sb.ops.student_mixture import StudentMixture
 
+__all__ = [
+    "BridgeMove",
+    "HamiltonianMove",
+    "HamiltonianStep",
+    "IndexMove",
+    "Move",
+    "Proposed",
+    "Rows",
+    "Transition",
+    "adapted",
+    "hmc_step",
+    "jittered",
+    "metropolis",
+    "start_rows",
+]
+
 MAX_ENERGY_ERROR = 1000.0
+"""Energy error of a trajectory, in nats, above which it diverged."""
+
+ROWS_A_CALL = 2048
+"""Rows of one call of the log joint, where proposals are scored ahead."""
+
+Target = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+# Accept
+
+
+class Point(NamedTuple):
+    """States ``(C, d)`` and the target's log density there ``(C,)``."""
+
+    x: Tensor
+    log_density: Tensor
+
+
+class Rows(NamedTuple):
+    """States ``(C, d)`` with their log density ``(C,)`` and its gradient ``(C, d)``."""
+
+    x: Tensor
+    log_density: Tensor
+    grad: Tensor
+
+    def with_momentum(self) -> PhasePoint:
+        """The same with fresh standard normal momenta."""
+        return PhasePoint(self.x, torch.randn_like(self.x), self.log_density, self.grad)
+
+
+State = TypeVar("State", bound=tuple)
+
+
+def metropolis(state: State, proposal: State, log_ratio: Tensor) -> tuple[State, Tensor, Tensor]:
+    r"""Each row's proposal with probability :math:`\min\{1, e^{\text{log ratio}}\}`; a NaN ratio is a rejection.
+
+    Args:
+        state: Named tuple of tensors with the rows first, such as `Rows`.
+        proposal: The same at the proposed points.
+        log_ratio: Log of :math:`\pi(y) q(y, x) / \pi(x) q(x, y)`. Shape ``(C,)``.
+
+    Returns:
+        The new states, the acceptance probabilities ``(C,)``, and which proposals were accepted ``(C,)``.
+
+    References:
+        Equation of state calculations by fast computing machines (Metropolis et al., 1953); Monte Carlo sampling
+        methods using Markov chains (Hastings, 1970).
+    """
+    probability = torch.exp(log_ratio.clamp_max(0.0)).nan_to_num(0.0)
+    accepted = torch.rand_like(probability) < probability
+    parts = [
+        torch.where(accepted.reshape(accepted.shape + (1,) * (old.dim() - 1)), new, old)
+        for old, new in zip(state, proposal, strict=True)
+    ]
+    return type(state)(*parts), probability, accepted
+
+
+# Hamiltonian Monte Carlo on rows
+
+
+class HamiltonianStep(NamedTuple):
+    """One HMC transition of every row.
+
+    Attributes:
+        rows: Where the rows stand.
+        accept_prob: Acceptance probabilities. Shape ``(C,)``.
+        accepted: Which trajectories' ends were accepted. Shape ``(C,)``.
+        energy_error: Hamiltonian at the trajectory's end less that at its start, in nats. Shape ``(C,)``.
+    """
+
+    rows: Rows
+    accept_prob: Tensor
+    accepted: Tensor
+    energy_error: Tensor
+
+    @property
+    def diverging(self) -> Tensor:
+        """Whether the energy error is above 1,000 nats, or not a number. Shape ``(C,)``."""
+        return ~(self.energy_error < MAX_ENERGY_ERROR)
+
+
+def hmc_step(target: Target, start: PhasePoint, scale: Tensor, step_size: Tensor, num_steps: int) -> HamiltonianStep:
+    r"""One Hamiltonian Monte Carlo transition of every row, :math:`\alpha = \min\{1, e^{H(x, r) - H(x', r')}\}`.
+
+    Exact for any target, metric and step, each a row's own if need be, as long as momenta are fresh and neither metric
+    nor step depends on the state.
+
+    Args:
+        target: Log density and gradient, ``(C, d)`` to ``(C,)`` and ``(C, d)``.
+        start: Rows with fresh momenta: `Rows.with_momentum`.
+        scale: Factor of the metric, ``(d, d)`` or ``(C, d, d)``.
+        step_size: Leapfrog step in units of the metric, ``()`` or ``(C, 1)``; see `jittered`.
+        num_steps: Leapfrog steps, at least 1; each costs one gradient.
+
+    References:
+        MCMC using Hamiltonian dynamics (Neal, 2011), section 5.3.2, https://arxiv.org/abs/1206.1901
+    """
+    end = leapfrog(start, target, scale, step_size, num_steps)
+    energy_error = end.energy - start.energy
+    here, there = (Rows(point.x, point.log_density, point.grad) for point in (start, end))
+    return HamiltonianStep(*metropolis(here, there, -energy_error), energy_error)
+
+
+def start_rows(target: Target, x: Tensor) -> Rows:
+    """Rows at given points: one gradient."""
+    return Rows(x, *target(x))
+
+
+def jittered(step_size: float | Tensor, spread: float, x: Tensor) -> Tensor:
+    """A step for each row of x: ``step_size`` times a factor log-uniform in ``[1 / spread, 1]``. Shape ``(C, 1)``.
+
+    The factor does not depend on the state. Large spreads serve rows of many widths under one metric.
+    """
+    return step_size * spread ** -torch.rand(len(x), 1, dtype=x.dtype, device=x.device)
+
+
+def adapted(step_size: Any, accept_prob: Tensor, target_accept: float, gain: float) -> Any:
+    r"""A step size after a transition, :math:`h\, e^{g (\bar\alpha - \alpha^*)}`.
+
+    Args:
+        step_size: h, one for all rows, or ``(B,)`` for rows that run over B columns fastest.
+        accept_prob: Acceptance probabilities of the rows. Shape ``(C,)``, or ``(C * B,)``.
+        target_accept: The rate that it aims at.
+        gain: g; constant in a short warm-up, or falling as Robbins and Monro ask.
+    """
+    if isinstance(step_size, Tensor):
+        rate = accept_prob.reshape(-1, len(step_size)).mean(0)
+        return step_size * torch.exp(gain * (rate.to(step_size) - target_accept))
+    return step_size * math.exp(gain * (float(accept_prob.mean()) - target_accept))
+
+
+# Moves of a kernel
 
 
 class Transition(NamedTuple):
-    """New states ``(C, d)``, log densities, acceptance probabilities, and which proposals diverged, ``(C,)`` each."""
+    """New states ``(C, d)``, log densities, acceptance probabilities, and which proposals diverged, ``(C,)`` each.
+
+    ``log_q`` is the log density of the states' own paths under the proposal that made them, ``(C,)``; None where it is
+    to be drawn when it is needed.
+    """
 
     x: Tensor
     log_density: Tensor
     accept_prob: Tensor
     diverging: Tensor
+    log_q: Tensor | None = None
 
 
 class Move(Protocol):
-    """What a kernel asks of a move.
+    """A transition that leaves the target invariant, as kernels and tuning ask for it.
 
     Attributes:
         name: Shown in reports.
         cost: Evaluations a step and chain, in density evaluations.
-        step_size: Tuned length, or 0 if there is nothing to tune.
+        step_size: Tuned length, ``(B,)`` for B targets side by side; 0 if there is nothing to tune.
         target_accept: Acceptance rate that the tuning aims at.
     """
 
     name: str
     cost: float
-    step_size: float
+    step_size: Any
     target_accept: float
+
+    @property
+    def independent(self) -> bool:
+        """Whether proposals do not depend on the state, and may be made ahead: `IndependentMove`."""
 
     def step(self, log_joint: LogJoint, x: Tensor, log_density: Tensor) -> Transition:
         """One transition of every chain."""
 
 
-def metropolis(
-    x: Tensor, log_density: Tensor, proposal: Tensor, proposal_log_density: Tensor, log_ratio: Tensor
-) -> Transition:
-    r"""Accept each proposal with probability :math:`\min\{1, e^{\text{log ratio}}\}`; a NaN ratio is a rejection.
+class Proposed(NamedTuple):
+    """Proposals drawn and scored ahead: points, the target's log density there, and the proposal's.
 
-    Args:
-        x: Current states. Shape ``(C, d)``.
-        log_density: Target's log density there. Shape ``(C,)``.
-        proposal: Proposed states. Shape ``(C, d)``.
-        proposal_log_density: Target's log density there. Shape ``(C,)``.
-        log_ratio: Log of :math:`\pi(y) q(y, x) / \pi(x) q(x, y)`. Shape ``(C,)``.
+    Shapes ``(C, d)``, ``(C,)``, ``(C,)``, or with the tries N of a step before them.
     """
-    probability = torch.exp(log_ratio.clamp_max(0.0)).nan_to_num(0.0)
-    accept = torch.rand_like(probability) < probability
-    return Transition(
-        torch.where(accept[:, None], proposal, x),
-        torch.where(accept, proposal_log_density, log_density),
-        probability,
-        torch.zeros_like(accept),
-    )
+
+    x: Tensor
+    log_density: Tensor
+    log_q: Tensor
+
+
+class IndependentMove(Move, Protocol):
+    """A move whose proposals do not depend on the state, so that those of many steps are made in few calls.
+
+    Attributes:
+        num_proposals: Tries a step.
+    """
+
+    num_proposals: int
+
+    def renew(self) -> None:
+        """Draw what proposals share; log densities of paths must then be drawn again."""
+
+    def ahead(self, log_joint: LogJoint, num_steps: int, num_chains: int) -> list[Proposed]:
+        """Proposals for that many steps of every chain."""
+
+    def accept(self, x: Tensor, log_density: Tensor, log_q: Tensor | None, ahead: Proposed) -> Transition:
+        """One transition of every chain on proposals made ahead."""
 
 
 class BridgeMove:
@@ -89,6 +255,7 @@ class BridgeMove:
 
     name = "bridge"
     cost = 2.0
+    independent = False
     target_accept = 0.6
 
     def __init__(self, bridge: KernelLangevinBridge, step_size: float = 0.3) -> None:
@@ -114,9 +281,8 @@ class BridgeMove:
         noise = torch.randn_like(x) @ self._noise_scale.T
         proposal = self.mean(x) + noise
         value = log_joint.log_prob(proposal)
-        return metropolis(
-            x, log_density, proposal, value, self.log_ratio(x, log_density, proposal, value, self._log_noise(noise))
-        )
+        log_ratio = self.log_ratio(x, log_density, proposal, value, self._log_noise(noise))
+        return _moved(Point(x, log_density), Point(proposal, value), log_ratio)
 
     @property
     def _tau(self) -> float:
@@ -150,6 +316,7 @@ class IndexMove:
     cost = 1.0
     step_size = 0.0
     target_accept = 0.0
+    num_proposals = 1
 
     def __init__(self, mixture: StudentMixture, transition: Tensor | None = None) -> None:
         self.mixture = mixture
@@ -177,14 +344,29 @@ class IndexMove:
     def step(self, log_joint: LogJoint, x: Tensor, log_density: Tensor) -> Transition:
         """One transition of every chain: one density evaluation."""
         proposal = self.propose(x)
-        return self.accept(x, log_density, proposal, log_joint.log_prob(proposal), self.mixture.log_prob(proposal))
+        ahead = Proposed(proposal, log_joint.log_prob(proposal), self.mixture.log_prob(proposal))
+        return self.accept(x, log_density, None, ahead)
 
-    def accept(
-        self, x: Tensor, log_density: Tensor, proposal: Tensor, value: Tensor, value_mixture: Tensor
-    ) -> Transition:
-        """Metropolis step on proposals that were drawn and evaluated ahead."""
-        log_ratio = self.log_ratio(log_density, self.mixture.log_prob(x), value, value_mixture)
-        return metropolis(x, log_density, proposal, value, log_ratio)
+    @property
+    def independent(self) -> bool:
+        """Whether its coupling has the limit of a long time."""
+        return self.transition is None
+
+    def renew(self) -> None:
+        """Nothing is shared."""
+
+    def ahead(self, log_joint: LogJoint, num_steps: int, num_chains: int) -> list[Proposed]:
+        """Proposals for many steps, drawn and scored in few calls."""
+        x = self.mixture.sample(num_steps * num_chains)
+        log_density = torch.cat([log_joint.log_prob(part) for part in x.split(ROWS_A_CALL)])
+        log_q = torch.cat([self.mixture.log_prob(part) for part in x.split(ROWS_A_CALL)])
+        parts = (part.split(num_chains) for part in (x, log_density, log_q))
+        return [Proposed(*step) for step in zip(*parts, strict=True)]
+
+    def accept(self, x: Tensor, log_density: Tensor, log_q: Tensor | None, ahead: Proposed) -> Transition:
+        """Metropolis step on proposals that were drawn and evaluated ahead; a mixture has no paths."""
+        log_ratio = self.log_ratio(log_density, self.mixture.log_prob(x), ahead.log_density, ahead.log_q)
+        return _moved(Point(x, log_density), Point(ahead.x, ahead.log_density), log_ratio)
 
 
 class HamiltonianMove:
@@ -203,6 +385,8 @@ class HamiltonianMove:
         spread: Ratio of the largest to the smallest step, at least 1. Large values let chains leave regions that are
             much narrower than the mixture's components, such as a funnel's neck.
     """
+
+    independent = False
 
     def __init__(self, mixture: StudentMixture, num_steps: int, step_size: float = 0.5, spread: float = 1.5) -> None:
         self.mixture = mixture
@@ -224,27 +408,32 @@ class HamiltonianMove:
         pull = scores[rows, component] - torch.einsum("ck,ckd->cd", log_share.exp(), scores)
         return value + log_share[rows, component], grad + pull
 
-    def trajectory(self, log_joint: LogJoint, start: PhasePoint, component: Tensor, step_size: Tensor) -> PhasePoint:
-        """The deterministic map of phase space between the momentum refresh and the Metropolis test."""
-        scale = self.mixture.scale_trils[component] if self.mixture.num_components > 1 else self.mixture.scale_trils[0]
-        return leapfrog(start, lambda x: self.local_target(log_joint, x, component), scale, step_size, self.num_steps)
-
     def step(self, log_joint: LogJoint, x: Tensor, log_density: Tensor) -> Transition:
         """One transition of every chain: ``num_steps + 1`` gradients."""
         if self.mixture.num_components == 1:
             component = torch.zeros(len(x), dtype=torch.long, device=x.device)
         else:
             component = torch.multinomial(self.mixture.log_responsibilities(x).exp(), 1).squeeze(-1)
-        start = PhasePoint(x, torch.randn_like(x), *self.local_target(log_joint, x, component))
-        jitter = self.step_size * self.spread ** -torch.rand(len(x), 1, dtype=x.dtype, device=x.device)
-        end = self.trajectory(log_joint, start, component, jitter)
-        log_ratio = start.energy - end.energy
-        value = end.log_density
+        rows = start_rows(lambda z: self.local_target(log_joint, z, component), x)
+        moved = self.trajectory(log_joint, rows.with_momentum(), component)
+        value = moved.rows.log_density
         if self.mixture.num_components > 1:
-            rows = torch.arange(len(x), device=x.device)
-            value = value - self.mixture.log_responsibilities(end.x)[rows, component]
-        moved = metropolis(x, log_density, end.x, value, log_ratio)
-        return moved._replace(diverging=~(log_ratio > -MAX_ENERGY_ERROR))
+            index = torch.arange(len(x), device=x.device)
+            value = value - self.mixture.log_responsibilities(moved.rows.x)[index, component]
+        value = torch.where(moved.accepted, value, log_density)
+        return Transition(moved.rows.x, value, moved.accept_prob, moved.diverging)
+
+    def trajectory(self, log_joint: LogJoint, start: PhasePoint, component: Tensor) -> HamiltonianStep:
+        r"""The transition of :math:`\pi(x) r_k(x)` from fresh momenta, by steps that are drawn here."""
+        scale = self.mixture.scale_trils[component] if self.mixture.num_components > 1 else self.mixture.scale_trils[0]
+        step_size = jittered(self.step_size, self.spread, start.x)
+        return hmc_step(lambda z: self.local_target(log_joint, z, component), start, scale, step_size, self.num_steps)
+
+
+def _moved(state: Point, proposal: Point, log_ratio: Tensor) -> Transition:
+    """The transition of a move without trajectories, which cannot diverge."""
+    (x, log_density), probability, _ = metropolis(state, proposal, log_ratio)
+    return Transition(x, log_density, probability, torch.zeros_like(probability, dtype=torch.bool))
 
 
 def _contraction(step: float) -> float:

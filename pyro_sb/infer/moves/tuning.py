@@ -1,13 +1,18 @@
-"""Step sizes, trajectory lengths and the mixture of moves, tuned on a population by expected squared jump per cost."""
+r"""Expected squared jump per evaluation, :math:`\min_i E[(L^{-1} \Delta x)_i^2] / \text{cost}`: tuning of the moves.
 
-import math
+Step sizes, trajectory lengths and the probabilities of the moves, on states drawn from a population.
+"""
+
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_sb.infer.model.log_joint import LogJoint
-from pyro_sb.infer.moves.moves import Move
+from pyro_sb.infer.moves.moves import HamiltonianMove, Move, adapted
+from pyro_sb.ops.student_mixture import StudentMixture
+
+__all__ = ["Batch", "Tuned", "fit_step", "local_floor", "share_moves", "trajectory_range", "tune", "tune_local"]
 
 ADAPT_STEPS, MEASURE_STEPS = 15, 6
 
@@ -27,10 +32,32 @@ class Tuned(NamedTuple):
     efficiency: float
 
 
+def fit_step(move: Move, log_joint: LogJoint, batch: Batch) -> Batch:
+    r"""Fit a move's step size to its target acceptance, in place, by Robbins and Monro on its logarithm.
+
+    .. math:: \log h \mathrel{+}= 4 n^{-0.6} (\bar\alpha - \alpha^*)
+
+    Args:
+        move: The move; nothing is done if it has no step size.
+        log_joint: Target.
+        batch: States to run on, near the target's law.
+
+    Returns:
+        The states that it left.
+    """
+    if not bool(torch.as_tensor(move.step_size > 0.0).all()):
+        return batch
+    for count in range(1, ADAPT_STEPS + 1):
+        moved = move.step(log_joint, *batch)
+        batch = Batch(moved.x, moved.log_density)
+        move.step_size = adapted(move.step_size, moved.accept_prob, move.target_accept, 4.0 * count**-0.6)
+    return batch
+
+
 def tune(move: Move, log_joint: LogJoint, batch: Batch, metric_cholesky: Tensor) -> tuple[Tuned, Batch]:
     r"""Fit a move's step size to its target acceptance, then measure its efficiency.
 
-    The step size follows Robbins and Monro on its logarithm. The efficiency is the expected squared jump of the
+    The step size is that of `fit_step`. The efficiency is the expected squared jump of the
     slowest coordinate in the metric, :math:`\min_i E[(L^{-1} \Delta x)_i^2]`, over the move's cost in density
     evaluations (a gradient counts 2.5).
 
@@ -43,12 +70,7 @@ def tune(move: Move, log_joint: LogJoint, batch: Batch, metric_cholesky: Tensor)
     Returns:
         The tuned move with its figures, and the batch that it left.
     """
-    if move.step_size > 0.0:
-        for count in range(1, ADAPT_STEPS + 1):
-            moved = move.step(log_joint, *batch)
-            batch = Batch(moved.x, moved.log_density)
-            error = float(moved.accept_prob.mean()) - move.target_accept
-            move.step_size *= math.exp(4.0 * count**-0.6 * error)
+    batch = fit_step(move, log_joint, batch)
     acceptance, jump = 0.0, torch.zeros_like(batch.x[0])
     for _ in range(MEASURE_STEPS):
         moved = move.step(log_joint, *batch)
@@ -92,3 +114,30 @@ def local_floor(acceptance: float) -> float:
         if acceptance <= right:
             return high + (low - high) * (acceptance - left) / (right - left)
     return knots[-1][1]
+
+
+def trajectory_range(fit: float) -> tuple[int, float]:
+    """Largest number of leapfrog steps and spread of step sizes, given the index move's acceptance.
+
+    Where the mixture fits, the local move is but a guard. Where it does not, there are regions much narrower than its
+    components, which only small steps leave.
+    """
+    if fit > 0.85:
+        return 4, 1.5
+    return (8, 10.0) if fit > 0.6 else (32, 30.0)
+
+
+def tune_local(
+    core: StudentMixture, log_joint: LogJoint, batch: Batch, scale: Tensor, max_steps: int, spread: float
+) -> tuple[Tuned, Batch]:
+    """HMC whose number of leapfrog steps doubles while the efficiency rises."""
+    best: Tuned | None = None
+    num_steps, step_size = (1, 0.5) if max_steps == 1 else (2, 0.5)
+    while num_steps <= max_steps:
+        candidate, batch = tune(HamiltonianMove(core, num_steps, step_size, spread), log_joint, batch, scale)
+        if best is not None and candidate.efficiency <= best.efficiency:
+            break
+        best, step_size = candidate, candidate.move.step_size
+        num_steps *= 2
+    assert best is not None
+    return best, batch

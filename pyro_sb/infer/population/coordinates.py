@@ -1,4 +1,4 @@
-"""Which coordinates the chains walk in: the model's own, or its non-centred form where that fits better."""
+r"""Non-centred coordinates :math:`\theta = \mu + \tau u` of a model, and the choice between them and its own."""
 
 import logging
 import warnings
@@ -16,9 +16,6 @@ from torch.distributions import constraints
 
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.population.population import FAIR_SHARE, Population, populate
-
-# Non-centred coordinates of a Pyro model: location-scale sites as standard noise, found and inverted without help
-
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +68,7 @@ class NonCentred:
 
     @property
     def exact(self) -> bool:
-        """Whether the inverse inverts the map: not where a location depends on a discrete site, which is drawn anew."""
+        """Whether the inverse inverts the map: not where a location depends on a discrete site, drawn at each call."""
         u = self.log_joint.start(16).to(torch.float64)
         return torch.allclose(self.inverse(self.forward(u)), u, rtol=1e-3, atol=1e-3)
 

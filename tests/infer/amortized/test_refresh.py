@@ -63,7 +63,7 @@ def test_exact_starts_stay_exact_under_a_wrong_law():
     kernel.setup(0)
     block = kernel.sample_block(kernel.initial_params, 5)
     assert block.draws["mu"].shape == (5, 6000, 3)
-    assert 0.3 < float(block.stats["refresh_rate"].mean()) < 0.9  # the accept step matters
+    assert 0.3 < float(block.stats["acceptance_bridge"].mean()) < 0.9  # the accept step matters
     for step in (0, 4):
         assert z_of_moments(block.draws["mu"][step], mean, deviation).abs().max() < 4
     moved = torch.corrcoef(torch.stack([kernel.starts[:, 0, 0], block.draws["mu"][4, :, 0]]))[0, 1]
@@ -98,10 +98,10 @@ def test_exact_starts_stay_exact_under_a_wrong_law_of_paths():
     law = LatentLaw(bridge, residuals, (mean / 0.6)[:, None], torch.zeros(2, 1))
     kernel, _, _ = kernel_of(2, 6000, law)
     joint = BatchJoint(paired_joint(source, source.simulate(50)), y, source, torch.Size([2]))
-    kernel.log_joint, kernel.starts = joint, (mean + deviation * torch.randn(6000, 2))[..., None]
+    kernel.joint, kernel.starts = joint, (mean + deviation * torch.randn(6000, 2))[..., None]
     kernel.setup(0)
     block = kernel.sample_block(kernel.initial_params, 5)
-    assert 0.05 < float(block.stats["refresh_rate"].mean()) < 0.95
+    assert 0.05 < float(block.stats["acceptance_bridge"].mean()) < 0.95
     for step in (0, 4):
         assert z_of_moments(block.draws["mu"][step], mean, deviation).abs().max() < 4
 
@@ -123,33 +123,44 @@ def test_refreshes_alone_leave_two_modes_their_weights():
     assert abs(float((share.mean() - 0.8) / share.std() * 3000**0.5)) < 4
 
 
-def test_steps_are_tuned_in_warm_up_and_frozen_after_it():
+def test_steps_are_tuned_before_the_first_step_for_each_observation_and_frozen():
     kernel, _, _ = kernel_of(2, 200)
+    kernel.factor = kernel.factor * torch.tensor([1.0, 3.0])[:, None, None]  # one metric is too wide
     kernel.setup(20)
-    before = kernel.step_size.clone()
-    params = {name: x[-1] for name, x in kernel.sample_block(kernel.initial_params, 20).draws.items()}
     tuned = kernel.step_size.clone()
-    assert (tuned != before).all()
+    assert 2 < float(tuned[0] / tuned[1]) < 4.5
+    params = {name: x[-1] for name, x in kernel.sample_block(kernel.initial_params, 20).draws.items()}
     block = kernel.sample_block(params, 30)
     assert torch.equal(kernel.step_size, tuned)
-    rate = block.stats["acceptance_rate"].mean()
-    assert 0.6 < float(rate) < 0.9
+    assert 0.6 < float(block.stats["acceptance_local"].mean()) < 0.9
     facts = kernel.diagnostics()
     assert facts["start"] == "exact" and 0 < facts["refresh acceptance"] < 1 and 0.6 < facts["local acceptance"] < 0.9
     assert facts["gradient evaluations"] > 0 and "start exact" in kernel.describe()
+    kernel.cleanup()
+    assert kernel.diagnostics() == facts and repr(kernel).startswith("BridgeRefresh(2 observations, 1 latent number")
 
 
 def test_blocks_join_where_the_last_one_ended():
-    kernel, _, _ = kernel_of(2, 20)
+    kernel, _, _ = kernel_of(2, 200)
     kernel.setup(0)
     first = kernel.sample_block(kernel.initial_params, 3)
-    rows = kernel._rows
-    before = kernel.log_joint.evaluations.gradient
+    walk, evaluations = kernel.walk, kernel.log_joint.evaluations
+    before = evaluations.gradient, evaluations.density
     kernel.sample_block({name: x[-1] for name, x in first.draws.items()}, 1)
-    # a proposal and two trajectories of five steps: nothing to evaluate again at the state
-    assert kernel.log_joint.evaluations.gradient - before == 20 * 2 * (1 + 2 * 5)
-    torch.testing.assert_close(rows.x.reshape(20, 2), first.draws["mu"][-1])
-    torch.testing.assert_close(rows.log_density, kernel.log_joint.log_prob(rows.x))
+    # a state's gradient and two trajectories of five steps; a proposal: the state's own density is known
+    assert kernel.walk is walk
+    assert (evaluations.gradient - before[0], evaluations.density - before[1]) == (200 * 2 * (1 + 2 * 5), 200 * 2)
+    torch.testing.assert_close(walk.log_density, kernel.log_joint.log_prob(walk.x))
+
+
+def test_statistics_of_a_batch_are_those_of_its_chains():
+    kernel, _, _ = kernel_of(3, 10)
+    kernel.setup(0)
+    block = kernel.sample_block(kernel.initial_params, 4)
+    lp = kernel.log_joint.log_prob(block.draws["mu"][-1].reshape(-1, 1)).reshape(10, 3).sum(1)
+    torch.testing.assert_close(block.stats["lp"][-1], lp)
+    assert all(value.shape == (4, 10) for value in block.stats.values())
+    assert len(kernel.diagnostics()["acceptance bridge"]) == 10
 
 
 def test_it_runs_in_our_mcmc():

@@ -1,5 +1,6 @@
 """Rows to learn from: what is found exchangeable, what is hidden, who judges."""
 
+import math
 from functools import partial
 
 import pyro
@@ -10,7 +11,7 @@ import torch
 from pyro_sb.infer.amortized.features import Features
 from pyro_sb.infer.amortized.paired import paired_joint
 from pyro_sb.infer.amortized.simulator import simulator
-from pyro_sb.infer.amortized.training_set import bounded_axes, exchangeable_sites, hide, training_set
+from pyro_sb.infer.amortized.training_set import bounded_axes, exchangeable_sites, hide, rejuvenate, training_set
 from tests.infer import open_models as m
 
 
@@ -158,3 +159,42 @@ def test_whole_events_are_hidden():
 def test_bounded_axes_are_named():
     assert bounded_axes(simulator(m.bounded_and_positive)).tolist() == [True, False]
     assert bounded_axes(simulator(m.vectors)).tolist() == [False, False, True]
+
+
+# ---- rejuvenation ----
+
+
+def z_scores(values, expected):
+    return (values.mean(0) - expected) / values.std(0) * math.sqrt(len(values))
+
+
+def test_rejuvenated_copies_are_draws_of_the_joint_law():
+    # mu ~ N(0, 1), five y ~ N(mu, .5^2): given y, mu ~ N(20 / 21 mean, 1 / 21)
+    source = simulator(m.iid)
+    pairs = source.simulate(8000)
+    copies = rejuvenate(paired_joint(source, pairs), pairs, torch.full((1, 1), 0.2), 3)
+    assert copies.shape == (4, 8000, 1) and torch.equal(copies[0], pairs.latents)
+    mean = pairs.observations.mean(1)
+    for k, copy in enumerate(copies[..., 0]):
+        moments = torch.stack([copy, copy.square(), copy * mean, copy.square() * mean.square()], 1)
+        variance = 1 + 0.25 / 5  # of the mean of y
+        expected = torch.tensor([0.0, 1.0, 1.0, variance + 2.0])  # the last: Isserlis, E mu^2 ybar^2
+        assert z_scores(moments, expected).abs().max() < 4, k
+        error = copy - 20 / 21 * mean
+        given = torch.stack([error, error.square() - 1 / 21, error * mean], 1)
+        assert z_scores(given, torch.zeros(3)).abs().max() < 4, k
+    error = copies[..., 0] - 20 / 21 * mean
+    correlations = torch.corrcoef(error)[0]
+    assert correlations[0] == 1 and correlations[1:].abs().max() < 0.1  # 12 sweeps forget the simulated latent
+
+
+def test_rejuvenation_keeps_a_bounded_and_a_positive_latent_exact():
+    source = simulator(m.bounded_and_positive)
+    pairs = source.simulate(4000)
+    copies = rejuvenate(paired_joint(source, pairs), pairs, torch.eye(2), 2)
+    fresh = source.simulate(4000).latents
+    for copy in copies[1:]:
+        both = torch.cat([copy, copy.square()], 1), torch.cat([fresh, fresh.square()], 1)
+        z = (both[0].mean(0) - both[1].mean(0)) / ((both[0].var(0) + both[1].var(0)) / 4000).sqrt()
+        assert z.abs().max() < 4
+        assert (copy != pairs.latents).float().mean() > 0.9

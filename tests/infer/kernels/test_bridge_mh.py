@@ -21,9 +21,10 @@ from pyro_sb.bridges import (
     PCACodec,
     Sampler,
     SmoothedBridge,
+    TailMatched,
 )
 from pyro_sb.bridges.codecs.base import Codec
-from pyro_sb.infer import MCMC, AmortizedPosterior, BridgeMH
+from pyro_sb.infer import MCMC, AmortizedPosterior, BridgeMH, KernelLangevin
 from pyro_sb.infer.kernels.bridge_mh import BridgeMH as Defined
 from pyro_sb.infer.kernels.warmup import Start
 from pyro_sb.training import FitHistory
@@ -350,3 +351,46 @@ def test_a_model_must_come_from_somewhere() -> None:
     with pytest.raises(ValueError, match=r"Exactly one of model and potential_fn.*BridgeMH\(model\)"):
         BridgeMH(bridge=VSDM(1))
     assert Defined is BridgeMH
+
+
+def a_potential(params: dict[str, Tensor]) -> Tensor:
+    return params["z"].square().sum()
+
+
+def test_a_potential_in_the_wrong_place_is_told_where_to_go() -> None:
+    start = {"z": torch.zeros(64, 1, dtype=F64)}
+    for kernel in (BridgeMH, KernelLangevin):
+        with pytest.raises(ValueError, match=rf"none for 'params'. Write run\(params\); or.*{kernel.__name__}\(pot"):
+            run(kernel(a_potential), initial_params=start)
+    with pytest.raises(ValueError, match=r"got neither, and a function as bridge.*BridgeMH\(potential_fn=...\)"):
+        BridgeMH(None, a_potential)
+    with pytest.raises(ValueError, match=r"a_potential, which raised TypeError at 1.*BridgeMH\(potential_fn=...\)"):
+        run(BridgeMH(conjugate, a_potential), Y)
+    with pytest.raises(ValueError, match=r"which gives a int at 1.*BridgeMH\(potential_fn=...\)"):
+        run(BridgeMH(conjugate, lambda dim: dim + 1), Y)
+    with pytest.raises(TypeError, match="positional"):
+        BridgeMH(None, None, a_potential)  # a third place would be guessed wrong
+    with pytest.raises(ValueError, match=r"got a LightSB. Write BridgeMH\(model, bridge\)"):
+        BridgeMH(LightSB(1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: None,
+        lambda: LightSB(1),
+        lambda: VSDM,
+        lambda: latent(PCACodec(1)),
+        lambda: TailMatched(LightSB(1)),
+        lambda: lambda dim: LightSB(dim),
+    ],
+)
+def test_misspelt_options_of_the_fit_are_refused_by_name_before_any_work(make: Callable) -> None:
+    with pytest.raises(
+        ValueError, match=r"fit_options must be options of .*\.fit, got \['num_update'\].*'num_updates'"
+    ):
+        kernel = BridgeMH(conjugate, make(), fit_options={"num_update": 3, "num_updates": 2})
+        kernel.setup(0, Y)
+    with pytest.raises(ValueError, match=r"got \['weights'\]"):  # the kernel gives them
+        kernel = BridgeMH(conjugate, make(), fit_options={"weights": None})
+        kernel.setup(0, Y)

@@ -87,13 +87,13 @@ def test_everything_is_frozen_after_warm_up() -> None:
     params = kernel.initial_params
     frozen = kernel.frozen
     before = pickle.dumps(
-        (frozen.probabilities, [move.step_size for move in frozen.moves.values()], frozen.bridge.log_v)
+        (frozen.probabilities, [move.step_size for move in frozen.moves.values()], frozen.moves["bridge"].bridge.log_v)
     )
     proposal = [value.clone() for value in frozen.moves["index"].mixture]
     for _ in range(3):
         params = {name: value[-1] for name, value in kernel.sample_block(params, 20).draws.items()}
     after = pickle.dumps(
-        (frozen.probabilities, [move.step_size for move in frozen.moves.values()], frozen.bridge.log_v)
+        (frozen.probabilities, [move.step_size for move in frozen.moves.values()], frozen.moves["bridge"].bridge.log_v)
     )
     assert kernel.frozen is frozen and before == after
     assert all(torch.equal(one, two) for one, two in zip(proposal, frozen.moves["index"].mixture, strict=True))
@@ -120,7 +120,7 @@ def test_reports_speak_of_the_draws_that_are_kept() -> None:
     params = kernel.initial_params
     for _ in range(2):  # the warm-up, then as many draws
         params = {name: value[-1] for name, value in kernel.sample_block(params, 12).draws.items()}
-    assert kernel._walk.num_steps == 12
+    assert kernel.walk.num_steps == 12
 
 
 def test_evaluations_are_counted() -> None:
@@ -245,7 +245,7 @@ def test_sites_of_two_dtypes_stay_one_walk() -> None:
     params = kernel.initial_params
     for _ in range(3):
         params = {name: value[-1] for name, value in kernel.sample_block(params, 10).draws.items()}
-    assert kernel._walk.num_steps == 30  # a walk that starts anew forgets its counts and its proposals
+    assert kernel.walk.num_steps == 30  # a walk that starts anew forgets its counts and its proposals
 
 
 def test_interrupted_run_leaves_no_start_behind() -> None:
@@ -265,8 +265,8 @@ def test_interrupted_run_leaves_no_start_behind() -> None:
         ({"epsilons": ()}, "epsilons must be"),
         ({"epsilons": (0.0,)}, "positive finite bandwidths"),
         ({"epsilons": 4.0}, "epsilons must be a sequence"),
-        ({"num_particles": 10}, "num_particles must be at least 50"),
-        ({"num_particles": 1e3}, "num_particles must be at least 50 and whole"),
+        ({"num_particles": 10}, "num_particles must be a whole number of at least 50"),
+        ({"num_particles": 1e3}, "num_particles must be a whole number of at least 50"),
         ({"start": "nuts"}, "start must be"),
         ({"probabilities": {"bridge": math.nan, "index": 1.0}}, "sum to 1"),
         ({"index_time": 0}, "index_time"),

@@ -9,8 +9,8 @@ from torch.distributions import MultivariateNormal
 
 from pyro_sb.bridges.langevin.bridge import KernelLangevinBridge
 from pyro_sb.infer.model.log_joint import LogJoint
-from pyro_sb.infer.moves.moves import BridgeMove, HamiltonianMove, IndexMove, metropolis
-from pyro_sb.ops.leapfrog import PhasePoint
+from pyro_sb.infer.moves.moves import BridgeMove, HamiltonianMove, HamiltonianStep, IndexMove, Rows, metropolis
+from pyro_sb.ops.leapfrog import PhasePoint, leapfrog
 from pyro_sb.ops.student_mixture import StudentMixture
 
 DIM = 3
@@ -140,8 +140,12 @@ def test_hamiltonian_trajectory_is_an_involution_of_unit_jacobian(num: int, num_
     step = torch.full((50, 1), 0.2, dtype=torch.float64)
 
     def advance(x: Tensor, momentum: Tensor) -> PhasePoint:
-        return move.trajectory(
-            log_joint, PhasePoint(x, momentum, *move.local_target(log_joint, x, component)), component, step
+        return leapfrog(
+            PhasePoint(x, momentum, *move.local_target(log_joint, x, component)),
+            lambda z: move.local_target(log_joint, z, component),
+            move.mixture.scale_trils[component],
+            step,
+            num_steps,
         )
 
     end = advance(x, momentum)
@@ -166,24 +170,28 @@ def test_hamiltonian_step_accepts_by_the_energy_of_its_own_trajectory(
     num: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # pi(x) r_k(x) N(r) alpha is the same forwards and backwards, with the alpha that step() uses
-    move, log_joint = HamiltonianMove(mixture(num), 4, 0.5), target()
-    seen: list[tuple[Tensor, PhasePoint, PhasePoint, Tensor]] = []
+    move, log_joint = HamiltonianMove(mixture(num), 4, 0.5, spread=1.0), target()
+    seen: list[tuple[PhasePoint, Tensor, HamiltonianStep]] = []
     walk = move.trajectory
 
-    def spy(joint: LogJoint, start: PhasePoint, component: Tensor, step: Tensor) -> PhasePoint:
-        seen.append((component, start, walk(joint, start, component, step), step))
+    def spy(joint: LogJoint, start: PhasePoint, component: Tensor) -> HamiltonianStep:
+        seen.append((start, component, walk(joint, start, component)))
         return seen[-1][2]
 
     monkeypatch.setattr(move, "trajectory", spy)
     x = torch.randn(200, DIM, dtype=torch.float64)
-    alpha = move.step(log_joint, x, bent(x)).accept_prob
-    component, start, end, step = seen[0]
-    back = walk(log_joint, end._replace(momentum=-end.momentum), component, step)
-    flow = -start.energy + alpha.log()
-    reverse = -end.energy + (end.energy - back.energy).clamp_max(0.0)
-    torch.testing.assert_close(flow, reverse, rtol=1e-12, atol=1e-12)
-    value = move.local_target(log_joint, x, component)[0]
-    torch.testing.assert_close(start.energy, 0.5 * start.momentum.square().sum(-1) - value, rtol=1e-12, atol=1e-12)
+    moved = move.step(log_joint, x, bent(x))
+    start, component, there = seen[0]
+    local = lambda z: move.local_target(log_joint, z, component)  # noqa: E731
+    scale, step = move.mixture.scale_trils[component], torch.tensor(0.5, dtype=torch.float64)
+    end = leapfrog(start, local, scale, step, 4)
+    back = walk(log_joint, end._replace(momentum=-end.momentum), component)
+    assert torch.equal(moved.accept_prob, there.accept_prob)
+    flow = -start.energy + moved.accept_prob.log()
+    torch.testing.assert_close(flow, -end.energy + back.accept_prob.log(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        start.energy, 0.5 * start.momentum.square().sum(-1) - local(x)[0], rtol=1e-12, atol=1e-12
+    )
 
 
 def test_local_targets_sum_to_the_target_and_their_gradients_match() -> None:
@@ -211,11 +219,11 @@ def test_moves_carry_the_log_density_of_their_state(make) -> None:
 
 
 def test_metropolis_rejects_nan_and_accepts_certain_gains() -> None:
-    x, y = torch.zeros(3, 1), torch.ones(3, 1)
+    x, y = (Rows(value, value[:, 0], value) for value in (torch.zeros(3, 1), torch.ones(3, 1)))
     log_ratio = torch.tensor([float("nan"), 5.0, -math.inf])
-    moved = metropolis(x, torch.zeros(3), y, torch.ones(3), log_ratio)
-    assert moved.x[:, 0].tolist() == [0.0, 1.0, 0.0]
-    assert moved.accept_prob.tolist() == [0.0, 1.0, 0.0]
+    moved, probability, accepted = metropolis(x, y, log_ratio)
+    assert moved.x[:, 0].tolist() == moved.log_density.tolist() == [0.0, 1.0, 0.0]
+    assert probability.tolist() == [0.0, 1.0, 0.0] and accepted.tolist() == [False, True, False]
 
 
 @pytest.mark.slow

@@ -291,3 +291,21 @@ def test_too_few_particles_are_refused():
 def test_the_prior_of_a_tensor_target_is_refused():
     with pytest.raises(ValueError, match="prior"):
         populate(two_modes(2), start="prior")
+
+
+def test_a_population_prints_what_it_is_in_at_most_ten_lines():
+    result = populate(two_modes(2, log_factor=2.0), 256)
+    lines = repr(result).splitlines()
+    assert len(lines) <= 10 and lines[0].startswith("Population of ") and "2 dimensions: effective share" in lines[0]
+    assert f"log evidence {result.log_evidence:.3f} +- " in lines[1] and "2 maxima found" in lines[2]
+    assert f"{result.evaluations.gradient} with gradient" in lines[3] and "search: 2 maxima" in lines[4]
+
+
+def test_distinct_points_keep_the_weights_in_sum():
+    result = populate(two_modes(2), 256)
+    points, weights = result.distinct(500)
+    assert len(points.unique(dim=0)) == len(points) <= 256
+    assert float(weights.sum()) == pytest.approx(1)
+    share = weights @ (points[:, 0] > 0).double()
+    exact = result.weights @ (result.points[:, 0] > 0).double()
+    assert abs(float(share - exact)) < 0.03
