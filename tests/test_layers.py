@@ -119,7 +119,14 @@ def test_names_of_classes_are_unique():
 
 
 def test_private_names_stay_in_their_folder():
-    theirs = {"_asdict", "_replace", "_foreach_lerp_", "_batch_shape", "_buffers", "_standard_gamma"}  # of Python and torch
+    theirs = {
+        "_asdict",
+        "_replace",
+        "_foreach_lerp_",
+        "_batch_shape",
+        "_buffers",
+        "_standard_gamma",
+    }  # of Python and torch
     defined: dict[Path, set[str]] = {}
     trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
     for path, tree in trees.items():

@@ -267,3 +267,9 @@ def test_a_state_whose_patience_was_spent_ends_at_once():
     y = parameter()
     again = quiet([y], lambda: y**2, validate=lambda: 0.0, resume=states[-1], **options)
     assert again.iterations == whole.iterations == 50 and torch.equal(x, y)
+
+
+def test_a_history_prints_its_numbers_and_how_it_ended():
+    history = FitHistory(losses=[2.0, 1.5], validation_losses=[1.75], iterations=20, seconds=3.0)
+    assert repr(history) == "FitHistory: 20 updates in 3 s, last loss 1.5, last held-out loss 1.75, not converged"
+    assert repr(FitHistory(interrupted=True)).endswith("interrupted") and len(repr(FitHistory()).splitlines()) == 1

@@ -226,7 +226,9 @@ def test_rows_without_weight_teach_nothing(name, conditional):
     states = []
     for extra in (0, 64):
         bridge = BRIDGES[name](context_dim=CONTEXT_DIM) if conditional else BRIDGES[name]()
-        rows, contexts = (torch.cat([x, 100 + torch.arange(extra).to(x)[:, None] + x[:extra]]) for x in (target, context))
+        rows, contexts = (
+            torch.cat([x, 100 + torch.arange(extra).to(x)[:, None] + x[:extra]]) for x in (target, context)
+        )
         pyro.set_rng_seed(3)
         bridge.fit(
             rows,
