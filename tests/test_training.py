@@ -296,3 +296,9 @@ def test_early_looks_give_way_to_the_start_and_to_the_loop(start, later):
         x.data += 1
     checks.settle(FitHistory(validation_losses=[later]))
     assert x.item() == 32
+
+
+def test_a_history_prints_its_numbers_and_how_it_ended():
+    history = FitHistory(losses=[2.0, 1.5], validation_losses=[1.75], iterations=20, seconds=3.0)
+    assert repr(history) == "FitHistory: 20 updates in 3 s, last loss 1.5, last held-out loss 1.75, not converged"
+    assert repr(FitHistory(interrupted=True)).endswith("interrupted") and len(repr(FitHistory()).splitlines()) == 1

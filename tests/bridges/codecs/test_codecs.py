@@ -336,3 +336,11 @@ def test_a_log_determinant_that_is_not_decode_s_is_refused():
 def test_a_codec_of_one_s_own_needs_no_more_than_the_recipe_says():
     with pytest.raises(NotImplementedError, match="Codec has no fit"):
         Codec(1).fit(rows())
+
+
+def test_a_codec_prints_its_sizes_and_whether_it_is_fitted():
+    codec = PCACodec(2)
+    assert repr(codec).startswith("PCACodec(latent_dim=2, data_dim=of the data") and repr(codec).endswith("not fitted")
+    codec.fit(rows())
+    assert f"latent_dim=2, data_dim={codec.data_dim}" in repr(codec) and repr(codec).endswith(": fitted")
+    assert "chosen in fit" in repr(AutoencoderCodec())

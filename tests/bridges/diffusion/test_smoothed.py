@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 from pyro_sb.bridges import Bridge, Sampler, SmoothedBridge
-from pyro_sb.bridges.diffusion.fit import Fit
+from pyro_sb.bridges.diffusion.fit import DiffusionFit
 from pyro_sb.bridges.diffusion.smoothed import log_mixture
 
 F64 = {"dtype": torch.float64}
@@ -197,17 +197,17 @@ def test_a_fit_that_was_cut_short_goes_on_bit_for_bit(tmp_path, monkeypatch):
             bridge.fit(draws, num_updates=80, progress=False, checkpoint=checkpoint)
         return bridge.state_dict()
 
-    whole, original, calls = fit(None), Fit._mean_loss, iter(range(10_000))
+    whole, original, calls = fit(None), DiffusionFit._mean_loss, iter(range(10_000))
 
     def broken(self, *args):
         if torch.is_grad_enabled() and next(calls) == 41:
             raise OSError("the disk is full")
         return original(self, *args)
 
-    monkeypatch.setattr(Fit, "_mean_loss", broken)
+    monkeypatch.setattr(DiffusionFit, "_mean_loss", broken)
     with pytest.raises(OSError, match="disk"):
         fit(path)
-    monkeypatch.setattr(Fit, "_mean_loss", original)
+    monkeypatch.setattr(DiffusionFit, "_mean_loss", original)
     resumed = fit(path)
     assert all(torch.equal(v, resumed[k]) if torch.is_tensor(v) else v == resumed[k] for k, v in whole.items())
 

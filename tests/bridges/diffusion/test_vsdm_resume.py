@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pyro_sb.bridges import VSDM, Bridge
-from pyro_sb.bridges.diffusion.fit import Fit, unfinished
+from pyro_sb.bridges.checkpoint import unfinished
+from pyro_sb.bridges.diffusion.fit import DiffusionFit
 from pyro_sb.nn import SetEmbedding
 
 F64 = {"dtype": torch.float64}
@@ -60,14 +61,14 @@ def same(a, b):
 
 def cut(monkeypatch, error, loss, update):
     """Raise in the given update of a loss."""
-    original, calls = getattr(Fit, loss), iter(range(1, 10_000))
+    original, calls = getattr(DiffusionFit, loss), iter(range(1, 10_000))
 
     def broken(self, *args):
         if torch.is_grad_enabled() and next(calls) == update:
             raise error
         return original(self, *args)
 
-    monkeypatch.setattr(Fit, loss, broken)
+    monkeypatch.setattr(DiffusionFit, loss, broken)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("the disk is full")], ids=["ctrl-c", "crash"])

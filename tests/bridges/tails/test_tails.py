@@ -446,3 +446,9 @@ def test_bad_options_are_refused():
         TailMatched(torch.nn.Linear(2, 2))
     with pytest.raises(RuntimeError, match="fit"):
         TailMatched(GaussianEnd(2))()
+
+
+def test_a_transform_prints_its_tails():
+    few, many = (TailTransform(*(torch.full((d,), v) for v in (0.0, 1.0, 3.0, math.inf))) for d in (2, 30))
+    assert repr(few) == "TailTransform(dim=2): tails of index 3 3 below, inf inf above"
+    assert len(repr(many)) < 120 and "..." in repr(many)
