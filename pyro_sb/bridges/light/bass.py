@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_sb.bridges.ends import Batch
 from pyro_sb.bridges.light.laws import LearnedMap
 from pyro_sb.bridges.light.mixture import MixtureBridge
-from pyro_sb.bridges.light.solvers import ChosenBeta, LightOptions, Solver, dual_of, find_solver
+from pyro_sb.bridges.light.solvers import ChosenBeta, LightOptions, Solver, find_solver
 from pyro_sb.training import FitHistory
 
 
@@ -165,7 +165,7 @@ class LightSBBM(MixtureBridge):
         z0, z1 = self.unit_rows(x0, None, 0.0)[0], self.unit_rows(x1, None, 1.0)[0]
         shift = (self.location - self.source_location) / self.scale
         moved = float(shift @ (z1.mean(0) - z0.mean(0) + 0.5 * shift))  # of the centres, whose drift is their distance
-        return float(self.scale) ** 2 * (dual_of(self.process, z0, Batch(z1)) + moved)
+        return float(self.scale) ** 2 * (self.process.dual(z0, Batch(z1)) + moved)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""

@@ -9,6 +9,7 @@ from pyro.distributions import Categorical, Independent, MixtureSameFamily, Mult
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
+from pyro_sb.bridges.ends import Batch
 from pyro_sb.bridges.light.parameters import MixtureParameters
 from pyro_sb.bridges.rows import chunked
 from pyro_sb.bridges.units import Units
@@ -17,7 +18,7 @@ from pyro_sb.nn import TimeNet
 from pyro_sb.ops.bass import DENSE_DIM, BassMap
 from pyro_sb.ops.factor_mixture import FactorMixture
 from pyro_sb.ops.log_quadratic import log_sum_exp
-from pyro_sb.ops.mixture import MixturePotential
+from pyro_sb.ops.mixture import MixturePotential, likelihood_loss, weighted_mean
 
 
 class LearnedMap(TimeNet):
@@ -125,6 +126,29 @@ class MixtureProcess(NamedTuple):
         found = self.learned_map(torch.tensor(t).to(z), z)
         return float(((bass.forward(found) - points).abs().amax(-1) / (1 + points.abs().amax(-1))).max())
 
+    def likelihood(self, source: Tensor, target: Batch) -> Tensor:
+        r"""Likelihood loss :math:`E \log c(y_0) - E \log v(y_1)` of points of both sides, each at its context."""
+        if self.factored and target.context is not None:  # -log of the plan's density from the source
+            return -weighted_mean(self.law(target.context).log_prob(target.points), target.weights)
+        source, target = paired(source, target)
+        potential, y1 = self.lift(target.points, target.context)
+        y0 = self.lift(source, target.context)[1]
+        own = None if target.context is None else target.weights  # source rows belong to contexts, or weigh the same
+        return likelihood_loss(potential, y0, y1, own, target.weights)
+
+    def dual(self, source: Tensor, target: Batch) -> float:
+        """The dual G (`DualProblem`) of points of both sides, each at its context."""
+        source, target = paired(source, target)
+        potential, points1 = self.lift(target.points, target.context)
+        points0 = self.lift(source, target.context)[1]
+        start, end = self.bass(potential, 0.0), self.bass(potential, 1.0)
+        y0, y1 = start.inverse(points0), end.inverse(points1)
+        if max(y0.residual, y1.residual) > 1e-2:
+            return -math.inf  # the minimum was not found, and a value above it would flatter
+        own = None if target.context is None else target.weights
+        value = weighted_mean(end.objective(y1.points, points1), target.weights)
+        return float(value - weighted_mean(start.objective(y0.points, points0), own))
+
     def move(self, z: Tensor, context: Tensor | None, t: float = 1.0) -> Tensor:
         """States at time t of processes that leave from points."""
 
@@ -216,6 +240,15 @@ class MixtureProcess(NamedTuple):
 
         width = self.width if context is None else self.width * z0.shape[-2]
         return chunked(log_prob, z1, context, None if context is None else z0, width=width)
+
+
+def paired(source: Tensor, target: Batch) -> tuple[Tensor, Batch]:
+    """Ends as they are without context; with one, a source row for each of its rows."""
+    if target.context is None:
+        return source, target
+    if len(source) == 1:
+        return source.expand_as(target.points), target
+    return source[torch.arange(len(target.points), device=source.device) % len(source)], target
 
 
 class Planner(Protocol):

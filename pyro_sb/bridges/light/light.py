@@ -42,6 +42,7 @@ class LightSB(MixtureBridge):
         parameters are those of the paper; the start, the moment steps and the path weights are ours.
 
     Example:
+        >>> import torch
         >>> bridge = LightSB(2, num_components=5, epsilon=0.5)
         >>> history = bridge.fit(torch.randn(500, 2), num_updates=100, progress=False)
         >>> bridge().log_prob(torch.zeros(3, 2)).shape
@@ -121,6 +122,7 @@ class LightSBM(LightSB):
         what a likelihood step costs.
 
     Example:
+        >>> import torch
         >>> bridge = LightSBM(1, num_components=3)
         >>> history = bridge.fit(torch.randn(500, 1), torch.randn(500, 1), num_updates=100, progress=False)
         >>> bridge.drift(0.5, torch.zeros(4, 1)).shape

@@ -37,6 +37,7 @@ class MixtureBridge(Bridge):
         beta: Price of volatility; infinite here, where the bridge's space is the user's.
         learned_map: Network in place of the inverse of the Bass map; None for the exact one.
         source: The distribution that draws leave from, if it is one. It is not saved.
+        fitted_to: The data and the way of the last fit in words; empty before it.
     """
 
     solvers: tuple[str, ...] = ()
@@ -86,7 +87,7 @@ class MixtureBridge(Bridge):
         self.learned_map: LearnedMap | None = None
         self.source: Distribution | None = None
         self._source_kind, self._source_variance = "point", 0.0
-        self._fit_by: dict[str, Any] = {}
+        self.fitted_to = ""
 
     @property
     def density(self) -> str | None:  # type: ignore[override]
@@ -131,8 +132,10 @@ class MixtureBridge(Bridge):
                 self.load_state_dict(before[0])
                 self.source = before[1]
             raise
-        draws = ends.target.num_train if isinstance(ends.target, DrawsEnd) else None
-        self._fit_by = {"solver": solver.name, "num_updates": history.iterations, "num_draws": draws}
+        data = f"{ends.target.num_train} draws" if isinstance(ends.target, DrawsEnd) else "a distribution"
+        start = {"point": "a point", "draws": "draws", "law": "a distribution"}[self._source_kind]
+        way = f'{history.iterations} updates of solver "{solver.name}"'
+        self.fitted_to = f"{data} from {start}, by {way}"
         if options.checkpoint is not None:
             self.save(options.checkpoint)
         history.seconds = time.perf_counter() - begun
@@ -249,7 +252,6 @@ class MixtureBridge(Bridge):
         Returns:
             Shape ``(*,)``.
         """
-        self.check_exact()
         z, rows, shape = self.unit_rows(x, context, 1.0)
         z0 = self.units(0.0).to(self._start(1 if self._source_kind == "point" else num_source))
         return self._given_sources(z, z0, rows).reshape(shape[:-1])
@@ -351,6 +353,7 @@ class MixtureBridge(Bridge):
 
     def _given_sources(self, z1: Tensor, z0: Tensor, rows: Tensor | None) -> Tensor:
         """Log density of ends given the source points, in the user's units."""
+        self.check_exact()
         return self.process.mean_log_prob(z1, z0, rows) - self.dim * self.scale.log()
 
     @torch.no_grad()
@@ -406,24 +409,18 @@ class MixtureBridge(Bridge):
 
     def get_extra_state(self) -> dict[str, Any]:
         """What the source was, and what the fit was."""
-        return {"source_kind": self._source_kind, "source_variance": self._source_variance, "fit": self._fit_by}
+        source = {"source_kind": self._source_kind, "source_variance": self._source_variance}
+        return source | {"fitted_to": self.fitted_to}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take them back; a distribution must be given again."""
         self._source_kind, self._source_variance = state["source_kind"], state["source_variance"]
-        self._fit_by = state.get("fit", {})
+        self.fitted_to = state.get("fitted_to", "")
 
     def describe_lines(self) -> list[str]:
         """Components, and what the bridge was fitted on: for `repr`."""
-        lines = [f"{self.num_components} {self.covariance} components, epsilon {self.epsilon:g}"]
-        if not self.fitted:
-            return [*lines, "not fitted"]
-        source = {"point": "a point", "draws": "draws", "law": "a distribution"}[self._source_kind]
-        if not self._fit_by:
-            return [*lines, f"fitted, from {source}"]
-        updates, solver, num = (self._fit_by[key] for key in ("num_updates", "solver", "num_draws"))
-        data = "a distribution" if num is None else f"{num} draws"
-        return [*lines, f'fitted by {updates} updates of solver "{solver}" on {data}, from {source}']
+        fitted = (f"fitted to {self.fitted_to}" if self.fitted_to else "fitted") if self.fitted else "not fitted"
+        return [f"{self.num_components} {self.covariance} components, epsilon {self.epsilon:g}", fitted]
 
     def __repr__(self) -> str:
         """The class with its sizes, and `describe_lines`."""

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from pyro_sb.bridges.ends import Batch, DrawsEnd, Ends, PointEnd
-from pyro_sb.bridges.light.laws import LearnedMap, MixtureProcess
+from pyro_sb.bridges.ends import DrawsEnd, Ends, PointEnd
+from pyro_sb.bridges.light.laws import LearnedMap, MixtureProcess, paired
 from pyro_sb.bridges.light.parameters import MixtureParameters, cluster_start
 from pyro_sb.ops.bass import DualProblem, Pairs, Pool
-from pyro_sb.ops.mixture import MixturePotential, likelihood_loss, matching_loss, weighted_mean
+from pyro_sb.ops.mixture import MixturePotential, likelihood_loss, matching_loss
 from pyro_sb.ops.moment_matching import Side, equal_weights, moment_step
 from pyro_sb.training import Best, EarlyChecks, FitHistory, interruptible, train
 
@@ -134,7 +134,7 @@ class Likelihood:
     def loss(self, process: MixtureProcess, ends: Ends, batch_size: int) -> Tensor:
         """Loss of a minibatch, in nats up to a constant."""
         target = ends.target.batch(batch_size)
-        return likelihood_of(process, ends.source.batch(batch_size).points, target)
+        return process.likelihood(ends.source.batch(batch_size).points, target)
 
 
 class Matching:
@@ -405,51 +405,14 @@ def find_solver(bridge: LearningBridge, name: str | None) -> Solver:
     return SOLVERS[name]
 
 
-# The losses of points of both sides
-
-
-def likelihood_of(process: MixtureProcess, source: Tensor, target: Batch) -> Tensor:
-    """The likelihood loss of points of both sides, each at its context."""
-    if process.factored and target.context is not None:  # -log of the plan's density from the source
-        return -weighted_mean(process.law(target.context).log_prob(target.points), target.weights)
-    source, target = paired(source, target)
-    potential, y1 = process.lift(target.points, target.context)
-    y0 = process.lift(source, target.context)[1]
-    own = None if target.context is None else target.weights  # source rows belong to contexts, or weigh the same
-    return likelihood_loss(potential, y0, y1, own, target.weights)
-
-
-def dual_of(process: MixtureProcess, source: Tensor, target: Batch) -> float:
-    """The dual G at points of both sides, each at its context."""
-    source, target = paired(source, target)
-    potential, points1 = process.lift(target.points, target.context)
-    points0 = process.lift(source, target.context)[1]
-    start, end = process.bass(potential, 0.0), process.bass(potential, 1.0)
-    y0, y1 = start.inverse(points0), end.inverse(points1)
-    if max(y0.residual, y1.residual) > 1e-2:
-        return -math.inf  # the minimum was not found, and a value above it would flatter
-    own = None if target.context is None else target.weights
-    value = weighted_mean(end.objective(y1.points, points1), target.weights)
-    return float(value - weighted_mean(start.objective(y0.points, points0), own))
-
-
 @torch.no_grad()
 def held_out_loss(process: MixtureProcess, ends: Ends, num: int = HELD_OUT) -> float:
     r"""Loss of held-out points whatever is trained on: the likelihood's, or :math:`-G / \epsilon` for finite beta."""
     target = ends.target.held_out(num)
     source = ends.source.held_out(len(target.points)).points
     if math.isinf(process.beta):
-        return float(likelihood_of(process, source, target))
-    return -dual_of(process, source, target) / process.epsilon
-
-
-def paired(source: Tensor, target: Batch) -> tuple[Tensor, Batch]:
-    """Ends as they are without context; with one, a source row for each of its rows."""
-    if target.context is None:
-        return source, target
-    if len(source) == 1:
-        return source.expand_as(target.points), target
-    return source[torch.arange(len(target.points), device=source.device) % len(source)], target
+        return float(process.likelihood(source, target))
+    return -process.dual(source, target) / process.epsilon
 
 
 def all_points(end: Any, num: int) -> Side:

@@ -393,8 +393,10 @@ def test_after_the_alternating_solver_nothing_pretends_to_be_exact():
         solver="alternating",
         num_updates=50,
     )
-    with pytest.raises(NotImplementedError, match="alternating"):
-        bridge.marginal_log_prob(torch.randn(4, 2, **F64))
+    x = torch.randn(4, 2, **F64)
+    for ask in (bridge.marginal_log_prob, lambda x: bridge.log_prob_from(x, x), lambda x: bridge.dual(x, x)):
+        with pytest.raises(NotImplementedError, match="alternating"):
+            ask(x)
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.5, 0.0, -2.0, math.nan])

@@ -229,23 +229,23 @@ def test_a_bridge_says_what_it_is_and_what_it_was_fitted_on(tmp_path):
     bridge = LightSBBM(2, num_components=3, epsilon=0.5, beta=5.0, context_dim=1)
     assert repr(bridge) == "LightSBBM(dim=2, context_dim=1)\n  3 diagonal components, epsilon 0.5, beta 5\n  not fitted"
     quick(bridge, context=torch.randn(300, 1, **F64), num_updates=5)
-    assert repr(bridge).endswith('\n  fitted by 5 updates of solver "dual" on 270 draws, from a point')
+    assert repr(bridge).endswith('\n  fitted to 270 draws from a point, by 5 updates of solver "dual"')
     bridge.save(tmp_path / "bridge.pt")
     assert repr(Bridge.load(tmp_path / "bridge.pt")) == repr(bridge)
     on_a_law = quick(
         LightSB(2, num_components=3), standard_normal(), standard_normal(), solver="moments", num_updates=2
     )
-    assert 'solver "moments" on a distribution, from a distribution' in repr(on_a_law)
+    assert 'fitted to a distribution from a distribution, by 2 updates of solver "moments"' in repr(on_a_law)
 
 
 def test_a_file_that_does_not_know_its_fit_still_loads():
     bridge = quick(LightSB(2, num_components=3, epsilon=0.5))
     state = bridge.state_dict()
-    del state["_extra_state"]["fit"]  # as files were before
+    del state["_extra_state"]["fitted_to"]  # as files were before
     loaded = LightSB(2, num_components=3, epsilon=0.5)
     loaded.load_state_dict(state)
     x = torch.randn(4, 2, **F64)
-    assert torch.equal(loaded().log_prob(x), bridge().log_prob(x)) and repr(loaded).endswith("fitted, from a point")
+    assert torch.equal(loaded().log_prob(x), bridge().log_prob(x)) and repr(loaded).endswith("\n  fitted")
 
 
 # What a user may get wrong
