@@ -14,7 +14,7 @@ from pyro_sb.bridges.latent.bridge import LatentBridge
 from pyro_sb.bridges.proposals import HeldSources, MappedLaw
 from pyro_sb.infer.kernels.moves import ProposalMove, choose
 from pyro_sb.infer.kernels.proposals import BridgeProposals
-from pyro_sb.infer.model.joint import LogJoint
+from pyro_sb.infer.model.log_joint import LogJoint
 
 F64 = torch.float64
 SOURCE = MultivariateNormal(torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64))
