@@ -61,11 +61,14 @@ class AtRow(Messenger):
         event_dims: As of `ModelRuns`.
         scored: Names of sites whose log density is kept, without scale. None: of all but deterministic sites, scaled;
             then a latent that the row does not have is an error.
+        resample: Draw observed sites that the row does not have, instead of leaving them at the data.
     """
 
-    def __init__(self, row: Row, event_dims: dict[str, int], scored: Sequence[str] | None) -> None:
+    def __init__(
+        self, row: Row, event_dims: dict[str, int], scored: Sequence[str] | None, resample: bool = False
+    ) -> None:
         super().__init__()
-        self.row, self.event_dims, self.scored = row, event_dims, scored
+        self.row, self.event_dims, self.scored, self.resample = row, event_dims, scored, resample
         self.sites: dict[str, Site] = {}
         self.log_probs: dict[str, Tensor] = {}
 
@@ -73,6 +76,8 @@ class AtRow(Messenger):
         name = msg["name"]
         if name in self.row.values:
             msg["value"], msg["is_observed"] = self.row.values[name], True
+        elif self.resample and msg["is_observed"] and not is_deterministic(msg):
+            msg["value"], msg["is_observed"], msg["done"] = None, False, False
         if name in self.row.present:
             msg["fn"] = PresentEntries(msg["fn"], self.row.present[name], self.event_dims[name])
 
@@ -179,10 +184,17 @@ class ModelRuns:
 
     # ---- one run: of one row, or of many that are widened ----
 
-    def run(self, row: Row, scored: Sequence[str] | None, model: Callable[..., Any]) -> tuple[AtRow, Any]:
+    def run(
+        self,
+        row: Row,
+        scored: Sequence[str] | None,
+        *,
+        resample: bool = False,
+        model: Callable[..., Any] | None = None,
+    ) -> tuple[AtRow, Any]:
         """Sites of one run, and the model's return value; refuses a run without a site that the row has."""
-        with AtRow(row, self.event_dims, scored) as at:
-            result = model(*self.args, **self.kwargs)
+        with AtRow(row, self.event_dims, scored, resample) as at:
+            result = (model or self.model)(*self.args, **self.kwargs)
         missing = sorted(row.values.keys() - at.sites.keys())
         if missing:
             raise ValueError(
@@ -193,13 +205,12 @@ class ModelRuns:
 
     def terms(self, row: Row, model: Callable[..., Any] | None = None) -> list[Tensor]:
         """Log densities of all sites, scaled and masked; refuses latents that the row does not have."""
-        at, _ = self.run(row, None, model or self.model)
+        at, _ = self.run(row, None, model=model)
         return list(at.log_probs.values())
 
     def read(self, row: Row, wanted: Wanted) -> Found:
         """Values and log densities of one run; sites that the row does not have are drawn, or are data."""
-        model = poutine.uncondition(self.model) if wanted.resample else self.model
-        at, result = self.run(row, wanted.log_probs, model)
+        at, result = self.run(row, wanted.log_probs, resample=wanted.resample)
         found = {n: torch.as_tensor(at.sites[n]["value"]).detach() for n in wanted.values if n in at.sites}
         if self.returned is not None and not set(wanted.values) <= found.keys():  # else they are deterministic sites
             found |= self.returned(result)

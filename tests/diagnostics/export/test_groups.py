@@ -225,6 +225,21 @@ def test_prior_draws_are_draws_of_the_prior():
     assert abs((y - loc[:, None]).var() / 4 - 1) * 10_000**0.5 < 4
 
 
+def test_deterministic_sites_in_a_plate_have_one_shape_in_every_group():
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(ZERO, 1.0))
+        with pyro.plate("rows", 4):
+            centre = pyro.deterministic("centre", loc + torch.arange(4.0, dtype=F64))
+            pyro.sample("y", dist.Normal(centre, 1e-9), obs=y)
+
+    run = finished(model, {"loc": torch.randn(C, N, dtype=F64)})
+    made = to_groups(run, prior=6, posterior_predictive=True).arrays
+    assert made["prior"]["centre"].shape == (1, 6, 4)
+    np.testing.assert_allclose(made["prior"]["centre"], made["prior_predictive"]["y"], atol=1e-7)
+    expected = run.draws["loc"][..., None] + torch.arange(4.0, dtype=F64)
+    np.testing.assert_allclose(made["posterior_predictive"]["y"], expected, atol=1e-7)
+
+
 def test_an_improper_prior_cannot_be_drawn_but_everything_else_can():
     def model(y):
         loc = pyro.sample("loc", dist.ImproperUniform(dist.constraints.real, (), ()))
