@@ -17,9 +17,8 @@ from torch import Tensor
 from benchmarks.lib.report import header, table, write
 from benchmarks.lib.store import command
 from pyro_sb.diagnostics import Calibration, LocalC2ST, mode_audit, sbc, tarp
-from pyro_sb.diagnostics.export.container import to_container
-from pyro_sb.diagnostics.reports.chain_figures import chain_figures
-from pyro_sb.infer.model.joint import LogJoint
+from pyro_sb.diagnostics.export.container import chain_figures, to_container
+from pyro_sb.infer.model.log_joint import LogJoint
 
 SEED, L, F64 = 0, 99, torch.float64
 CHAINS, DRAWS, THIN, STEP = 8, 500, 25, 1.0  # of the random walk

@@ -48,7 +48,7 @@ from pyro_sb.bridges.codecs.base import Codec
 from pyro_sb.infer import AmortizedPosterior, BridgeMH, Posterior, Simulations
 from pyro_sb.infer.amortized.refresh import PosteriorProposals
 from pyro_sb.infer.mcmc.walk import ROLES, Walk
-from pyro_sb.infer.model.joint import LogJoint
+from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.moves.moves import Transition
 from pyro_sb.infer.moves.proposals import ProposalMove, Proposals
 

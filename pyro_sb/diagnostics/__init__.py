@@ -1,4 +1,4 @@
-"""What a finished run is worth: ArviZ's container of it, and checks that R-hat and ESS cannot make."""
+"""Diagnostics of runs, posteriors and bridges: ArviZ's container, reports, and checks beyond R-hat and ESS."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -16,6 +16,7 @@ from pyro_sb.diagnostics.reports.bridge_report import bridge_report
 from pyro_sb.diagnostics.reports.lines import Line, Report
 from pyro_sb.diagnostics.reports.psis import PSIS, psis
 from pyro_sb.diagnostics.reports.report import report
+from pyro_sb.infer.model.run import Run
 
 __all__ = [
     "PSIS",
@@ -27,6 +28,7 @@ __all__ = [
     "ModeAudit",
     "Regions",
     "Report",
+    "Run",
     "bridge_report",
     "calibration_draws",
     "coverage",
@@ -60,7 +62,8 @@ def to_arviz(
     plate carry its name.
 
     Args:
-        x: A finished ``MCMC``, ours or Pyro's.
+        x: A finished ``MCMC``, ours or Pyro's; a conditioned posterior; weighted draws; or a `Run` of draws from
+            elsewhere.
         log_likelihood: Log density of each datum at each draw, elementwise over the observed sites' batch shape, as
             ``az.loo`` needs it: 0 where masked, without ``poutine.scale``, ``pyro.factor`` left out, given draws of
             enumerated sites.

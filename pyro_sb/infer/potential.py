@@ -1,6 +1,5 @@
 """Door to the batched log joint of a Pyro model or a ``potential_fn``, under Pyro's word for it."""
 
-from pyro_sb.infer.model.joint import LogJoint
-from pyro_sb.infer.model.log_joint import log_joint
+from pyro_sb.infer.model.log_joint import LogJoint, log_joint
 
 __all__ = ["LogJoint", "log_joint"]

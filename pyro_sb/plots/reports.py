@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from pyro_sb.diagnostics.export.container import ChainFigures
 from pyro_sb.diagnostics.modes.mode_audit import ModeAudit
-from pyro_sb.diagnostics.reports.chain_figures import ChainFigures
 from pyro_sb.diagnostics.reports.lines import COLOURS, Report
 from pyro_sb.diagnostics.reports.psis import PSIS
 from pyro_sb.plots.axes import OURS, WARN, Size, array, check_is, one_axes, row_of_axes, styled
@@ -28,7 +28,7 @@ def plot_modes(audit: ModeAudit, *, ax: Any = None, figsize: Size = None, **kwar
         figsize: Of the new figure, in inches.
         **kwargs: Of the bars, for ``ax.bar``.
     """
-    check_is("audit", audit, ModeAudit, "mode_audit(model, draws, args=(y,))")
+    check_is("audit", audit, ModeAudit, "mode_audit(draws, model, args=(y,))")
     ax = one_axes(ax, figsize)
     series = [
         ("population 1", audit.shares[0], audit.errors[0], "0.55"),
@@ -90,7 +90,7 @@ def plot_chains(figures: ChainFigures, *, ax: Any = None, figsize: Size = None, 
     r"""R-hat against effective sizes, a point a number of the model; the good corner is the lower right.
 
     Args:
-        figures: Of `pyro_sb.diagnostics.reports.chain_figures.chain_figures`.
+        figures: Of `pyro_sb.diagnostics.export.container.chain_figures`.
         ax: Matplotlib axes. Omitted: new ones.
         figsize: Of the new figure, in inches.
         **kwargs: Of the points, for ``ax.scatter``.

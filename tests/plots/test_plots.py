@@ -11,9 +11,9 @@ matplotlib = pytest.importorskip("matplotlib")
 
 from pyro_sb.bridges import KernelLangevinBridge, LightSB  # noqa: E402
 from pyro_sb.diagnostics import Calibration, Line, Report, bridge_report, mode_audit, psis, tarp  # noqa: E402
-from pyro_sb.diagnostics.reports.chain_figures import ChainFigures  # noqa: E402
+from pyro_sb.diagnostics.export.container import ChainFigures  # noqa: E402
 from pyro_sb.diagnostics.reports.lines import Panel  # noqa: E402
-from pyro_sb.infer.model.joint import LogJoint  # noqa: E402
+from pyro_sb.infer.model.log_joint import LogJoint  # noqa: E402
 from pyro_sb.plots import (  # noqa: E402
     plot_chains,
     plot_coverage,
@@ -151,7 +151,7 @@ def test_coverage_rises_from_nothing_to_all(ax):
 
 def test_bars_are_the_shares_and_a_missing_mode_is_marked(ax):
     joint = LogJoint.from_batched(lambda z: -(z.abs() - 5).square().sum(-1) / 2, 1)
-    audit = mode_audit(joint, 5 + torch.randn(4, 200, 1, dtype=F64), num_particles=200)
+    audit = mode_audit(5 + torch.randn(4, 200, 1, dtype=F64), joint, num_particles=200)
     assert audit.plot(ax=ax) is ax
     heights = [bar.get_height() for bar in ax.patches]
     assert heights[:2] == audit.shares[0].tolist() and heights[4:] == audit.chain_shares.tolist()
@@ -160,7 +160,7 @@ def test_bars_are_the_shares_and_a_missing_mode_is_marked(ax):
 
 def test_the_word_for_a_missing_mode_stands_on_the_axis_and_no_share_is_over_one(ax):
     joint = LogJoint.from_batched(lambda z: -(z.abs() - 5).square().sum(-1) / 2, 1)
-    audit = mode_audit(joint, 5 + torch.randn(4, 200, 1, dtype=F64), num_particles=200)
+    audit = mode_audit(5 + torch.randn(4, 200, 1, dtype=F64), joint, num_particles=200)
     plot_modes(audit, ax=ax)
     ax.figure.canvas.draw()
     frame = ax.get_window_extent()

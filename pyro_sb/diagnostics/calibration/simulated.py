@@ -9,6 +9,7 @@ import torch
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
+from pyro_sb.diagnostics.export.draws_of import is_run, run_of
 from pyro_sb.infer.amortized.amortized import AmortizedPosterior
 from pyro_sb.infer.amortized.posterior import Posterior
 from pyro_sb.infer.amortized.simulator import Simulator, simulator
@@ -174,8 +175,8 @@ def _sampled_draws(
         sites = source.data.unpack(row)
         given = next(iter(sites.values())) if len(sites) == 1 else sites
         found = sampler(given)
-        chains = callable(getattr(found, "get_samples", None))
-        found = found.get_samples(group_by_chain=True) if chains else found
+        chains = is_run(found)
+        found = run_of(found).draws if chains else found
         draws = _by_chain(found, truths, num, chains)
         effective.append(_effective_sizes(draws))
         draws = draws.flatten(0, 1)

@@ -1,95 +1,127 @@
-"""What a user holds, read: a run's target, and its draws in the target's unconstrained coordinates."""
+"""Runs and draws as they are handed over, read: one `Run`, its target, its draws in the target's coordinates."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from pyro.infer.mcmc.api import AbstractMCMC
 from torch import Tensor
 
-from pyro_sb.diagnostics.reports.chain_figures import container_arrays
-from pyro_sb.infer.model.joint import LogJoint
-from pyro_sb.infer.model.log_joint import log_joint
+from pyro_sb.diagnostics.export.container import container_arrays, is_container
+from pyro_sb.infer.model.log_joint import LogJoint, log_joint
+from pyro_sb.infer.model.run import Run
 
-__all__ = ["draws_by_chain", "is_container", "is_run", "target_of", "unconstrained_draws"]
+__all__ = ["is_run", "run_of", "target_of", "unconstrained_draws"]
 
 Sites = dict[str, Tensor]
 
 
 def is_run(x: Any) -> bool:
-    """Whether it has draws by chain: a finished MCMC, ours or Pyro's, or a `Posterior`."""
-    return callable(getattr(x, "get_samples", None))
+    """Whether `run_of` can read it."""
+    return isinstance(x, Run | AbstractMCMC) or callable(getattr(x, "as_run", None))
 
 
-def is_container(x: Any) -> bool:
-    """Whether it is one of ArviZ's: ``InferenceData`` (0.x) or ``DataTree`` (1.x)."""
-    return type(x).__name__ in ("InferenceData", "DataTree")
-
-
-def draws_by_chain(run: Any) -> Sites:
-    """Its draws by site, ``(chain, draw, *site)``.
+def run_of(x: Any) -> Run:
+    """Draws with the model that they belong to: of an MCMC, ours or Pyro's, a conditioned posterior, weighted draws.
 
     Raises:
         RuntimeError: It has not run.
+        TypeError: It is no run.
     """
-    _check_has_run(run)
-    return run.get_samples(group_by_chain=True)
+    if isinstance(x, Run):
+        return x
+    if not is_run(x):
+        raise TypeError(
+            "x must be a finished MCMC (ours or Pyro's), a Posterior, ImportanceDraws or a Run, got "
+            f"{type(x).__name__}. Call run() and pass it; for draws of another sampler write "
+            "pyro_sb.diagnostics.Run({site: draws}, model, args), each (chain, draw, *site)."
+        )
+    return x.as_run() if callable(getattr(x, "as_run", None)) else _of_pyro(x)
 
 
-def _check_has_run(run: Any) -> None:
-    """Pyro's MCMC answers with an AttributeError."""
-    if getattr(run, "_samples", run) is None:
-        raise RuntimeError(f"the {type(run).__name__} must have run, but has no draws yet. Call run(...) first.")
+def _of_pyro(mcmc: Any) -> Run:
+    """Pyro's runner, which keeps its draws and the model's arguments to itself."""
+    samples = getattr(mcmc, "_samples", None)
+    if samples is None:
+        raise RuntimeError(f"the {type(mcmc).__name__} must have run, but has no draws yet. Call run(...) first.")
+    shape = next(iter(samples.values())).shape[:2]
+    divergences = _divergences(mcmc)
+    statistics = {} if divergences is None else {"diverging": torch.zeros(shape, dtype=torch.bool)}
+    for key, draws in (divergences or {}).items():
+        statistics["diverging"][int(key.split()[-1]), draws] = True  # "chain 10" is chain 10, wherever it sorts
+    return Run(
+        partial(mcmc.get_samples, group_by_chain=True),
+        getattr(mcmc.kernel, "model", None),
+        mcmc._args,
+        mcmc._kwargs,
+        potential_fn=getattr(mcmc.kernel, "potential_fn", None),
+        transforms=getattr(mcmc, "transforms", None) or {},
+        log_joint=getattr(mcmc.kernel, "log_joint", None),
+        sample_stats=statistics,
+        kernel=mcmc.kernel,
+        figures=mcmc.diagnostics,
+    )
+
+
+def _divergences(mcmc: Any) -> Mapping[str, Any] | None:
+    """By chain; from where Pyro's MCMC keeps them, as its ``diagnostics()`` fails under four draws a chain."""
+    kept = getattr(mcmc, "_diagnostics", None)
+    if not kept:
+        return mcmc.diagnostics().get("divergences")
+    if any("divergences" not in chain for chain in kept):
+        return None
+    return {f"chain {i}": chain["divergences"] for i, chain in enumerate(kept)}
 
 
 def target_of(
+    x: Any,
     target: Any,
     potential_fn: Callable[[Sites], Tensor] | None = None,
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
     initial_params: Sites | None = None,
 ) -> tuple[LogJoint, Any]:
-    """The log joint of a model, a run or a potential; and the run, if it was one.
+    """The log joint of a model, a run or a potential; and the draws beside it, if there are any.
 
     Raises:
         RuntimeError: A run that has not run.
         TypeError: What has neither.
         ValueError: A run that knows no target.
     """
-    if isinstance(target, LogJoint):
-        return target, None
     if potential_fn is not None:
-        return log_joint(None, potential_fn, initial_params=initial_params), target
+        if target is not None:
+            raise ValueError("Either target or potential_fn must be given, got both. Leave one of them out.")
+        return log_joint(None, potential_fn, initial_params=initial_params), x
+    beside = x
+    if target is None:  # a run knows its own; a target may come alone
+        target, beside = x, x if is_run(x) else None
+    if isinstance(target, LogJoint):
+        return target, beside
     if is_run(target):
-        _check_has_run(target)
-        kernel = getattr(target, "kernel", None)
-        found = getattr(kernel, "log_joint", None)
-        if isinstance(found, LogJoint):
-            return found, target
-        model = getattr(kernel, "model", None)
-        if model is not None:
-            return log_joint(model, args=target._args, kwargs=target._kwargs), target
-        potential = getattr(kernel, "potential_fn", None)
-        if potential is not None:
-            return _from_potential(target, potential), target
-        raise ValueError(
-            "the run must know one model whose log joint can be evaluated, got none (a batch of observations, missing "
-            "entries, or a black-box simulator). Pass the model, and the run as x: mode_audit(model, mcmc, args=(y,)); "
-            "or mode_audit(potential_fn=..., initial_params=..., x=mcmc). report takes either as modes=."
-        )
+        return _target_of_run(run_of(target)), beside
     if not callable(target):
         raise TypeError(
-            f"target must be a Pyro model, a finished MCMC, a Posterior or a LogJoint, got {type(target).__name__}. "
-            "Write mode_audit(model, draws, args=(y,))."
+            "target must be a Pyro model, a finished MCMC, a Posterior or a LogJoint, got "
+            f"{type(target).__name__}. Write mode_audit(draws, model, args=(y,))."
         )
-    return log_joint(target, args=args, kwargs=kwargs, initial_params=initial_params), None
+    return log_joint(target, args=args, kwargs=kwargs, initial_params=initial_params), beside
 
 
-def _from_potential(run: Any, potential: Callable[[Sites], Tensor]) -> LogJoint:
-    """Of a run by potential_fn, whose kernel has forgotten its start: the first draws have the sites' shapes."""
-    transforms = dict(getattr(run, "transforms", None) or {})
-    first = {name: value[0, 0] for name, value in draws_by_chain(run).items()}
-    free = {name: transforms[name](value) if name in transforms else value for name, value in first.items()}
-    return log_joint(None, potential, initial_params=free, transforms=transforms or None)
+def _target_of_run(run: Run) -> LogJoint:
+    if isinstance(run.log_joint, LogJoint):
+        return run.log_joint
+    if run.model is not None:
+        return log_joint(run.model, args=run.args, kwargs=dict(run.kwargs))
+    if run.potential_fn is not None:  # the kernel has forgotten its start: the first draws have the sites' shapes
+        first = {name: value[0, 0] for name, value in run.draws.items()}
+        free = {name: run.transforms[name](value) if name in run.transforms else value for name, value in first.items()}
+        return log_joint(None, run.potential_fn, initial_params=free, transforms=dict(run.transforms) or None)
+    raise ValueError(
+        "the run must know one model whose log joint can be evaluated, got none (a batch of observations, missing "
+        "entries, or a black-box simulator). Pass the model after it: mode_audit(mcmc, model, args=(y,)); or "
+        "mode_audit(mcmc, potential_fn=..., initial_params=...). report takes either as modes=."
+    )
 
 
 def unconstrained_draws(x: Any, joint: LogJoint) -> Tensor:
@@ -130,8 +162,8 @@ def _sites(x: Any) -> Mapping[str, Any]:
     if isinstance(x, Mapping):
         return x
     if is_run(x):
-        return draws_by_chain(x)
+        return run_of(x).draws
     raise TypeError(
-        f"x must be a finished run, a Posterior, an ArviZ container, a dict of sites or a tensor, got "
+        "x must be a finished run, a Posterior, an ArviZ container, a dict of sites or a tensor, got "
         f"{type(x).__name__}."
     )

@@ -1,14 +1,18 @@
-"""The first half of ``to_arviz``: a finished run to a nested dict of numpy arrays, ArviZ's groups."""
+"""ArviZ's groups of a finished run, as a nested dict of numpy arrays."""
 
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pyro import poutine
 from torch import Tensor
 
-from pyro_sb.diagnostics.export.draws_of import draws_by_chain
-from pyro_sb.infer.model.runs import ModelRuns
+from pyro_sb.diagnostics.export.draws_of import run_of
+from pyro_sb.infer.model.prototype import Start, first_float, run
+from pyro_sb.infer.model.run import Run
+from pyro_sb.infer.model.runs import Found, ModelRuns, Row, Wanted
+from pyro_sb.infer.model.sites import Site, can_sample, is_deterministic
 
 __all__ = ["Groups", "to_groups"]
 
@@ -38,7 +42,7 @@ def to_groups(
     r"""ArviZ's groups of a finished ``MCMC``, ours or Pyro's.
 
     Args:
-        x: Has ``get_samples(group_by_chain=)``, ``diagnostics()``, ``kernel.model``, ``_args`` and ``_kwargs``.
+        x: What `run_of` reads: a finished MCMC, a conditioned posterior, weighted draws, or a `Run`.
         log_likelihood: Log density of each datum at each draw.
         prior: Number of prior draws to make, at least 1, or draws of shape ``(num, *site)``.
         posterior_predictive: ``True``: one replicate a draw. A number: so many evenly spaced draws of each chain. Or
@@ -52,64 +56,62 @@ def to_groups(
         TypeError: ``x`` is no run.
         ValueError: A group was asked for that cannot be made: no model, dropped latents, an improper prior.
     """
-    if not callable(getattr(x, "get_samples", None)):
-        raise TypeError(f"x must be a finished MCMC (ours or Pyro's), got {type(x).__name__}. Call run() and pass it.")
-    posterior = draws_by_chain(x)
-    num_chains, num_draws = next(iter(posterior.values())).shape[:2]
-    runs = _model_runs(x, posterior)
+    made = run_of(x)
+    posterior = made.draws
+    runs = None if made.model is None else SiteRuns(made)
     if runs is None and (log_likelihood or prior is not None or posterior_predictive):
         raise ValueError("log_likelihood, prior and posterior_predictive need a model, got a kernel with potential_fn.")
-    arrays = {"posterior": _numpy(posterior), "sample_stats": _sample_stats(x, num_chains, num_draws)}
+    arrays = {"posterior": _numpy(posterior), "sample_stats": _numpy(made.sample_stats)}
     if runs is not None:
         arrays["observed_data"] = _numpy(runs.observed)
         if log_likelihood:
-            arrays["log_likelihood"] = _log_likelihood(runs, _every_latent(x, runs, posterior))
+            arrays["log_likelihood"] = _log_likelihood(runs, _every_latent(made, runs))
         arrays.update(_prior(runs, prior))
-        arrays["posterior_predictive"] = _posterior_predictive(x, runs, posterior, posterior_predictive)
+        arrays["posterior_predictive"] = _posterior_predictive(made, runs, posterior_predictive)
     arrays = {name: variables for name, variables in arrays.items() if variables}
     return Groups(arrays, {} if runs is None else _plate_dims(runs))
 
 
-def _model_runs(x: Any, posterior: Draws) -> ModelRuns | None:
-    model = getattr(getattr(x, "kernel", None), "model", None)
-    if model is None:
-        return None
-    return ModelRuns(model, x._args, x._kwargs, {name: value[0, 0] for name, value in posterior.items()})
+class SiteRuns:
+    r"""Runs of a run's model with its latents at given draws, and the parts that its sites play.
+
+    Attributes:
+        observed: The data, site by site; no deterministic sites, factors or subsampling sites.
+        missing: Latents that the run has no draws of.
+        improper: Latents that cannot be sampled.
+        shapes: Shape of each site's value.
+        plates: Names of each site's dimensions, from its plates; ``None`` where a dimension belongs to no plate.
+    """
+
+    def __init__(self, made: Run) -> None:
+        assert made.model is not None
+        args, kwargs = made.args, dict(made.kwargs)
+        draw = {name: value[0, 0] for name, value in made.draws.items()}
+        trace = run(poutine.condition(made.model, data=draw), args, kwargs, Start(like=first_float(args, kwargs)))
+        self.runs = ModelRuns.of(trace, made.model, args, kwargs)
+        nodes = {name: trace.nodes[name] for name in self.runs.batch_shapes}
+        self.observed = {k: site["value"] for k, site in nodes.items() if site["is_observed"] and k not in draw}
+        self.missing = [name for name, site in nodes.items() if not site["is_observed"]]
+        self.improper = [k for k, site in nodes.items() if k not in self.observed and not can_sample(site["fn"])]
+        self.shapes = self.runs.shapes
+        self.plates = {name: _plate_names(trace.nodes[name]) for name in self.shapes}
+
+    def at(self, draws: Draws, num: int, *, resample: bool = False) -> Found:
+        """Values and log densities of all sites in ``num`` runs with latents at ``draws``, ``(num, *site)`` each."""
+        random = self.runs.batch_shapes
+        rows = Row({name: value for name, value in draws.items() if name in random})
+        return self.runs.at(rows, num, Wanted(list(self.shapes), list(random), resample))
 
 
 def _numpy(tensors: Mapping[str, Any]) -> Arrays:
     return {name: torch.as_tensor(value).detach().cpu().numpy() for name, value in tensors.items()}
 
 
-def _sample_stats(x: Any, num_chains: int, num_draws: int) -> Arrays:
-    """Our kernels' statistics as they are; of Pyro's kernels the divergences."""
-    statistics = getattr(x, "sample_stats", None)
-    if statistics is not None:
-        return _numpy(statistics)
-    divergences = _divergences(x)
-    if divergences is None:
-        return {}
-    diverging = np.zeros((num_chains, num_draws), dtype=bool)
-    for key, draws in divergences.items():
-        diverging[int(key.split()[-1]), draws] = True  # "chain 10" is chain 10, wherever it sorts
-    return {"diverging": diverging}
-
-
-def _divergences(x: Any) -> Mapping[str, Any] | None:
-    """By chain; from where Pyro's MCMC keeps them, as its ``diagnostics()`` fails under four draws a chain."""
-    kept = getattr(x, "_diagnostics", None)
-    if not kept:
-        return x.diagnostics().get("divergences")
-    if any("divergences" not in chain for chain in kept):
-        return None
-    return {f"chain {i}": chain["divergences"] for i, chain in enumerate(kept)}
-
-
-def _every_latent(x: Any, runs: ModelRuns, posterior: Draws) -> Draws:
+def _every_latent(made: Run, runs: SiteRuns) -> Draws:
     """The posterior's draws and, where the model enumerates sites, draws of those."""
-    draws = dict(posterior)
-    if runs.missing and callable(getattr(x, "get_discrete_samples", None)):
-        draws.update(x.get_discrete_samples(group_by_chain=True))
+    draws = dict(made.draws)
+    if runs.missing and made.discrete is not None:
+        draws.update(made.discrete())
     missing = sorted(set(runs.missing) - draws.keys())
     if missing:
         raise ValueError(
@@ -123,14 +125,14 @@ def _flat(draws: Draws) -> Draws:
     return {name: value.flatten(0, 1) for name, value in draws.items()}
 
 
-def _log_likelihood(runs: ModelRuns, draws: Draws) -> Arrays:
+def _log_likelihood(runs: SiteRuns, draws: Draws) -> Arrays:
     num_chains, num_draws = next(iter(draws.values())).shape[:2]
     log_probs = runs.at(_flat(draws), num_chains * num_draws).log_probs
     return _numpy({name: log_probs[name].unflatten(0, (num_chains, num_draws)) for name in runs.observed})
 
 
-def _posterior_predictive(x: Any, runs: ModelRuns, posterior: Draws, wanted: Any) -> Arrays:
-    num_chains, num_draws = next(iter(posterior.values())).shape[:2]
+def _posterior_predictive(made: Run, runs: SiteRuns, wanted: Any) -> Arrays:
+    num_chains, num_draws = next(iter(made.draws.values())).shape[:2]
     if wanted is None or wanted is False:
         return {}
     if isinstance(wanted, Mapping):
@@ -138,12 +140,12 @@ def _posterior_predictive(x: Any, runs: ModelRuns, posterior: Draws, wanted: Any
     num = num_draws if wanted is True else wanted
     _check_count("posterior_predictive", num, most=num_draws)
     chosen = torch.linspace(0, num_draws - 1, num).round().long()
-    draws = {name: value[:, chosen.to(value.device)] for name, value in _every_latent(x, runs, posterior).items()}
+    draws = {name: value[:, chosen.to(value.device)] for name, value in _every_latent(made, runs).items()}
     values = runs.at(_flat(draws), num_chains * num, resample=True).values
     return _numpy({name: values[name].unflatten(0, (num_chains, num)) for name in runs.observed})
 
 
-def _replicates(name: str, value: np.ndarray, runs: ModelRuns, num_chains: int, num_draws: int) -> np.ndarray:
+def _replicates(name: str, value: np.ndarray, runs: SiteRuns, num_chains: int, num_draws: int) -> np.ndarray:
     """A user's replicates as (chain, draw, *site), without the 1s that Predictive adds."""
     lead = (num_chains, num_draws)
     if value.shape[:1] != (num_chains * num_draws,) and value.shape[:2] != lead:
@@ -155,13 +157,13 @@ def _replicates(name: str, value: np.ndarray, runs: ModelRuns, num_chains: int, 
     return value.reshape(lead + _site_shape(name, rest, runs))
 
 
-def _site_shape(name: str, shape: tuple[int, ...], runs: ModelRuns) -> tuple[int, ...]:
+def _site_shape(name: str, shape: tuple[int, ...], runs: SiteRuns) -> tuple[int, ...]:
     """The site's own shape if ``shape`` holds as many numbers, else ``shape``."""
     own = runs.shapes.get(name, torch.Size(shape))
     return tuple(own) if own.numel() == int(np.prod(shape)) else tuple(shape)
 
 
-def _prior(runs: ModelRuns, prior: Any) -> dict[str, Arrays]:
+def _prior(runs: SiteRuns, prior: Any) -> dict[str, Arrays]:
     """Prior draws of the latents and the data that they predict, as one chain."""
     if prior is None:
         return {}
@@ -188,10 +190,22 @@ def _check_count(name: str, value: Any, most: int | None = None) -> None:
         raise ValueError(f"{name} must be a whole number, {between}, or a dict of draws, got {value!r}.")
 
 
-def _plate_dims(runs: ModelRuns) -> dict[str, list[Hashable]]:
+def _plate_dims(runs: SiteRuns) -> dict[str, list[Hashable]]:
     """Plates as dimension names, but for the names that ArviZ keeps for itself; others are named as ArviZ would."""
     return {
         name: [plate if plate not in (None, "chain", "draw") else f"{name}_dim_{i}" for i, plate in enumerate(plates)]
         for name, plates in runs.plates.items()
         if any(plates)
     }
+
+
+def _plate_names(site: Site) -> list[str | None]:
+    """Name of the plate of each dimension of a site's value."""
+    shape = torch.as_tensor(site["value"]).shape
+    num_batch = len(shape) if is_deterministic(site) else len(site["fn"].batch_shape)
+    names: list[str | None] = [None] * len(shape)
+    for frame in site["cond_indep_stack"]:
+        index = num_batch + frame.dim if frame.vectorized else -1
+        if 0 <= index < len(shape) and shape[index] == frame.size:
+            names[index] = frame.name
+    return names

@@ -1,4 +1,4 @@
-"""What a mode audit found: shares of the modes, how far they are apart, and what that means in words."""
+"""Shares of modes among two populations and draws: their differences in standard errors, and a reading in words."""
 
 import math
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ FAR = 99  # standard errors, beyond which a figure says no more
 VAGUE = 0.1  # standard error of a share of the draws above which it says nothing
 LEAST_SHARE = 1e-3  # of a population in a mode that chains are asked for
 UNLIKELY = 0.01  # probability of so few crossings below which they are called too few
+SHOWN = 3  # modes in the repr
 MORE = "raise num_particles"  # what a report says in other words
 GLOBAL = "use a global move"
 
@@ -105,24 +106,26 @@ class ModeAudit:
                 lines.append(self._crossing_line())
         return lines
 
-    def table(self) -> str:
-        """Shares of every mode, a row each."""
+    def table(self, most: int | None = None) -> str:
+        """Shares of every mode, or of the ``most`` largest, a row each."""
+        shown = self.num_modes if most is None else min(most, self.num_modes)
         header = ["mode", "population 1", "population 2", "z"]
         header += [] if self.chain_shares is None else ["draws", "z"]
         rows = [[*header, "where"]]
         where = self.where
-        for k in range(self.num_modes):
+        for k in range(shown):
             row = [str(k), *(f"{s:.4f} +- {e:.4f}" for s, e in zip(self.shares[:, k], self.errors[:, k]))]
             row.append(_shown(float(self.z[k])))
             if self.chain_shares is not None and self.chain_errors is not None and self.chain_z is not None:
                 row += [f"{self.chain_shares[k]:.4f} +- {self.chain_errors[k]:.4f}", _shown(float(self.chain_z[k]))]
             rows.append([*row, where[k]])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+        text = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+        return text if shown == self.num_modes else f"{text}\n... and {self.num_modes - shown} more: see table()"
 
     def __repr__(self) -> str:
         title = f"Mode audit: {self.num_modes} mode{'s' * (self.num_modes > 1)}, verdict {self.verdict}"
-        return f"{as_text(title, self.lines)}\n{self.table()}"
+        return f"{as_text(title, self.lines)}\n{self.table(most=SHOWN)}"
 
     def _repr_html_(self) -> str:
         return as_html("Mode audit", self.lines) + f"<pre>{self.table()}</pre>"

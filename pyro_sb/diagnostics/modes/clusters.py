@@ -12,7 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from pyro_sb.infer.model.joint import LogJoint
+from pyro_sb.infer.model.log_joint import LogJoint
 
 __all__ = ["Modes", "find_modes"]
 

@@ -1,4 +1,4 @@
-"""The mode audit: two independent populations of one target, their modes' shares side by side, the chains beside."""
+"""Mode audit: shares of a target's modes among two independent populations, and among draws held against them."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -8,21 +8,23 @@ import torch
 from torch import Tensor
 
 from pyro_sb.diagnostics.calibration.simulated import number_names
+from pyro_sb.diagnostics.export.container import is_container
 from pyro_sb.diagnostics.export.draws_of import target_of, unconstrained_draws
-from pyro_sb.diagnostics.modes.audited import ModeAudit, effective_size
+from pyro_sb.diagnostics.modes.audited import MORE, ModeAudit, effective_size
 from pyro_sb.diagnostics.modes.clusters import Modes, find_modes
+from pyro_sb.diagnostics.reports.lines import Line
 from pyro_sb.infer.mcmc.record import site_diagnostics
-from pyro_sb.infer.model.joint import LogJoint
+from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.population.population import Population, populate
 
-__all__ = ["ModeAudit", "mode_audit"]
+__all__ = ["ModeAudit", "audit_or_why", "lines_of_audit", "mode_audit"]
 
 POOLED = 1024  # draws of each population, and of the run, that modes are looked for in
 
 
 def mode_audit(
-    target: Any = None,
     x: Any = None,
+    target: Any = None,
     *,
     potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
     args: tuple[Any, ...] = (),
@@ -46,11 +48,10 @@ def mode_audit(
     unseen: "ok" is not a proof.
 
     Args:
-        target: A Pyro model; a finished `MCMC`, ours or Pyro's, whose model and draws are then audited; a conditioned
-            `Posterior`; or a `LogJoint`.
-        x: Draws beside: a finished run, a `Posterior`, an ArviZ container, a dict of sites in their own space
-            ``(chain, draw, *site)``, or unconstrained draws ``(chain, draw, dim)`` or ``(draw, dim)``. Omitted: those
-            of ``target``, if it is a run.
+        x: Draws: a finished `MCMC`, ours or Pyro's, a conditioned `Posterior`, `ImportanceDraws`, an ArviZ container, a
+            dict of sites in their own space ``(chain, draw, *site)``, or unconstrained draws ``(chain, draw, dim)`` or
+            ``(draw, dim)``. Without draws: the target alone.
+        target: The Pyro model that they are held against, or a `LogJoint`. Omitted: that of a run or posterior.
         potential_fn: Minus the log joint of one chain, instead of a target; with ``initial_params``.
         args: The model's positional arguments.
         kwargs: Its keyword arguments.
@@ -72,15 +73,14 @@ def mode_audit(
         ...     return torch.logsumexp(torch.stack([-(z + 5) ** 2, -(z - 5) ** 2]).sum(-1) / 2, 0)
         >>> joint = LogJoint.from_batched(lambda z: two_modes(z), dim=1)
         >>> stuck = 5 + torch.randn(4, 500, 1, dtype=torch.float64)  # R-hat is 1.00
-        >>> audit = mode_audit(joint, stuck)
+        >>> audit = mode_audit(stuck, joint)
         >>> audit.num_modes, audit.verdict, len(audit.missing)
         (2, 'bad', 1)
     """
     if max_modes < 1:
         raise ValueError(f"max_modes must be at least 1, got {max_modes}. Omit it for 20.")
-    joint, own = target_of(target, potential_fn, args, dict(kwargs or {}), initial_params)
-    x = own if x is None else x
-    draws = None if x is None else unconstrained_draws(x, joint)
+    joint, beside = target_of(x, target, potential_fn, args, dict(kwargs or {}), initial_params)
+    draws = None if beside is None else unconstrained_draws(beside, joint)
     before = joint.evaluations.density + joint.evaluations.gradient
     near = (
         None
@@ -177,3 +177,29 @@ def _chain_errors(draws: Tensor, by_chain: Tensor, labels: Tensor, pooled: Tenso
     if num_chains < 2 or num_draws == 1:
         return claimed.sqrt()
     return torch.maximum(claimed, by_chain.var(0) / num_chains).sqrt()
+
+
+def audit_or_why(
+    x: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], modes: bool | ModeAudit
+) -> tuple[ModeAudit | None, str]:
+    """The audit of a run or posterior; or None, and why."""
+    if isinstance(modes, ModeAudit):
+        return modes, ""
+    if not modes:
+        return None, "modes=False"
+    if model is None and is_container(x):
+        return None, "pass model and args for the audit"
+    try:
+        if model is not None:
+            return mode_audit(x, model, args=args, kwargs=kwargs), ""
+        return mode_audit(x), ""
+    except (ValueError, NotImplementedError) as error:
+        return None, f"no audit: {error}"
+
+
+def lines_of_audit(audit: ModeAudit) -> list[Line]:
+    """Its lines under the report's names; a larger audit is asked for by the words that `report` understands."""
+    larger = f"pass modes=mode_audit(..., num_particles={4 * len(audit.populations[0].points)})"
+    return [
+        Line(f"modes: {line.name}", line.value, line.verdict, line.note.replace(MORE, larger)) for line in audit.lines
+    ]

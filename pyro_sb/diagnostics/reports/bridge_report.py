@@ -1,4 +1,4 @@
-"""How far a fitted bridge is from its promises: ends, constraint, inverse, two directions, weights."""
+"""Report of a fitted bridge: its ends, constraint, inverse, two directions and density, each against its promise."""
 
 import math
 from collections.abc import Callable
@@ -24,14 +24,15 @@ __all__ = ["bridge_report", "density_line", "paths_line"]
 MOMENT_OK, MOMENT_LOOK = 0.1, 0.3  # standard deviations of a mean; relative, of a deviation
 BLOCK = 1024  # rows of an affinity matrix held at a time
 KEPT = 4000  # draws compared at most
+REDRAWS = 32  # paths drawn backwards from each end
 
 
 def bridge_report(
     bridge: Bridge,
-    target_draws: Any = None,
+    target: Any = None,
+    *,
     source: Any = None,
     context: Any = None,
-    *,
     num_draws: int = 2000,
 ) -> Report:
     r"""How far a fitted bridge is from what it promises, a line for each promise; those not made are named as such.
@@ -52,7 +53,7 @@ def bridge_report(
 
     Args:
         bridge: Fitted.
-        target_draws: Draws of the target ``(N, dim)``, better held out, or a distribution.
+        target: Draws of the target ``(N, dim)``, better held out, or a distribution.
         source: What the bridge was to leave from: draws ``(M, dim)``, or a distribution.
         context: A context for each of the target's draws, ``(N, context_dim)``; of a conditional bridge.
         num_draws: Draws of the bridge, at least 100.
@@ -79,7 +80,7 @@ def bridge_report(
     if num_draws < 100:
         raise ValueError(f"num_draws must be at least 100, got {num_draws}. Omit it for 2000.")
     bridge.like()  # an error before fit
-    target, context = _read_target(bridge, target_draws, context, num_draws)
+    target, context = _read_target(bridge, target, context, num_draws)
     num = num_draws if context is None else len(context)
     with torch.no_grad():
         draws = bridge().sample((num,)) if context is None else bridge(context).sample()
@@ -93,14 +94,14 @@ def bridge_report(
 
 def _read_target(bridge: Bridge, target: Any, context: Any, num: int) -> tuple[Tensor | None, Tensor | None]:
     """At most `KEPT` draws of the target and their contexts, in step."""
-    draws = None if target is None else as_draws("target_draws", target, bridge.dim, num_draws=num, like=bridge.like())
+    draws = None if target is None else as_draws("target", target, bridge.dim, num_draws=num, like=bridge.like())
     if bridge.context_dim == 0:
         bridge.check_context(context)
         return (None if draws is None else _some(draws)), None
     if context is None:
         raise ValueError(
             f"context must be given for a bridge with context_dim {bridge.context_dim}: a row for each of the target's "
-            "draws, bridge_report(bridge, target_draws, context=contexts)."
+            "draws, bridge_report(bridge, draws, context=contexts)."
         )
     rows = as_draws("context", context, bridge.context_dim, like=bridge.like())
     if draws is not None and len(rows) != len(draws):
@@ -116,7 +117,7 @@ def _some(draws: Tensor) -> Tensor:
 def _marginal(draws: Tensor, target: Tensor | None, context: Tensor | None) -> list[Line]:
     names = ("marginal moments", "marginal distance")
     if target is None:
-        return [Line(name, "not computed", "-", "pass target_draws") for name in names]
+        return [Line(name, "not computed", "-", "pass target") for name in names]
     moments = _moments(names[0], draws, target, "fit longer, or with more components or steps")
     if context is not None:  # the joint law: a bridge that ignores its context has the right marginal
         unit = target.std(0).mean() / context.std(0).clamp_min(1e-12)
@@ -207,7 +208,7 @@ def _both_ways(bridge: Bridge, target: Tensor | None, context: Tensor | None) ->
     if not isinstance(inner, DSB):
         return Line(name, "does not apply", "-", f"{bridge.describe()} has no learnt backward chain that is drawn from")
     if target is None:
-        return Line(name, "not computed", "-", "pass target_draws: the backward chain starts there")
+        return Line(name, "not computed", "-", "pass target: the backward chain starts there")
     end = bridge.codec.encode(target) if isinstance(bridge, LatentBridge) else target
     if context is None:
         ahead = torch.cat(inner.coupling(len(end)), 1)
@@ -241,12 +242,6 @@ def _panels(bridge: Bridge, draws: Tensor, target: Tensor | None, context: Tenso
 
     panels: list[tuple[str, Callable[[Any], Any]]] = [("draws", marginals), ("paths", paths)]
     return [Panel(*panel) for panel in panels]
-
-
-# Two lines of a bridge's report: whether its density is its draws', and what weights of paths cost
-
-
-REDRAWS = 32  # paths drawn backwards from each end
 
 
 def density_line(bridge: Bridge, context: Tensor | None, num: int) -> Line:

@@ -1,4 +1,4 @@
-"""Report of a run: convergence, what the kernel's warm-up knew, and the mode audit."""
+"""Report of a run: convergence, figures of the kernel's warm-up, and the mode audit."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -6,15 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from pyro_sb.diagnostics.export.container import to_container
-from pyro_sb.diagnostics.export.draws_of import is_container
+from pyro_sb.diagnostics.export.container import ChainFigures, chain_figures, is_container, to_container
+from pyro_sb.diagnostics.export.draws_of import run_of
 from pyro_sb.diagnostics.export.groups import to_groups
-from pyro_sb.diagnostics.modes.mode_audit import ModeAudit
-from pyro_sb.diagnostics.reports.audit_lines import audit_or_why, lines_of_audit
-from pyro_sb.diagnostics.reports.chain_figures import ChainFigures, chain_figures
+from pyro_sb.diagnostics.modes.mode_audit import ModeAudit, audit_or_why, lines_of_audit
 from pyro_sb.diagnostics.reports.lines import Line, Panel, Report, graded
 from pyro_sb.infer.kernels.langevin import KernelLangevin
 from pyro_sb.infer.mcmc.kernel import WalkingKernel
+from pyro_sb.infer.model.run import Run
 
 __all__ = ["chain_report"]
 
@@ -26,11 +25,11 @@ BLIND = "chains compare themselves with each other: a mode that all miss is not 
 
 def chain_report(x: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], modes: bool | ModeAudit) -> Report:
     """Of a finished run, or of an ArviZ container."""
-    container = x if is_container(x) else to_container(to_groups(x).arrays)
-    figures = chain_figures(container)
-    kernel = None if is_container(x) else getattr(x, "kernel", None)
+    run = None if is_container(x) else run_of(x)
+    figures = chain_figures(x if run is None else to_container(to_groups(run).arrays))
+    kernel = None if run is None else run.kernel
     lines = [*_still(figures), _r_hat(figures), *_sizes(figures), _divergences(figures, kernel)]
-    lines += [] if is_container(x) else _kernel(x)
+    lines += [] if run is None else _kernel(run)
     panels = [Panel("R-hat and ESS", partial(_draw_chains, figures))]
     details: dict[str, Any] = {"figures": figures}
     audit, why = audit_or_why(x, model, args, kwargs, modes)
@@ -43,9 +42,6 @@ def chain_report(x: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, An
     chains = f"{figures.num_chains} chain{'s' * (figures.num_chains > 1)} of {figures.num_draws} draws"
     title = f"{chains}, {len(figures.names)} number{'s' * (len(figures.names) > 1)}"
     return Report(title, lines, panels, details)
-
-
-# ---- convergence ----
 
 
 def _still(figures: ChainFigures) -> list[Line]:
@@ -118,11 +114,9 @@ def _divergences(figures: ChainFigures, kernel: Any) -> Line:
     return Line("divergences", f"{figures.diverging} ({share:.1%})", verdict, note)
 
 
-# ---- what our kernels knew after their warm-up ----
-
-
-def _kernel(x: Any) -> list[Line]:
-    found = {key: _mean(value) for key, value in x.diagnostics().items() if not _is_site(value)}
+def _kernel(run: Run) -> list[Line]:
+    """Figures of our kernels' warm-up and moves."""
+    found = {key: _mean(value) for key, value in run.figures().items() if not _is_site(value)}
     lines = []
     if "population share" in found:
         share = found["population share"]
@@ -133,7 +127,7 @@ def _kernel(x: Any) -> list[Line]:
         k_hat = found["k_hat"]
         note = "of the bridge's weights" if k_hat <= 0.7 else "the bridge misses a tail: chains may stay in it for long"
         lines.append(Line("bridge's k-hat", f"{k_hat:.2f}", "ok" if k_hat <= 0.7 else "look", note))
-    local = isinstance(getattr(x, "kernel", None), KernelLangevin)
+    local = isinstance(run.kernel, KernelLangevin)
     for role in ("bridge", "index"):
         rate = found.get(f"acceptance {role}", float("nan"))
         if rate == rate:

@@ -8,8 +8,7 @@ import numpy as np
 
 from pyro_sb.diagnostics.calibration.calibration import Calibration, tarp
 from pyro_sb.diagnostics.calibration.simulated import calibration_draws
-from pyro_sb.diagnostics.modes.mode_audit import ModeAudit
-from pyro_sb.diagnostics.reports.audit_lines import audit_or_why, lines_of_audit
+from pyro_sb.diagnostics.modes.mode_audit import ModeAudit, audit_or_why, lines_of_audit
 from pyro_sb.diagnostics.reports.lines import Line, Panel, Report, graded
 from pyro_sb.diagnostics.reports.psis import PSIS, psis
 from pyro_sb.infer.amortized.amortized import AmortizedPosterior

@@ -1,6 +1,6 @@
-"""`report`: one table and one figure for whatever was fitted or run."""
+"""`report`: one table and one figure of whatever was fitted or run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,8 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyro_sb.bridges.base import Bridge
-from pyro_sb.diagnostics.export.draws_of import is_container, is_run
+from pyro_sb.diagnostics.export.container import is_container
+from pyro_sb.diagnostics.export.draws_of import is_run
 from pyro_sb.diagnostics.modes.mode_audit import ModeAudit
 from pyro_sb.diagnostics.reports.bridge_report import bridge_report
 from pyro_sb.diagnostics.reports.chain_report import chain_report
@@ -22,20 +23,19 @@ __all__ = ["report"]
 
 def report(
     x: Any,
-    model: Callable[..., Any] | None = None,
+    target: Any = None,
     *,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     modes: bool | ModeAudit = True,
     num_data_sets: int = 200,
-    target_draws: Any = None,
     source: Any = None,
     context: Any = None,
 ) -> Report:
     r"""A verdict on whatever was fitted or run: ok, look, or bad, line by line, and what to do.
 
     - A finished `MCMC`, ours or Pyro's, or an ArviZ container: R-hat, bulk and tail effective sizes, divergences,
-      what the kernel's warm-up knew, and the `mode_audit`, which looks where chains cannot.
+      figures of the kernel's warm-up, and the `mode_audit`, which looks where chains cannot.
     - A conditioned `Posterior`: the importance weights' k-hat and effective size under the model, and the audit.
     - A fitted `AmortizedPosterior`: calibration of each parameter and of all together (`sbc`, `tarp`).
     - A fitted `Bridge`: `bridge_report`.
@@ -44,13 +44,13 @@ def report(
 
     Args:
         x: One of these.
-        model: Of a run or container: the Pyro model for the audit, where ``x`` does not know it (an ArviZ container).
+        target: What ``x`` is compared with. Of a run or container: the Pyro model for the audit, where ``x`` does not
+            know it (an ArviZ container). Of a bridge: draws of its target, or a distribution.
         args: The model's positional arguments.
         kwargs: The model's keyword arguments.
         modes: Of a run, container or posterior. True: audit with the defaults, two populations of the target. False: no
             audit. A `ModeAudit`: one made before, with other options: ``modes=mode_audit(run, num_particles=4096)``.
         num_data_sets: Of an amortised posterior: data sets of its calibration, at least 20.
-        target_draws: Of a bridge: draws of its target.
         source: Of a bridge: what it was to leave from.
         context: Of a bridge: contexts of the target's draws.
 
@@ -75,22 +75,21 @@ def report(
     """
     _check_options(
         x,
-        model=model is not None,
+        target=target is not None,
         args=args != (),
         kwargs=bool(kwargs),
         modes=modes is not True,
         num_data_sets=num_data_sets != 200,
-        target_draws=target_draws is not None,
         source=source is not None,
         context=context is not None,
     )
     if isinstance(x, Bridge):
-        return bridge_report(x, target_draws, source, context)
+        return bridge_report(x, target, source=source, context=context)
     if isinstance(x, AmortizedPosterior):
         return amortised_report(x, num_data_sets)
     if isinstance(x, Posterior):
         return posterior_report(x, modes)
-    return chain_report(x, model, args, dict(kwargs or {}), modes)
+    return chain_report(x, target, args, dict(kwargs or {}), modes)
 
 
 def _check_options(x: Any, **given: bool) -> None:
@@ -101,27 +100,27 @@ def _check_options(x: Any, **given: bool) -> None:
         raise ValueError(
             f"a report of {type(x).__name__} uses {', '.join(used)}, got {', '.join(unused)} too. Leave those out."
         )
-    if (given["args"] or given["kwargs"]) and not given["model"]:
+    if (given["args"] or given["kwargs"]) and not given["target"]:
         raise ValueError(
             "args and kwargs are the model's, got them without a model. Write report(x, model, args=(y,)), or leave "
             "them out: a run knows its own."
         )
-    if given["model"] and given["modes"]:
+    if given["target"] and given["modes"]:
         raise ValueError(
-            "model is for the audit, got it together with modes, which needs none: False, or an audit made before. "
-            "Leave one of them out."
+            "a run's target is for the audit, got it together with modes, which needs none: False, or an audit made "
+            "before. Leave one of them out."
         )
 
 
 def _options_of(x: Any) -> tuple[str, ...]:
     if isinstance(x, Bridge):
-        return ("target_draws", "source", "context")
+        return ("target", "source", "context")
     if isinstance(x, AmortizedPosterior):
         return ("num_data_sets",)
     if isinstance(x, Posterior):
         return ("modes",)
-    if is_run(x) or is_container(x):
-        return ("model", "args", "kwargs", "modes")
+    if (is_run(x) and not hasattr(x, "log_weights")) or is_container(x):
+        return ("target", "args", "kwargs", "modes")
     raise TypeError(
         "x must be a finished MCMC, an ArviZ container, a Posterior, an AmortizedPosterior or a Bridge, got "
         f"{type(x).__name__}. {_cure(x)}"

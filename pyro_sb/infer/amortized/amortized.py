@@ -1,4 +1,4 @@
-"""Amortised posteriors of a Pyro model: simulate, fit p(theta | y) once, condition on any y, correct by the model."""
+"""Amortised posterior p(theta | y) of a Pyro model: simulated, fitted once, conditioned on any y, and corrected."""
 
 import inspect
 import logging
@@ -12,14 +12,19 @@ from typing import Any
 from torch import nn
 
 from pyro_sb.bridges.base import Bridge
-from pyro_sb.infer.amortized.choice import build, candidates, fit_bridge, held_out_score
-from pyro_sb.infer.amortized.features import Features
-from pyro_sb.infer.amortized.observation import Observation, read_observation
+from pyro_sb.infer.amortized.choice import (
+    build,
+    candidates,
+    check_bridge_options,
+    fit_bridge,
+    held_out_score,
+    nearest,
+)
+from pyro_sb.infer.amortized.features import Features, Observation, read_observation
 from pyro_sb.infer.amortized.paired import PairedJoint, paired_joint, plate_serves
 from pyro_sb.infer.amortized.posterior import Posterior
 from pyro_sb.infer.amortized.simulator import Simulations, Simulator, simulator
-from pyro_sb.infer.amortized.store import Store
-from pyro_sb.infer.amortized.training_set import TrainingSet, exchangeable_sites, training_set
+from pyro_sb.infer.amortized.training_set import Store, TrainingSet, exchangeable_sites, training_set
 from pyro_sb.training import FitHistory
 
 __all__ = ["AmortizedPosterior"]
@@ -95,6 +100,30 @@ class AmortizedPosterior:
         self.simulations: Simulations | None = None
         self.exchangeable: dict[str, int] = {}
 
+    def __repr__(self) -> str:
+        name = getattr(self.model, "__name__", type(self.model).__name__)
+        head = f"AmortizedPosterior of {name} given {', '.join(self.observed)}"
+        if self.bridge is None:
+            return f"{head}: not fitted, to learn with {' or '.join(self._candidates)}"
+        assert self.simulations is not None
+        data = self._source.data
+        sites = ", ".join(
+            f"{site} {tuple(self._source.runs.shapes[site])}" for site in self._source.prototype.transforms
+        )
+        lines = [
+            head,
+            f"  latents: {sites}; {self._source.dim} unconstrained numbers",
+            f"  observation: {', '.join(f'{site} {tuple(shape)}' for site, shape in data.shapes.items())}",
+            f"  fitted: {self.bridge.describe()}, on {len(self.simulations.latents)} simulations",
+        ]
+        scores = {site: f"{score:.2f}" for site, score in self.scores.items() if score == score}
+        if scores:
+            shown = ", ".join(f"{site} {score}" for site, score in scores.items())
+            lines.append(f"  held-out log density: {shown} nats")
+        if self.exchangeable:
+            lines.append(f"  exchangeable items: {', '.join(f'{n} of {k}' for k, n in self.exchangeable.items())}")
+        return "\n".join(lines)
+
     def fit(
         self,
         *model_args: Any,
@@ -128,12 +157,14 @@ class AmortizedPosterior:
                 off goes on with them, and VSDM with its training.
             num_updates: Updates of the bridge's fit. None: its default.
             bridge_options: Further options of the bridge's ``fit``.
-            **model_kwargs: The model's keyword arguments.
+            **model_kwargs: The model's keyword arguments. A name that is neither an option nor an argument of the
+                model is refused.
 
         Returns:
             History of the chosen bridge's fit. Its seconds are those of all of it, simulation included.
 
         Raises:
+            TypeError: An option that neither ``fit``, nor the model, nor a bridge's ``fit`` has.
             ValueError: A missing observed site; no continuous latent; simulations that are not finite; bad numbers.
         """
         begun = time.perf_counter()
@@ -144,7 +175,8 @@ class AmortizedPosterior:
             raise ValueError(f"num_copies must be at least 0, got {num_copies}. Omit it for the default.")
         if num_simulations < 1:
             raise ValueError(f"num_simulations must be at least 1, got {num_simulations}. Write 10_000.")
-        _check_names(self.model, type(self).fit, len(model_args))
+        _check_options(self.model, type(self).fit, len(model_args), model_kwargs)
+        check_bridge_options(self._candidates, bridge_options or {})
         source = simulator(self.model, self.observed, model_args, model_kwargs)
         store = Store(checkpoint, {"num_simulations": num_simulations, "missing": missing, "held_out": held_out})
         kept = store.read() if simulations is None else None
@@ -216,7 +248,14 @@ class AmortizedPosterior:
         if self.bridge is None:
             raise RuntimeError("condition needs a fitted posterior: call fit(*model_args, num_simulations=...) first.")
         observation: Observation = read_observation(y, self._source, self._features)
-        return Posterior(self.bridge, self._rows, self._source, self._features, observation, self._reference)
+        return Posterior(
+            self.bridge,
+            residuals=self._rows,
+            simulator=self._source,
+            features=self._features,
+            observation=observation,
+            reference=self._reference,
+        )
 
     @property
     def simulator(self) -> Simulator:
@@ -260,15 +299,23 @@ class AmortizedPosterior:
         return best[2]
 
 
-def _check_names(model: Callable[..., Any], fit: Callable[..., Any], num_args: int) -> None:
-    """A keyword of the model that ``fit`` has too would never reach the model; those bound or given by place do."""
+def _check_options(model: Any, fit: Callable[..., Any], num_args: int, given: dict[str, Any]) -> None:
+    """Keywords that belong to nobody, and keywords of the model that ``fit`` has too and that would never reach it."""
+    own = [n for n, p in inspect.signature(fit).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     bound = model.keywords if isinstance(model, partial) else {}
     try:
-        wanted = [name for name in inspect.signature(model).parameters if name not in bound][num_args:]
+        parameters = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
     except (TypeError, ValueError):  # a callable without a signature
         return
-    own = {n for n, p in inspect.signature(fit).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    both = sorted(own & set(wanted))
+    free = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name in given:
+        near = nearest(name, own)
+        if name not in parameters and (near or not free):
+            raise TypeError(
+                f"fit has no option {name!r}, and neither has the model an argument of that name."
+                + (f" Write {near}=..." if near else f" Options: {', '.join(own)}; the model's: {list(parameters)}.")
+            )
+    both = sorted(set(own) & set([name for name in parameters if name not in bound][num_args:]))
     if both:
         raise ValueError(
             f"the model's arguments must not have the names of fit's own, got {both}. Pass the model with them bound: "

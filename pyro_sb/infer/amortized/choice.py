@@ -1,10 +1,11 @@
-"""Which conditional bridge an amortised posterior learns with."""
+"""Bridges that an amortised posterior learns with: those that are tried, their defaults, their fits and scores."""
 
 import copy
+import difflib
 import inspect
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from pyro_sb.infer.amortized.latent_law import LatentLaw
 from pyro_sb.infer.amortized.training_set import TrainingSet
 from pyro_sb.training import FitHistory
 
-__all__ = ["build", "candidates", "fit_bridge", "held_out_score"]
+__all__ = ["build", "candidates", "check_bridge_options", "fit_bridge", "held_out_score", "nearest"]
 
 logger = logging.getLogger(__name__)
 Spec = Bridge | type[Bridge] | Callable[..., Bridge] | str | None
@@ -34,6 +35,32 @@ def candidates(spec: Spec) -> dict[str, Any]:
     if spec not in ("light", "vsdm") if isinstance(spec, str) else not callable(spec):
         raise ValueError(f'bridge must be "light", "vsdm", a bridge, its class or a function, got {spec!r}.')
     return {spec if isinstance(spec, str) else _name(spec): spec}
+
+
+def check_bridge_options(tried: dict[str, Any], options: dict[str, Any]) -> None:
+    """Refuse options that the ``fit`` of a bridge to be tried does not have, before anything is simulated.
+
+    What a function will build is not known yet: its ``fit`` refuses them itself.
+    """
+    for name, spec in tried.items():
+        kind = {"light": LightSB, "vsdm": VSDM}.get(spec, spec) if isinstance(spec, str) else spec
+        if not isinstance(kind, Bridge) and not (isinstance(kind, type) and issubclass(kind, Bridge)):
+            continue
+        parameters = inspect.signature(kind.fit).parameters.values()
+        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            continue
+        known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        for option in sorted(options.keys() - set(known)):
+            near = nearest(option, known)
+            raise TypeError(
+                f"bridge_options must be options of every bridge that is tried, got {option!r}, which {name} does not "
+                f"have. {f'Write {near!r}.' if near else f'It has {known}.'}"
+            )
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like a misspelt one; None if none is like it."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)), None)
 
 
 def build(spec: Any, dim: int, context_dim: int, num_simulations: int, embedding: nn.Module | None) -> Bridge:

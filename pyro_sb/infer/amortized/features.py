@@ -1,6 +1,5 @@
-"""What a bridge is told of an observation: standardised numbers, their normal scores, and summaries of sets."""
+"""Observations as a bridge sees them: standardised numbers, their normal scores, and summaries of sets."""
 
-import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,12 +8,11 @@ import numpy as np
 import torch
 from sklearn.preprocessing import QuantileTransformer
 from torch import Tensor
-from torch.distributions import Transform
-from torch.distributions.transforms import ComposeTransform, IndependentTransform, SigmoidTransform
 
+from pyro_sb.infer.amortized.simulator import Simulator
 from pyro_sb.infer.model.packing import Packing
 
-__all__ = ["Features", "from_probit", "is_logit", "log_slope", "to_probit"]
+__all__ = ["Features", "Observation", "read_observation"]
 
 FEW_VALUES, MOST_QUANTILES = 12, 16  # of exchangeable numbers: values that are counted; order statistics
 LARGEST_SCORE = 3.5  # normal scores beyond it are read off a handful of simulations
@@ -151,42 +149,68 @@ def nan_moments(columns: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(deviation > 1e-12 * (1 + mean.abs()), deviation, torch.ones_like(deviation))
 
 
-# Coordinates in which a bounded prior is near normal: :math:`t = \Phi^{-1}(\sigma(u))` for logits u
+@dataclass
+class Observation:
+    """Observations in one matrix.
 
-
-LARGEST = 600.0  # logits beyond it have no float64 probability
-
-
-def is_logit(transform: Transform) -> bool:
-    """Whether Pyro's transform, constrained to unconstrained, is a logit of an interval."""
-    inner = transform.inv
-    while isinstance(inner, IndependentTransform):
-        inner = inner.base_transform
-    first = inner.parts[0] if isinstance(inner, ComposeTransform) and inner.parts else inner
-    return isinstance(first, SigmoidTransform)
-
-
-def to_probit(u: Tensor) -> Tensor:
-    r"""Probits of logits, computed in float64 from the nearer tail.
-
-    Example:
-        >>> to_probit(torch.tensor([0.0, 1.0]))
-        tensor([0.0000, 0.6160])
+    Attributes:
+        values: Packed; NaN where missing. Shape ``(B, data_dim)``.
+        batched: Whether there is a batch of them: one alone has no batch dimension in its posterior.
+        sites: As they were given, by site. Shape ``(*shape)``, or ``(B, *shape)``.
     """
-    wide = u.double().clamp(-LARGEST, LARGEST)
-    tail = torch.special.ndtri(torch.sigmoid(torch.where(wide > 0, -wide, wide)))  # |u| has no slope at 0
-    return torch.where(wide > 0, -tail, tail).to(u)
+
+    values: Tensor
+    batched: bool
+    sites: dict[str, Tensor]
+
+    @property
+    def missing(self) -> bool:
+        """Whether any entry is missing."""
+        return bool(torch.isnan(self.values).any())
 
 
-def from_probit(t: Tensor) -> Tensor:
-    r"""Logits of probits, :math:`\log \Phi(t) - \log \Phi(-t)`."""
-    wide = t.double()
-    return (torch.special.log_ndtr(wide) - torch.special.log_ndtr(-wide)).to(t)
+def read_observation(y: Any, simulator: Simulator, features: Features) -> Observation:
+    """Check shapes and missing entries; warn of observations far outside what was simulated."""
+    data = simulator.data
+    sites = dict(y) if isinstance(y, dict) else {simulator.observed[0]: y}
+    if sites.keys() != data.shapes.keys():
+        raise ValueError(
+            f"y must hold the observed sites {list(data.shapes)}, got {sorted(sites)}. Pass a dict by site name."
+        )
+    dtype = simulator.prototype.packing.dtype
+    sites = {name: torch.as_tensor(value, device=data.device).to(dtype) for name, value in sites.items()}
+    leads = {name: value.shape[: max(0, value.dim() - len(data.shapes[name]))] for name, value in sites.items()}
+    for name, value in sites.items():
+        shape = data.shapes[name]
+        if value.shape[len(leads[name]) :] != shape or len(leads[name]) > 1 or 0 in leads[name]:
+            raise ValueError(
+                f"y must have the shape that was trained on, {tuple(shape)}, or (B, *shape) for a batch, got "
+                f"{tuple(value.shape)} for {name!r}. Fit again for data of another size."
+            )
+    if len(set(leads.values())) > 1:
+        raise ValueError(f"observed sites must share their batch, got { ({k: tuple(v) for k, v in leads.items()}) }.")
+    (lead,) = set(leads.values())
+    values = torch.cat([sites[name].reshape(*lead, -1) for name in data.shapes], -1).reshape(-1, data.dim)
+    check_values(values, features)
+    return Observation(values, len(lead) == 1, sites)
 
 
-def log_slope(u: Tensor) -> Tensor:
-    r""":math:`\log dt / du` at logits u."""
-    wide = u.double().clamp(-LARGEST, LARGEST)
-    t = torch.special.ndtri(torch.sigmoid(-wide.abs()))
-    logistic = torch.nn.functional.logsigmoid(wide) + torch.nn.functional.logsigmoid(-wide)
-    return (logistic + 0.5 * t.square() + 0.5 * math.log(2 * math.pi)).to(u)
+def check_values(values: Tensor, features: Features) -> None:
+    """Refuse infinities and unexpected NaN; warn of the distance of what lies far outside the simulations."""
+    if bool(torch.isinf(values).any()):
+        raise ValueError(f"y must be finite, got {int(torch.isinf(values).sum())} infinite entries. NaN marks missing.")
+    missing = int(torch.isnan(values).sum())
+    if missing and not features.masked:
+        raise ValueError(
+            f"y must not hold NaN, got {missing}: the bridge was trained on whole observations. Write "
+            "fit(..., missing=0.5) for parts that may be missing."
+        )
+    distance, farthest = features.distance(values)
+    if distance > 1.5 * farthest + 1.0:
+        warnings.warn(
+            f"y lies {distance:.3g} standard deviations from the simulations' mean in one of its entries or summaries; "
+            f"the farthest simulation lies {farthest:.3g} away. The bridge extrapolates: check the data against the "
+            "model, and trust importance or mcmc only.",
+            RuntimeWarning,
+            stacklevel=4,
+        )

@@ -1,16 +1,17 @@
-"""Self-normalised importance sampling from an amortised posterior, with what tells whether to believe it."""
+"""Self-normalised importance sampling, sum_i w_i f(theta_i) / sum_i w_i, with figures of its weights."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pyro_sb.infer.model.run import Run
 from pyro_sb.weights import effective_sample_size, log_evidence, pareto_k
 
 __all__ = ["ImportanceDraws", "weigh"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImportanceDraws:
     r"""Weighted draws: :math:`\log w = \log p(\theta, y) - \log q(\theta | y)`.
 
@@ -55,6 +56,24 @@ class ImportanceDraws:
         column = torch.arange(weights.shape[1], device=weights.device)
         return {name: value[index, column] for name, value in self.sites.items()}
 
+    def as_run(self) -> Run:
+        """One chain of equally weighted draws, as many as the weights are worth: as exports and audits read them."""
+        num = max(1, round(float(torch.as_tensor(self.ess_share).min()) * len(self.log_weights)))
+        return Run(lambda: {name: value[None] for name, value in self.resample(num).items()})
+
+    def __repr__(self) -> str:
+        num, batch = len(self.log_weights), self.log_weights.shape[1:]
+        of = f" for each of {batch[0]} observations" if batch else ""
+        figures = [
+            ("Pareto k", self.k_hat, ".2f"),
+            ("effective share", self.ess_share, ".3f"),
+            ("log evidence", self.log_evidence, ".3f"),
+            ("its standard error", self.log_evidence_error, ".3f"),
+        ]
+        shown = (f"  {name}: {_range(value, form)}" for name, value, form in figures)
+        sites = ", ".join(f"{name} {tuple(value.shape[1 + len(batch) :])}" for name, value in self.sites.items())
+        return "\n".join([f"ImportanceDraws: {num} weighted draws of {sites}{of}", *shown])
+
 
 def weigh(sites: dict[str, Tensor], log_weights: Tensor, batched: bool) -> ImportanceDraws:
     """Weighted draws with their figures. ``log_weights`` has the shape ``(n, B)``."""
@@ -70,3 +89,10 @@ def weigh(sites: dict[str, Tensor], log_weights: Tensor, batched: bool) -> Impor
     if batched:
         return ImportanceDraws(sites, log_weights, *(torch.tensor(column) for column in figures))
     return ImportanceDraws(sites, log_weights[:, 0], *(column[0] for column in figures))
+
+
+def _range(value: Tensor | float, form: str) -> str:
+    """A figure; of a batch its smallest and largest."""
+    values = torch.as_tensor(value).reshape(-1)
+    low, high = float(values.min()), float(values.max())
+    return f"{low:{form}}" if len(values) == 1 else f"{low:{form}} to {high:{form}}"

@@ -1,4 +1,4 @@
-"""The law of a model's unconstrained latents given features of the observation, as an amortised posterior knows it."""
+"""Law q(u | y) of a model's unconstrained latents: a conditional bridge on whitened residuals of a regression on y."""
 
 import math
 from dataclasses import dataclass
@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Transform, constraints
+from torch.distributions.transforms import ComposeTransform, IndependentTransform, SigmoidTransform
 
 from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.light.laws import FixedMixture
 from pyro_sb.bridges.light.mixture import MixtureBridge
 from pyro_sb.distributions import Draws
-from pyro_sb.infer.amortized.features import from_probit, log_slope, to_probit
 from pyro_sb.ops.regression import regress
 
-__all__ = ["GuideLaw", "LatentLaw", "Residuals"]
+__all__ = ["GuideLaw", "LatentLaw", "Residuals", "from_probit", "is_logit", "log_slope", "to_probit"]
+
+LARGEST = 600.0  # logits beyond it have no float64 probability
 
 
 @dataclass
@@ -157,12 +159,44 @@ class LatentLaw:
         return value.detach(), grad
 
 
+def is_logit(transform: Transform) -> bool:
+    """Whether Pyro's transform, constrained to unconstrained, is a logit of an interval."""
+    inner = transform.inv
+    while isinstance(inner, IndependentTransform):
+        inner = inner.base_transform
+    first = inner.parts[0] if isinstance(inner, ComposeTransform) and inner.parts else inner
+    return isinstance(first, SigmoidTransform)
+
+
+def to_probit(u: Tensor) -> Tensor:
+    r"""Probits of logits, computed in float64 from the nearer tail.
+
+    Example:
+        >>> to_probit(torch.tensor([0.0, 1.0]))
+        tensor([0.0000, 0.6160])
+    """
+    wide = u.double().clamp(-LARGEST, LARGEST)
+    tail = torch.special.ndtri(torch.sigmoid(torch.where(wide > 0, -wide, wide)))  # |u| has no slope at 0
+    return torch.where(wide > 0, -tail, tail).to(u)
+
+
+def from_probit(t: Tensor) -> Tensor:
+    r"""Logits of probits, :math:`\log \Phi(t) - \log \Phi(-t)`."""
+    wide = t.double()
+    return (torch.special.log_ndtr(wide) - torch.special.log_ndtr(-wide)).to(t)
+
+
+def log_slope(u: Tensor) -> Tensor:
+    r""":math:`\log dt / du` at logits u."""
+    wide = u.double().clamp(-LARGEST, LARGEST)
+    t = torch.special.ndtri(torch.sigmoid(-wide.abs()))
+    logistic = torch.nn.functional.logsigmoid(wide) + torch.nn.functional.logsigmoid(-wide)
+    return (logistic + 0.5 * t.square() + 0.5 * math.log(2 * math.pi)).to(u)
+
+
 def with_ones(features: Tensor) -> Tensor:
     """A column of ones before the features."""
     return torch.cat([torch.ones_like(features[..., :1]), features], -1)
-
-
-# An amortised law as the distribution of a guide's joint site
 
 
 class GuideLaw(TorchDistribution):

@@ -1,19 +1,27 @@
 r"""The log joint with another observation in every row: :math:`\log p(z_c, y_c)` for rows of pairs."""
 
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from pyro_sb.infer.amortized.simulator import Simulations, Simulator, base_of
-from pyro_sb.infer.model.agreement import CheckedDensity, find_oracle
-from pyro_sb.infer.model.joint import Evaluations, as_density
+from pyro_sb.infer.amortized.simulator import Simulations, Simulator
+from pyro_sb.infer.model.log_joint import Evaluations
 from pyro_sb.infer.model.packing import Packing
-from pyro_sb.infer.model.prototype import Prototype
-from pyro_sb.infer.model.routes import DensityMessenger, Loop, Vmap, constrain
+from pyro_sb.infer.model.routes import (
+    CheckedDensity,
+    Loop,
+    Oracle,
+    Plate,
+    SingleRow,
+    Vmap,
+    as_density,
+    constrain,
+    find_oracle,
+)
+from pyro_sb.infer.model.runs import Row
 
 __all__ = ["BatchJoint", "ObservedJoint", "PairedJoint", "paired_joint"]
 
@@ -38,18 +46,17 @@ class PairedJoint:
 
     def __init__(self, simulator: Simulator, pairs: Simulations, masked: bool = False) -> None:
         self.data, self.dim, self.masked = simulator.data, simulator.dim, masked
-        single = PairDensity(simulator, masked)
+        plate, single = pair_densities(simulator, masked)
         starts = torch.cat([pairs.latents, pairs.observations.to(pairs.latents)], -1)
         if masked:
             starts = torch.cat([starts, starts.new_ones(len(starts), self.data.dim)], -1)
-        with pyro.validation_enabled(False):
-            oracle = find_oracle(single, iter(starts.unbind()))
+        oracle = known_pairs(single, starts)
         if oracle is None:
             raise ValueError(
                 f"the log joint and its gradient must be finite at some simulated pair, got none in {len(starts)}. The "
                 "observed sites' log_prob does not fit their sample: correct it, or do without corrections."
             )
-        self._density = CheckedDensity([PairPlate(simulator, masked), Vmap(single), Loop(single)], oracle)
+        self._density = CheckedDensity([plate, Vmap(single), Loop(single)], oracle)
 
     @property
     def route(self) -> str:
@@ -115,98 +122,32 @@ def plate_serves(simulator: Simulator) -> bool:
     """Whether one outer plate runs the model rightly: its log joint then agrees with single runs, at several sizes."""
     if not simulator.has_density:
         return False
-    with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
-        few = simulator.singles(6)
-    single = PairDensity(simulator, False)
+    few = simulator.singles(6)
+    plate, single = pair_densities(simulator, masked=False)
+    oracle = known_pairs(single, torch.cat([few.latents, few.observations.to(few.latents)], -1))
     with pyro.validation_enabled(False):
-        oracle = find_oracle(single, iter(torch.cat([few.latents, few.observations.to(few.latents)], -1).unbind()))
-        return oracle is not None and oracle.objection(PairPlate(simulator, False)) is None
+        return oracle is not None and oracle.objection(plate) is None
 
 
-class PairDensity:
-    """Log density of one pair, packed as latents, observation and, where entries may be missing, which are there."""
-
-    def __init__(self, simulator: Simulator, masked: bool) -> None:
-        self.prototype = replace(simulator.prototype, model=simulator.model)
-        self.data, self.masked, self.event_dims = simulator.data, masked, simulator.event_dims
-
-    def __call__(self, pair: Tensor) -> Tensor:
-        """``(dim + data_dim,)``, or ``data_dim`` more, to ``()``."""
-        values, present, log_det = self.unpack(pair)
-        return sum((term.sum() for term in pair_terms(self.prototype, values, present, self.event_dims)), log_det)
-
-    def unpack(self, pairs: Tensor) -> tuple[Sites, Sites, Tensor]:
-        """Values of all sites, masks of the observed ones, log Jacobian of the latents."""
-        z, *rest = pairs.split([self.prototype.packing.dim] + [self.data.dim] * (2 if self.masked else 1), -1)
-        values, log_det = constrain(self.prototype, z)
-        present = {} if not self.masked else {name: x > 0.5 for name, x in self.data.unpack(rest[1]).items()}
-        return values | self.data.unpack(rest[0]), present, log_det
+def pair_densities(simulator: Simulator, masked: bool) -> tuple[Plate, SingleRow]:
+    """Log density of packed pairs by one run of the model on all of them, and that of a single one."""
+    unpack = partial(unpack_pairs, simulator, masked)
+    return Plate(simulator.runs, unpack), SingleRow(simulator.runs, unpack)
 
 
-class PairPlate:
-    """One run of the model on all pairs, with the pairs as the outermost batch dimension."""
-
-    name = "plate"
-
-    def __init__(self, simulator: Simulator, masked: bool) -> None:
-        self.single = PairDensity(simulator, masked)
-        self.batch_shapes = simulator.prototype.batch_shapes | simulator.batch_shapes
-        self.depth = max(simulator.prototype.depth, *map(len, self.batch_shapes.values()))
-
-    def __call__(self, pairs: Tensor) -> Tensor:
-        """As `PairDensity`, ``(C, ...)`` to ``(C,)``."""
-        values, present, total = self.single.unpack(pairs)
-        values, present = ({name: self._spread(name, x) for name, x in sites.items()} for sites in (values, present))
-        for term in pair_terms(self.single.prototype, values, present, self.single.event_dims):
-            total = total + (term.sum() if term.dim() <= self.depth else term.reshape(len(term), -1).sum(-1))
-        return total.expand(len(pairs))
-
-    def _spread(self, name: str, x: Tensor) -> Tensor:
-        """``(C, *batch, *event)`` to ``(C, 1, ..., 1, *batch, *event)``."""
-        gap = self.depth - len(self.batch_shapes[name])
-        return x.reshape(x.shape[:1] + (1,) * gap + x.shape[1:])
+def unpack_pairs(simulator: Simulator, masked: bool, pairs: Tensor) -> tuple[Row, Tensor]:
+    """Rows of vectors of latents, observation and, where entries may be missing, which are there; log Jacobian."""
+    data, dim = simulator.data, simulator.dim
+    z, *rest = pairs.split([dim] + [data.dim] * (2 if masked else 1), -1)
+    row, log_det = constrain(simulator.prototype, z)
+    present = {} if not masked else {name: x > 0.5 for name, x in data.unpack(rest[1]).items()}
+    return Row(row.values | data.unpack(rest[0]), present), log_det
 
 
-class PairMessenger(DensityMessenger):
-    """Densities of all sites; of observed ones, that of the entries which are there."""
-
-    def __init__(self, values: Sites, present: Sites, event_dims: dict[str, int]) -> None:
-        super().__init__(values)
-        self.present, self.event_dims = present, event_dims
-
-    def _pyro_sample(self, msg: Any) -> None:
-        super()._pyro_sample(msg)
-        present = self.present.get(msg["name"])
-        if present is not None:
-            msg["fn"] = PresentEntries(msg["fn"], present, self.event_dims[msg["name"]])
-
-
-class PresentEntries:
-    """A distribution's log density without the entries that are missing."""
-
-    def __init__(self, fn: Any, present: Tensor, event_dims: int) -> None:
-        self.fn, self.present, self.event_dims = fn, present, event_dims
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Sum over events of the entries that are there."""
-        base = base_of(self.fn)
-        extra = len(base.batch_shape) - len(self.fn.batch_shape)
-        present = self.present
-        for _ in range(self.event_dims):  # entries of one event are there together
-            present = present[..., 0]
-        log_prob = base.log_prob(value)
-        log_prob = torch.where(present, log_prob, torch.zeros_like(log_prob))
-        return log_prob.sum(tuple(range(-extra, 0))) if extra else log_prob
-
-
-def pair_terms(prototype: Prototype, values: Sites, present: Sites, event_dims: dict[str, int]) -> list[Tensor]:
-    """Log densities of all sites, latents and observations at ``values``."""
-    with PairMessenger(values, present, event_dims) as messenger:
-        prototype.model(*prototype.args, **prototype.kwargs)
-    missing = sorted(values.keys() - messenger.seen)
-    if missing:
-        raise ValueError(f"The model must have the same sites at every run, got one without {missing}.")
-    return messenger.terms
+def known_pairs(single: SingleRow, pairs: Tensor) -> Oracle | None:
+    """The density of single pairs with some where it is finite; None if it is nowhere."""
+    with pyro.validation_enabled(False):
+        return find_oracle(single, iter(pairs.unbind()))
 
 
 def refuse_split_events(simulator: Simulator, present: Tensor) -> None:
@@ -221,11 +162,8 @@ def refuse_split_events(simulator: Simulator, present: Tensor) -> None:
             )
 
 
-# The log joint of a batch of observations at once: a product of posteriors, the batch a dimension of each site
-
-
 class BatchJoint:
-    r"""What `MCMC` and its record ask of a log joint, for B posteriors side by side.
+    r"""Log joint of B posteriors side by side, :math:`\sum_b \log p(z_b, y_b)`, as `MCMC` and its record ask for it.
 
     A row is one chain at one observation. Sites have the shape ``(B, *site)``, or ``(*site)`` for a single observation
     that misses entries.

@@ -1,7 +1,8 @@
-"""The posterior of one observation, or of a batch: draws, weights, chains, and a guide."""
+"""Posterior p(theta | y) at one observation, or at a batch: draws, weights, chains, and a guide."""
 
 import logging
 import warnings
+from functools import partial
 from typing import Any
 
 import pyro
@@ -11,15 +12,15 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_sb.bridges.base import Bridge
-from pyro_sb.infer.amortized.features import Features
+from pyro_sb.infer.amortized.features import Features, Observation
 from pyro_sb.infer.amortized.importance import ImportanceDraws, weigh
 from pyro_sb.infer.amortized.latent_law import GuideLaw, LatentLaw, Residuals
-from pyro_sb.infer.amortized.observation import Observation
 from pyro_sb.infer.amortized.paired import BatchJoint, paired_joint, refuse_split_events
 from pyro_sb.infer.amortized.refresh import BridgeRefresh
 from pyro_sb.infer.amortized.simulator import Simulations, Simulator
 from pyro_sb.infer.mcmc.mcmc import MCMC
 from pyro_sb.infer.model.log_joint import log_joint
+from pyro_sb.infer.model.run import Run
 from pyro_sb.infer.population.tempering import NormalLaw, temper, weighted_factor
 
 __all__ = ["Posterior"]
@@ -44,6 +45,7 @@ class Posterior:
     def __init__(
         self,
         bridge: Bridge,
+        *,
         residuals: Residuals,
         simulator: Simulator,
         features: Features,
@@ -56,6 +58,24 @@ class Posterior:
         self._reference = reference
         self._target: Any = None
         self._cached: Sites | None = None
+
+    def __repr__(self) -> str:
+        values, data = self.observation.values, self.simulator.data
+        shapes = {name: tuple(shape) for name, shape in self.simulator.runs.shapes.items() if name not in data.shapes}
+        sites = ", ".join(f"{name} {shapes[name]}" for name in self.simulator.prototype.transforms)
+        of = f"{len(values)} observations" if self.observation.batched else "one observation"
+        gone = int(torch.isnan(values).sum())
+        return (
+            f"Posterior of {sites} by a fitted {self.bridge.describe()}\n"
+            f"given {of} of {', '.join(data.shapes)} ({data.dim} numbers{f', {gone} missing' * bool(gone)})\n"
+            f"sample() is the bridge alone; {self._corrections()}"
+        )
+
+    def _corrections(self) -> str:
+        """Which corrections there are, in words."""
+        if not self.simulator.has_density and (self.simulator.returned or self.simulator.hidden):
+            return "there are no corrections: the model has no density"
+        return "importance() and mcmc() are corrected by the model"
 
     # ---- the bridge alone ----
 
@@ -230,7 +250,7 @@ class Posterior:
         u = pyro.sample("_posterior_latent", fn, infer={"is_auxiliary": True})
         packing, transforms = self.simulator.prototype.packing, self.simulator.prototype.transforms
         free, result = packing.unpack(u), {}
-        plates = self.simulator.prototype.batch_shapes
+        plates = self.simulator.runs.batch_shapes
         for name, transform in transforms.items():
             value = transform.inv(free[name])
             event_dim = value.dim() - len(plates[name])
@@ -253,14 +273,10 @@ class Posterior:
         flat = {name: value.flatten(0, 1) for name, value in draws.items()}
         return flat if num_samples is None else {name: value[:num_samples] for name, value in flat.items()}
 
-    def diagnostics(self) -> dict[str, Any]:
-        """None: draws are independent."""
-        return {}
-
-    @property
-    def kernel(self) -> "Posterior":
-        """Where `to_arviz` looks for the model."""
-        return self
+    def as_run(self) -> Run:
+        """Uncorrected draws, four chains of 1000, with the conditioned model: as reports and exports read them."""
+        draws = partial(self.get_samples, group_by_chain=True)
+        return Run(draws, self.model, self.simulator.args, self.simulator.kwargs)
 
     @property
     def model(self) -> Any:
@@ -268,14 +284,6 @@ class Posterior:
         if self.observation.batched or self.observation.missing or self.simulator.returned:
             return None
         return self._model()
-
-    @property
-    def _args(self) -> tuple[Any, ...]:
-        return self.simulator.args
-
-    @property
-    def _kwargs(self) -> dict[str, Any]:
-        return self.simulator.kwargs
 
     def _constrained(self, u: Tensor) -> Sites:
         """``(n, B, d)`` to sites in their own space, without the batch where there is one observation."""

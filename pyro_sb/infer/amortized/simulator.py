@@ -1,31 +1,27 @@
-"""From a Pyro model to joint draws of its latents and its observations."""
+"""Joint draws (theta, y) of a Pyro model's latents and observations."""
 
 import logging
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_sb.infer.model.packing import Packing
 from pyro_sb.infer.model.prototype import Prototype, Start, first_float, prototype, run
-from pyro_sb.infer.model.runs import PlainSampling, Record
-from pyro_sb.infer.model.sites import can_sample, is_deterministic, is_discrete, is_sample, refuse_subsampling
+from pyro_sb.infer.model.runs import Found, ModelRuns, Row, Wanted
+from pyro_sb.infer.model.sites import base_of, can_sample, is_deterministic, is_discrete, is_sample, refuse_subsampling
 
-__all__ = ["Simulations", "Simulator", "base_of", "returned_sites", "simulator"]
+__all__ = ["Simulations", "Simulator", "returned_sites", "simulator"]
 
 logger = logging.getLogger(__name__)
 Sites = dict[str, Tensor]
-BLOCK = 256  # runs one by one that Ctrl-C may lose
-MAX_NUMBERS = 2**22  # numbers in the sites of one batch of runs
 
 
 class Simulations(NamedTuple):
@@ -34,40 +30,49 @@ class Simulations(NamedTuple):
     latents: Tensor
     observations: Tensor
 
+    def __repr__(self) -> str:
+        (num, dim), width = self.latents.shape, self.observations.shape[1]
+        return f"Simulations: {num} pairs of {dim} unconstrained latents and {width} numbers observed"
+
 
 @dataclass
 class Simulator:
     r"""A model as a giver of pairs: latents of the prior, and observations of the model given them.
 
     Attributes:
-        model: Pyro model, or a function with ``pyro.sample`` prior sites that returns its observations.
+        runs: The model, its observed sites left open, with its arguments.
         observed: Names of the observed sites.
-        args: The model's positional arguments.
-        kwargs: Its keyword arguments.
-        prototype: What one run told of the latents, with the observations held at one simulation.
+        prototype: The latents as one run showed them, with the observations held at one simulation.
         data: Layout of the observations in one vector.
-        batch_shapes: Batch shape of each observed site.
-        event_dims: Number of event dimensions of each observed site that ``to_event`` did not make.
-        constrained_shapes: Shape of each continuous latent in its own space.
         returned: Whether the observations are the function's return value, so that they have no density.
         hidden: Discrete latents that cannot be summed out: they are simulated, and leave the log joint unknown.
         plated: Whether one outer plate simulates many runs at once.
         interrupted: What was simulated when Ctrl-C came.
     """
 
-    model: Callable[..., Any]
+    runs: ModelRuns
     observed: tuple[str, ...]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
     prototype: Prototype
     data: Packing
-    batch_shapes: dict[str, torch.Size]
-    event_dims: dict[str, int]
-    constrained_shapes: dict[str, torch.Size]
     returned: bool
     hidden: tuple[str, ...] = ()
     plated: bool = False
     interrupted: Simulations | None = None
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The model's positional arguments."""
+        return self.runs.args
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The model's keyword arguments."""
+        return self.runs.kwargs
+
+    @property
+    def event_dims(self) -> dict[str, int]:
+        """Number of event dimensions of each observed site that ``to_event`` did not make."""
+        return self.runs.event_dims
 
     @property
     def dim(self) -> int:
@@ -76,7 +81,7 @@ class Simulator:
 
     def conditioned(self, values: Sites) -> Callable[..., Any]:
         """The model with its observed sites at given values."""
-        return poutine.condition(self.model, data=values)
+        return poutine.condition(self.runs.model, data=values)
 
     def simulate(self, num: int, *, keep_finite: bool = False, progress: bool = False) -> Simulations:
         r"""Independent draws of the joint law.
@@ -94,11 +99,15 @@ class Simulator:
         """
         if num < 1:
             raise ValueError(f"num_simulations must be at least 1, got {num}. Write 10_000.")
+        routes = ["plate", "vmap", "loop"] if self.plated else ["vmap", "loop"]
+        if self.returned:  # a plain function's noise may come from outside torch
+            routes = ["loop"]
         parts: list[Simulations] = []
         try:
-            with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
-                for sites in self._runs(num, progress):
-                    parts.append(self._pairs(sites))
+            for found in self.runs.batches(
+                Row({}), num, self._wanted, routes=routes, checked=["plate"], progress=progress
+            ):
+                parts.append(self._pairs(found))
         except KeyboardInterrupt:
             if parts:
                 self.interrupted = self.finite(joined(parts), True)
@@ -107,92 +116,21 @@ class Simulator:
 
     def singles(self, num: int) -> Simulations:
         """Pairs of so many runs one by one."""
-        return joined([self._pairs({name: x[None] for name, x in self._one().items()}) for _ in range(num)])
-
-    @property
-    def depth(self) -> int:
-        """Batch dimensions of the model, left of which a dimension for runs is free."""
-        return max(self.prototype.depth, *map(len, self.batch_shapes.values()))
+        return self._pairs(self.runs.at(Row({}), num, self._wanted, routes=["loop"]))
 
     @property
     def has_density(self) -> bool:
         """Whether the log joint of latents and observations can be evaluated."""
         return not (self.returned or self.hidden or self.prototype.enumerated)
 
-    def _pairs(self, sites: Sites) -> Simulations:
-        transforms = self.prototype.transforms
+    @property
+    def _wanted(self) -> Wanted:
+        return Wanted([*self.prototype.transforms, *self.data.shapes])
+
+    def _pairs(self, found: Found) -> Simulations:
+        sites, transforms = found.values, self.prototype.transforms
         latents = self.prototype.packing.pack({name: t(sites[name]) for name, t in transforms.items()})
         return Simulations(latents, self.data.pack({name: sites[name] for name in self.data.shapes}))
-
-    def _runs(self, num: int, progress: bool) -> Iterator[Sites]:
-        """Sites of ``num`` runs in batches: in one plate or under vmap where that works, else one by one."""
-        done = 0
-        for route in self._batched:
-            while done < num:
-                size = min(self._most_rows(), num - done)
-                try:
-                    yield route(size)
-                except Exception as error:  # something in the user's model that the route does not know
-                    logger.info("the model is not simulated by %s: %s: %s", route.__name__, type(error).__name__, error)
-                    break
-                done += size
-        bar = tqdm(total=num, initial=done, desc="Simulate one by one", disable=not progress or done >= num)
-        with bar:
-            while done < num:
-                singles = []
-                for _ in range(min(BLOCK, num - done)):
-                    singles.append(self._one())
-                    bar.update()
-                yield {name: torch.stack([single[name] for single in singles]) for name in singles[0]}
-                done += len(singles)
-
-    @property
-    def _batched(self) -> list[Callable[[int], Sites]]:
-        """Ways of running many at once. A plain function's noise may come from outside torch: none."""
-        if self.returned:
-            return []
-        return [self._plate, self._vmap] if self.plated else [self._vmap]
-
-    def _most_rows(self) -> int:
-        """Rows of a batch: bounded in memory, and equal to no size of the model, which could broadcast in silence."""
-        rows = max(1, MAX_NUMBERS // max(1, self.prototype.numel))
-        shapes = [*self.prototype.packing.shapes.values(), *self.data.shapes.values()]
-        sizes = {size for shape in shapes for size in shape} | {self.prototype.packing.dim, self.data.dim}
-        return next(n for n in range(rows, rows + len(sizes) + 2) if n not in sizes)
-
-    def _plate(self, size: int) -> Sites:
-        """Runs in one plate, outermost."""
-        wanted = [*self.prototype.transforms, *self.data.shapes]
-        with Record({}, wanted) as messenger, pyro.plate("_pyro_sb_runs", size, dim=-self.depth - 1):
-            self.model(*self.args, **self.kwargs)
-        shapes = self.constrained_shapes | dict(self.data.shapes)
-        return {name: value.detach().reshape(size, *shapes[name]) for name, value in messenger.found.items()}
-
-    def _vmap(self, size: int) -> Sites:
-        with PlainSampling(), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "There is a performance drop", UserWarning
-            )  # torch, of what it cannot batch
-            return torch.func.vmap(lambda _: self._one(), randomness="different")(torch.zeros(size))
-
-    def _one(self) -> Sites:
-        """Latent and observed sites of one run."""
-        wanted = [*self.prototype.transforms, *self.data.shapes]
-        with Record({}, wanted) as messenger:
-            result = self.model(*self.args, **self.kwargs)
-        found = {name: value.detach() for name, value in messenger.found.items()}
-        if self.returned and not set(self.observed) <= found.keys():  # else they are deterministic sites
-            found |= self._checked(returned_sites(result, self.observed))
-        return found
-
-    def _checked(self, sites: Sites) -> Sites:
-        for name, shape in self.data.shapes.items():
-            if sites[name].shape != shape:
-                raise ValueError(
-                    f"observed {name!r} must have one shape at every run, got {tuple(shape)} and "
-                    f"{tuple(sites[name].shape)}. Return as many numbers each time; pad and mask them."
-                )
-        return sites
 
     def finite(self, pairs: Simulations, keep: bool) -> Simulations:
         """Pairs that are finite, where ``keep`` says to leave the others out; else an error where any is not."""
@@ -208,9 +146,9 @@ class Simulator:
         num = int((~good).sum())
         if not keep:
             raise ValueError(
-                f"simulations must be finite, got NaN or infinity in {num} of {len(good)}, by site {bad}. Mend the "
-                "model, or write keep_finite=True to learn from the others: the posterior is then that given a finite "
-                "simulation."
+                f"simulations must be finite, got NaN or infinity in {num} of {len(good)}, by site {bad}. Correct "
+                "the model, or write keep_finite=True to learn from the others: the posterior is then that given "
+                "a finite simulation."
             )
         logger.warning("%d of %d simulations are not finite (by site %s) and were left out.", num, len(good), bad)
         return Simulations(pairs.latents[good], pairs.observations[good])
@@ -228,7 +166,16 @@ def returned_sites(result: Any, observed: tuple[str, ...]) -> Sites:
     return {observed[0]: torch.as_tensor(result).detach()}
 
 
-# What one run tells of a simulator: its latents, its observations, and whether pairs follow its density
+def checked_sites(result: Any, shapes: dict[str, torch.Size]) -> Sites:
+    """A function's return value by name, of one shape at every run."""
+    sites = returned_sites(result, tuple(shapes))
+    for name, shape in shapes.items():
+        if sites[name].shape != shape:
+            raise ValueError(
+                f"observed {name!r} must have one shape at every run, got {tuple(shape)} and "
+                f"{tuple(sites[name].shape)}. Return as many numbers each time; pad and mask them."
+            )
+    return sites
 
 
 def simulator(
@@ -248,8 +195,8 @@ def simulator(
 
     Raises:
         ValueError: An observed site is missing, or held at data; no continuous latent.
-        NotImplementedError: What `log_joint` refuses; and what a run does not heed: factors, scales, masks, data at
-            sites that ``observed`` does not name.
+        NotImplementedError: What `log_joint` refuses; and what a run ignores: factors, scales, masks, data at sites
+            that ``observed`` does not name.
 
     Example:
         >>> import pyro
@@ -290,7 +237,7 @@ def simulator(
                     observed[0],
                 )
         values = values if values is not None else returned_sites(result, observed)
-        batch_shapes, event_dims = {name: torch.Size() for name in observed}, {}
+        event_dims: dict[str, int] = {}
         latent_model: Any = model
     else:
         held = [name for name in observed if stochastic[name]["is_observed"]]
@@ -300,7 +247,6 @@ def simulator(
                 "arguments (obs=None) and give it to condition(y)."
             )
         values = {name: stochastic[name]["value"].detach() for name in observed}
-        batch_shapes = {name: stochastic[name]["fn"].batch_shape for name in observed}
         event_dims = {name: len(base_of(stochastic[name]["fn"]).event_shape) for name in observed}
         latent_model = poutine.condition(model, data=values)
     hidden = tuple(
@@ -308,17 +254,14 @@ def simulator(
     )
     if hidden:
         latent_model = poutine.block(latent_model, hide=list(hidden))
-    told = prototype(latent_model, args, kwargs)
+    values = {name: value.detach() for name, value in values.items()}
+    data, runs = Packing.like(values), ModelRuns.of(trace, model, args, kwargs)
+    given = partial(checked_sites, shapes={name: values[name].shape for name in observed}) if returned else None
     return Simulator(
-        model=model,
+        runs=replace(runs, event_dims=event_dims, returned=given),
         observed=observed,
-        args=args,
-        kwargs=kwargs,
-        prototype=told,
-        data=Packing.like({name: value.detach() for name, value in values.items()}),
-        batch_shapes=batch_shapes,
-        event_dims=event_dims,
-        constrained_shapes={name: stochastic[name]["value"].shape for name in told.transforms},
+        prototype=prototype(latent_model, args, kwargs),
+        data=data,
         returned=returned,
         hidden=hidden,
     )
@@ -329,7 +272,7 @@ def refuse_other_data(sites: dict[str, Any], observed: tuple[str, ...]) -> None:
     for name, site in sites.items():
         if site_is_factor(site):
             raise NotImplementedError(
-                f"the model must be simulated by running it, got pyro.factor {name!r}, which a run does not heed. "
+                f"the model must be simulated by running it, got pyro.factor {name!r}, which a run ignores. "
                 "Write it as a sample site."
             )
         if site["is_observed"] and name not in observed:
@@ -345,8 +288,8 @@ def refuse_other_data(sites: dict[str, Any], observed: tuple[str, ...]) -> None:
         plain = not isinstance(scale, Tensor) and scale == 1.0
         if is_masked(site["fn"]) or not plain or (isinstance(mask, Tensor) and not bool(mask.all())) or mask is False:
             raise NotImplementedError(
-                f"site {name!r} must be neither scaled nor masked, got poutine.scale or poutine.mask: a run does not "
-                "heed them. Mark missing data by NaN: fit(..., missing=0.5), condition(y with NaN)."
+                f"site {name!r} must be neither scaled nor masked, got poutine.scale or poutine.mask: a run ignores "
+                "them. Mark missing data by NaN: fit(..., missing=0.5), condition(y with NaN)."
             )
 
 
@@ -374,13 +317,6 @@ def _refuse_own_sites(result: Any, observed: tuple[str, ...], sites: dict[str, A
                     f"The model must have the observed sites {list(observed)}, but returns its sample site {name!r}. "
                     f'Write observed=("{name}",).'
                 )
-
-
-def base_of(fn: Any) -> Any:
-    """A distribution without the event dimensions that ``to_event`` made."""
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return fn
 
 
 def _gives(result: Any, observed: tuple[str, ...]) -> bool:

@@ -1,19 +1,21 @@
-"""From simulations to the rows that a conditional bridge learns from."""
+"""Rows that a conditional bridge learns from, made of simulations, and the file of an unfinished fit."""
 
 import logging
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_sb.infer.amortized.features import Features, is_logit
-from pyro_sb.infer.amortized.latent_law import Residuals
+from pyro_sb.files import read_file, write_file
+from pyro_sb.infer.amortized.features import Features
+from pyro_sb.infer.amortized.latent_law import Residuals, is_logit
 from pyro_sb.infer.amortized.paired import PairedJoint
 from pyro_sb.infer.amortized.simulator import Simulations, Simulator
 from pyro_sb.infer.moves.moves import HamiltonianStep, Rows, adapted, hmc_step, jittered, start_rows
 from pyro_sb.ops.regression import regress
 
-__all__ = ["TrainingSet", "bounded_axes", "exchangeable_sites", "rejuvenate", "training_set"]
+__all__ = ["Kept", "Store", "TrainingSet", "bounded_axes", "exchangeable_sites", "rejuvenate", "training_set"]
 
 logger = logging.getLogger(__name__)
 ROWS = 100_000  # rows that rejuvenation aims at
@@ -61,7 +63,7 @@ def training_set(
     Args:
         simulator: The model.
         pairs: N simulations.
-        features: What is told of an observation, fitted.
+        features: Features of an observation, fitted.
         joint: The model's log joint, or None: then there is one copy.
         num_copies: Copies beside the simulations themselves; None: up to 100,000 rows in all, 19 copies at most.
         missing: Largest share of an observation's entries that are hidden in a row; 0: none is.
@@ -204,3 +206,60 @@ def same_density(joint: PairedJoint, z: Tensor, y: Tensor, moved: Tensor) -> boo
     good = torch.isfinite(before)
     rounding = 512 * torch.finfo(z.dtype).eps  # a permutation changes the order of a sum, a trend much more than that
     return bool(good.any()) and torch.allclose(after[good], before[good], rtol=rounding, atol=rounding)
+
+
+class Kept(NamedTuple):
+    """Simulations and rows of an unfinished fit."""
+
+    simulations: Simulations
+    rows: TrainingSet
+    exchangeable: dict[str, int]
+
+
+class Store:
+    """One file of tensors and plain values beside a checkpoint; nothing where there is no checkpoint.
+
+    Args:
+        checkpoint: Path of the bridge's checkpoint.
+        arguments: What a fit must share to go on with the file.
+    """
+
+    def __init__(self, checkpoint: str | Path | None, arguments: dict[str, Any]) -> None:
+        self.path = None if checkpoint is None else Path(f"{checkpoint}.simulations")
+        self.arguments = arguments
+
+    def read(self) -> Kept | None:
+        """The file's content; None if there is no file; an error if it belongs to another fit."""
+        if self.path is None or not self.path.exists():
+            return None
+        saved = read_file(self.path)
+        if saved["arguments"] != self.arguments:
+            raise ValueError(
+                f"{self.path} must be of this fit, {self.arguments}, got {saved['arguments']}. Fit with those, or "
+                "remove the file."
+            )
+        residuals = Residuals(*saved["residuals"])
+        return Kept(
+            Simulations(*saved["simulations"]),
+            TrainingSet(residuals, *saved["rows"]),
+            saved["exchangeable"],
+        )
+
+    def write(self, simulations: Simulations, rows: TrainingSet, exchangeable: dict[str, int]) -> None:
+        """Put it there, as a whole or not at all."""
+        if self.path is None:
+            return
+        residuals = rows.residuals
+        state = {
+            "arguments": self.arguments,
+            "simulations": list(simulations),
+            "residuals": [residuals.bounded, residuals.weights, residuals.factor],
+            "rows": [rows.latents, rows.context, rows.features, rows.held_out, rows.num_simulations],
+            "exchangeable": exchangeable,
+        }
+        write_file(state, self.path)
+
+    def clear(self) -> None:
+        """Remove it."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from html import escape
 from itertools import product
 from typing import Any
@@ -30,6 +31,7 @@ from pyro.util import optional
 from torch import Tensor
 
 from pyro_sb.infer.mcmc.record import Block, Record, floating, in_chunks, per_chain, site_diagnostics
+from pyro_sb.infer.model.run import Run
 
 __all__ = ["MCMC"]
 
@@ -341,6 +343,27 @@ class MCMC(api.MCMC):
                     return
                 most -= 1
                 yield name + (f"[{', '.join(map(str, index))}]" if index else ""), [float(x[index]) for x in figures]
+
+    def as_run(self) -> Run:
+        """The draws with the model and its arguments, as reports and exports read them.
+
+        Raises:
+            RuntimeError: There was no run.
+        """
+        self._results()
+        return Run(
+            partial(self.get_samples, group_by_chain=True),
+            getattr(self.kernel, "model", None),
+            self._args,
+            self._kwargs,
+            potential_fn=getattr(self.kernel, "potential_fn", None),
+            transforms=self.transforms or {},
+            log_joint=getattr(self.kernel, "log_joint", None),
+            sample_stats=self.sample_stats,
+            kernel=self.kernel,
+            figures=self.diagnostics,
+            discrete=partial(self.get_discrete_samples, group_by_chain=True),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_log_joint": None}  # it may hold closures; rebuilt on demand

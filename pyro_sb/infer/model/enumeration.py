@@ -25,7 +25,8 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_sb.infer.model.prototype import Prototype
-from pyro_sb.infer.model.routes import chain_values, constrain, unknown_site
+from pyro_sb.infer.model.routes import constrain
+from pyro_sb.infer.model.runs import Row, unknown_site
 from pyro_sb.infer.model.sites import is_sample, latents
 
 __all__ = ["EnumeratedPlate", "EnumeratedVmap", "discrete_sites"]
@@ -59,7 +60,7 @@ def contract(factors: list[Factor], chains: str, num_chains: int) -> Tensor:
 def packed_factors(trace: poutine.Trace, *, scaled: bool = True) -> dict[str, Factor]:
     """Every site's log density with named dimensions; refuses latents that are neither given nor enumerated.
 
-    Draws of discrete sites heed masks but not scales (``scaled=False``), as in Pyro's ``infer_discrete``.
+    Draws of discrete sites obey masks but not scales (``scaled=False``), as in Pyro's ``infer_discrete``.
     """
     for name, site in latents(trace):
         if site["infer"].get("_enumerate_dim") is None:
@@ -77,9 +78,6 @@ def packed_factors(trace: poutine.Trace, *, scaled: bool = True) -> dict[str, Fa
     return factors
 
 
-# ---- by an outer plate ----
-
-
 class EnumeratedPlate:
     """One run of the model under an outer plate of chains."""
 
@@ -90,34 +88,31 @@ class EnumeratedPlate:
 
     def __call__(self, z: Tensor) -> Tensor:
         """``(C, dim)`` to ``(C,)``."""
-        prototype = self.prototype
-        values, log_det = constrain(prototype, z)
+        prototype, runs = self.prototype, self.prototype.runs
+        rows, log_det = constrain(prototype, z)
         model = poutine.enum(chained(prototype, len(z)), first_available_dim=-prototype.max_plate_nesting - 2)
         with poutine.block():
-            conditioned = poutine.condition(model, chain_values(prototype, values))
-            trace = poutine.trace(conditioned).get_trace(*prototype.args, **prototype.kwargs)
+            conditioned = poutine.condition(model, runs.widened(rows).values)
+            trace = poutine.trace(conditioned).get_trace(*runs.args, **runs.kwargs)
         factors = list(packed_factors(trace).values())
         return log_det + contract(factors, trace.plate_to_symbol[CHAINS], len(z))
 
     def discrete(self, values: Sites, temperature: int) -> Sites:
         """Enumerated sites given constrained latents, drawn (1) or most probable (0). Shape ``(C, *shape)``."""
         num_chains = len(next(iter(values.values())))
-        model, placed = chained(self.prototype, num_chains), chain_values(self.prototype, values)
+        model, placed = chained(self.prototype, num_chains), self.prototype.runs.widened(Row(values)).values
         draws = infer(self.prototype, model, placed, temperature, -self.prototype.max_plate_nesting - 2)
         return {name: x.reshape(num_chains, *self.prototype.enumerated[name]) for name, x in draws.items()}
 
 
 def chained(prototype: Prototype, num_chains: int) -> Callable[..., Any]:
     """The model inside an outermost plate of chains, its discrete sites marked for enumeration."""
-    return partial(in_chain_plate, config_enumerate(prototype.model), num_chains, -prototype.max_plate_nesting - 1)
+    return partial(in_chain_plate, config_enumerate(prototype.runs.model), num_chains, -prototype.max_plate_nesting - 1)
 
 
 def in_chain_plate(model: Callable[..., Any], num_chains: int, plate_dim: int, *args: Any, **kwargs: Any) -> Any:
     with pyro.plate(CHAINS, num_chains, dim=plate_dim):
         return model(*args, **kwargs)
-
-
-# ---- by vmap ----
 
 
 class EnumeratedVmap:
@@ -130,8 +125,8 @@ class EnumeratedVmap:
 
     def __call__(self, z: Tensor) -> Tensor:
         """``(C, dim)`` to ``(C,)``."""
-        values, log_det = constrain(self.prototype, z)
-        factors, _ = self.factors(values)
+        rows, log_det = constrain(self.prototype, z)
+        factors, _ = self.factors(rows.values)
         return log_det + contract(list(factors.values()), CHAIN_SYMBOL, len(z))
 
     def factors(self, values: Sites, *, scaled: bool = True) -> tuple[dict[str, Factor], poutine.Trace]:
@@ -172,9 +167,9 @@ class EnumeratedVmap:
 def enumerated_trace(prototype: Prototype, values: Sites) -> poutine.Trace:
     """One chain's run with its discrete sites enumerated, safe under vmap."""
     messenger = VmapEnumMessenger(first_available_dim=-prototype.max_plate_nesting - 1)
-    model = poutine.condition(messenger(config_enumerate(prototype.model)), values)
+    model = poutine.condition(messenger(config_enumerate(prototype.runs.model)), values)
     with poutine.block():
-        return poutine.trace(model).get_trace(*prototype.args, **prototype.kwargs)
+        return poutine.trace(model).get_trace(*prototype.runs.args, **prototype.runs.kwargs)
 
 
 class VmapEnumMessenger(EnumMessenger):
@@ -194,12 +189,9 @@ def replayed(names: list[str]) -> Sites:
     return {name: pyro.sample(name, unknown, infer={"enumerate": "parallel"}) for name in names}
 
 
-# ---- chain after chain ----
-
-
 def discrete_by_loop(prototype: Prototype, values: Sites, temperature: int) -> Sites:
     """Enumerated sites by one run of ``infer_discrete`` a chain. Shape ``(C, *shape)``."""
-    model, first_dim = config_enumerate(prototype.model), -prototype.max_plate_nesting - 1
+    model, first_dim = config_enumerate(prototype.runs.model), -prototype.max_plate_nesting - 1
     chains = [dict(zip(values, row)) for row in zip(*(x.unbind() for x in values.values()))]
     draws = [infer(prototype, model, row, temperature, first_dim) for row in chains]
     return {
@@ -211,7 +203,7 @@ def infer(prototype: Prototype, model: Callable[..., Any], values: Sites, temper
     """One run of ``infer_discrete`` with the continuous latents at ``values``."""
     model = infer_discrete(poutine.condition(model, values), first_available_dim=first_dim, temperature=temperature)
     with poutine.block():
-        trace = poutine.trace(model).get_trace(*prototype.args, **prototype.kwargs)
+        trace = poutine.trace(model).get_trace(*prototype.runs.args, **prototype.runs.kwargs)
     return {name: trace.nodes[name]["value"] for name in prototype.enumerated}
 
 

@@ -1,18 +1,19 @@
-"""From a Pyro model, or a ``potential_fn``, to a batched log joint: what is asked, refused, and chosen."""
+"""The batched log joint of a Pyro model, or of a ``potential_fn``, on the flat unconstrained vector."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_sb.infer.model.agreement import Oracle, close, find_oracle, value_and_grad
-from pyro_sb.infer.model.enumeration import EnumeratedPlate, EnumeratedVmap
-from pyro_sb.infer.model.joint import Evaluations, LogJoint
+from pyro_sb.infer.model.enumeration import EnumeratedPlate, EnumeratedVmap, discrete_sites
 from pyro_sb.infer.model.packing import Packing
 from pyro_sb.infer.model.prototype import (
     MAX_TRIES,
@@ -24,19 +25,300 @@ from pyro_sb.infer.model.prototype import (
     uniform_starts,
 )
 from pyro_sb.infer.model.routes import (
+    CheckedDensity,
     Loop,
     ModelPotential,
+    Oracle,
     Plate,
-    SingleChain,
+    SingleRow,
     UserPotential,
     Vmap,
+    as_density,
     constrain,
-    density_terms,
+    find_oracle,
+    value_and_grad,
 )
+from pyro_sb.infer.model.runs import MAX_NUMBERS, Row, Wanted
 
 __all__ = ["Evaluations", "LogJoint", "log_joint"]
 
 Sites = dict[str, Tensor]
+ENUMERATION_COST = 64  # numbers held by an enumerated run for each number in its sites, a guess on the high side
+
+
+@dataclass
+class Evaluations:
+    """Work done so far, in rows: one chain evaluated once is one row.
+
+    Attributes:
+        density: Rows of value alone.
+        gradient: Rows of value and gradient.
+    """
+
+    density: int = 0
+    gradient: int = 0
+
+    def since(self, before: "Evaluations") -> "Evaluations":
+        """Work done since an earlier count."""
+        return Evaluations(self.density - before.density, self.gradient - before.gradient)
+
+
+class LogJoint:
+    r"""Batched unnormalised log density on :math:`\mathbb{R}^d`.
+
+    .. math:: \log p(z) = \log p(x(z), \text{data}) + \log |\partial x / \partial z|
+
+    with :math:`x(z)` the constrained latents: minus Pyro's ``potential_fn``, for many chains at once. Made by
+    :func:`~pyro_sb.infer.model.log_joint.log_joint`.
+
+    Attributes:
+        packing: Layout of the sites in the vector.
+        prototype: The model as one run showed it; None for a ``potential_fn``.
+        transforms: Pyro's convention, ``transforms[name].inv`` constrains; with ``potential_fn`` the user's, or none.
+        evaluations: Rows asked for so far. Rows spent on checking a route are not counted.
+    """
+
+    def __init__(
+        self,
+        packing: Packing,
+        routes: list[Any],
+        *,
+        oracle: Oracle | None = None,
+        prototype: Prototype | None = None,
+        transforms: dict[str, Transform] | None = None,
+    ) -> None:
+        self.packing = packing
+        self.prototype = prototype
+        self.transforms = transforms or {}
+        self.evaluations = Evaluations()
+        self._density = CheckedDensity(routes, oracle)
+
+    @classmethod
+    def from_batched(
+        cls,
+        fn: Callable[[Tensor], Tensor],
+        dim: int,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> "LogJoint":
+        r"""A log joint from a function that already maps ``(C, dim)`` to ``(C,)``; its one site is called ``z``.
+
+        Example:
+            >>> joint = LogJoint.from_batched(lambda z: -z.square().sum(-1) / 2, dim=2)
+            >>> joint.value_and_grad(torch.ones(1, 2))
+            (tensor([-1.]), tensor([[-1., -1.]]))
+        """
+        packing = Packing({"z": torch.Size([dim])}, {"z": dtype}, torch.device(device))
+        return cls(packing, [Batched(fn)])
+
+    def __repr__(self) -> str:
+        name = "potential_fn" if self.prototype is None else getattr(self.model, "__name__", type(self.model).__name__)
+        sites = ", ".join(f"{site} {tuple(shape)}" for site, shape in self.site_shapes.items())
+        done = f"{self.evaluations.density} values, {self.evaluations.gradient} gradients asked for"
+        return f"LogJoint of {name}: {self.dim} unconstrained numbers ({shortened(sites)}), by {self.route}, {done}"
+
+    @property
+    def dim(self) -> int:
+        """Length of ``z``."""
+        return self.packing.dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype; ``z`` is evaluated in it."""
+        return self.packing.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return self.packing.device
+
+    @property
+    def site_shapes(self) -> dict[str, torch.Size]:
+        """Unconstrained shape of each site, in packing order."""
+        return self.packing.shapes
+
+    @property
+    def route(self) -> str:
+        """How a batch is evaluated: ``"plate"``, ``"vmap"``, ``"loop"``, or ``"batched"`` (:meth:`from_batched`)."""
+        return self._density.route
+
+    @property
+    def model(self) -> Callable[..., Any] | None:
+        """The Pyro model, None for a ``potential_fn``."""
+        return None if self.prototype is None else self.prototype.runs.model
+
+    # ---- density ----
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        r"""Log joint without a graph.
+
+        Args:
+            z: Unconstrained vectors, any float dtype; evaluated in the model's. Shape ``(C, dim)``.
+
+        Returns:
+            Shape ``(C,)``, in the dtype of ``z``; ``-inf`` where the log joint is not finite.
+        """
+        self.evaluations.density += len(z)
+        value, _ = self._density(self._own(z), gradient=False)
+        return as_density(value).to(z)
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Log joint and its gradient.
+
+        Args:
+            z: Unconstrained vectors, any float dtype; evaluated in the model's. Shape ``(C, dim)``.
+
+        Returns:
+            Values of shape ``(C,)`` and gradients ``(C, dim)``, in the dtype of ``z``. Where the value is not finite:
+            ``-inf`` and a zero gradient. A single gradient entry that is not finite is 0: any fixed field in place of
+            the gradient leaves leapfrog steps reversible and volume-preserving.
+        """
+        self.evaluations.gradient += len(z)
+        value, grad = self._density(self._own(z), gradient=True)
+        value = as_density(value)
+        grad = torch.where(torch.isfinite(grad) & torch.isfinite(value)[:, None], grad, 0.0)
+        return value.to(z), grad.to(z)
+
+    def _own(self, z: Tensor) -> Tensor:
+        if z.dim() != 2 or z.shape[1] != self.dim:
+            raise ValueError(
+                f"z must have shape (chains, {self.dim}), got {tuple(z.shape)}. Use z[None] for one chain."
+            )
+        return z.detach().to(self.device, self.dtype)
+
+    # ---- sites ----
+
+    def pack(self, params: Sites) -> Tensor:
+        """``{site: (*batch, *shape)}``, unconstrained, to ``(*batch, dim)``."""
+        return self.packing.pack(params)
+
+    def unpack(self, z: Tensor) -> Sites:
+        """``(*batch, dim)`` to ``{site: (*batch, *shape)}``, unconstrained."""
+        return self.packing.unpack(z)
+
+    def constrain(self, z: Tensor) -> Sites:
+        """``(*batch, dim)`` to the continuous latents in their own space, ``{site: (*batch, *shape)}``."""
+        if self.prototype is None:
+            free = self.unpack(z)
+            return {name: self.transforms[name].inv(u) if name in self.transforms else u for name, u in free.items()}
+        return self._replay(lambda row, num: row.values, z)
+
+    def deterministic(self, z: Tensor, discrete: Sites | None = None) -> Sites:
+        r"""The model's ``pyro.deterministic`` sites.
+
+        Args:
+            z: Unconstrained vectors. Shape ``(*batch, dim)``.
+            discrete: Draws of the enumerated sites that belong to ``z``, as :meth:`discrete` gave them. Omitted: new
+                draws.
+
+        Returns:
+            ``{site: (*batch, *shape)}``; empty if the model has none.
+        """
+        prototype = self.prototype
+        if prototype is None or not prototype.deterministic:
+            return {}
+        wanted, drawn = Wanted(list(prototype.deterministic)), self.discrete(z) if discrete is None else discrete
+
+        def sites(rows: Row, num: int) -> Sites:
+            return prototype.runs.at(rows, num, wanted, routes=("vmap", "loop"), checked=()).values
+
+        return self._replay(sites, z, drawn)
+
+    def discrete(self, z: Tensor, temperature: int = 1) -> Sites:
+        r"""Enumerated sites drawn from their posterior given ``z`` (``temperature=1``), or the most probable ones (0).
+
+        Returns:
+            ``{site: (*batch, *shape)}``; empty if the model has none.
+        """
+        prototype = self.prototype
+        if prototype is None or not prototype.enumerated:
+            return {}
+
+        def sites(rows: Row, num: int) -> Sites:
+            return discrete_sites(prototype, rows.values, self.route, temperature)
+
+        return self._replay(sites, z, cost=ENUMERATION_COST)
+
+    def _replay(self, fn: Callable[[Row, int], Sites], z: Tensor, drawn: Sites | None = None, cost: int = 1) -> Sites:
+        """``fn`` of rows at ``z`` and at draws that belong to it, in chunks; leading dimensions kept."""
+        prototype, batch = self._sited(), z.shape[:-1]
+        flat = z.detach().to(self.device, self.dtype).reshape(-1, self.dim)
+        more = {name: x.reshape(-1, *prototype.enumerated[name]) for name, x in (drawn or {}).items()}
+        size, parts = max(1, MAX_NUMBERS // max(1, cost * prototype.runs.numel)), []
+        with torch.no_grad(), pyro.validation_enabled(False):
+            for start in range(0, max(1, len(flat)), size):
+                part = flat[start : start + size]
+                values = constrain(prototype, part)[0].values
+                parts.append(fn(Row(values | {k: x[start : start + size] for k, x in more.items()}), len(part)))
+        return {
+            name: torch.cat([p[name] for p in parts]).reshape(batch + parts[0][name].shape[1:]) for name in parts[0]
+        }
+
+    def _sited(self) -> Prototype:
+        if self.prototype is None:
+            raise ValueError("A model must be there to draw from its prior, got a potential_fn. Use start().")
+        return self.prototype
+
+    # ---- points ----
+
+    def prior(self, num: int) -> Tensor:
+        r"""Independent draws of the prior, unconstrained. Shape ``(num, dim)``.
+
+        Raises:
+            ValueError: If a site is improper, or there is no model.
+        """
+        prototype = self._sited()
+        if prototype.improper:
+            raise ValueError(
+                f"The prior must be proper to draw from it, got improper sites {list(prototype.improper)}. Use start()."
+            )
+        wanted = Wanted(list(prototype.transforms))
+        draws = prototype.runs.at(Row({}), num, wanted, routes=("vmap", "loop"), checked=()).values
+        return self.pack({name: transform(draws[name]) for name, transform in prototype.transforms.items()})
+
+    def start(self, num: int) -> Tensor:
+        r"""Starts where log joint and gradient are finite, uniform on (-2, 2) or by the user's ``init_strategy``.
+
+        Returns:
+            Shape ``(num, dim)``.
+
+        Raises:
+            ValueError: If too few are finite in 100 rounds.
+        """
+        starts = self._starts()
+        kept: list[Tensor] = []
+        for _ in range(MAX_TRIES):
+            z = torch.stack([next(starts) for _ in range(num - len(kept))])
+            self.evaluations.gradient += len(z)
+            value, grad = self._density(z, gradient=True)
+            kept.extend(z[torch.isfinite(value) & torch.isfinite(grad).all(-1)].unbind())
+            if len(kept) == num:
+                return torch.stack(kept)
+        raise ValueError(
+            f"The log joint and its gradient must be finite at the starts, got {len(kept)} of {num} in {MAX_TRIES} "
+            "rounds. Pass init_strategy or initial_params inside the support."
+        )
+
+    def _starts(self) -> Iterator[Tensor]:
+        return uniform_starts(self.packing) if self.prototype is None else model_starts(self.prototype)
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """A text, or its beginning."""
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+class Batched:
+    """A function that is batched already."""
+
+    name = "batched"
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.fn = fn
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """``(C, dim)`` to ``(C,)``."""
+        return self.fn(z)
 
 
 def log_joint(
@@ -143,7 +425,8 @@ def from_prototype(sites: Prototype, initial_params: Sites | None) -> LogJoint:
         if oracle is None:
             raise ValueError(explain_no_start(sites))
         refuse_changing_runs(sites, oracle)
-    batched: list[Any] = [Plate(sites), Vmap(SingleChain(sites))]
+    unpack = partial(constrain, sites)
+    batched: list[Any] = [Plate(sites.runs, unpack), Vmap(SingleRow(sites.runs, unpack))]
     if sites.enumerated:
         batched = [EnumeratedPlate(sites), EnumeratedVmap(sites)]
     return LogJoint(packing, [*batched, Loop(density)], oracle=oracle, prototype=sites, transforms=sites.transforms)
@@ -162,10 +445,13 @@ def single_chain(sites: Prototype) -> ModelPotential:
 
 def refuse_changing_runs(sites: Prototype, oracle: Oracle) -> None:
     """A model whose sites come and go, or whose density is random, has no log joint that a kernel could target."""
+    model = sites.runs.model
+    if sites.enumerated:
+        model = poutine.enum(config_enumerate(model), first_available_dim=-sites.max_plate_nesting - 1)
     for z in oracle.points:
-        density_terms(sites, constrain(sites, z)[0], enumerate_discrete=bool(sites.enumerated))
+        sites.runs.terms(constrain(sites, z)[0], model)
     again, _ = value_and_grad(oracle.density, oracle.points[0])
-    if not close(again, oracle.values[0]):
+    if not oracle.same(again, oracle.values[0]):
         raise ValueError(
             f"The log joint must be the same at every run, got {float(oracle.values[0]):g} and {float(again):g} at one "
             "point. Make every random number of the model a sample site, and put networks into eval mode."

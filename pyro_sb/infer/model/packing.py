@@ -61,7 +61,8 @@ class Packing:
         """
         if sites.keys() != self.shapes.keys():
             raise ValueError(
-                f"params must hold exactly the sites {list(self.shapes)}, got {sorted(sites)}. Mend the keys."
+                f"params must hold exactly the sites {list(self.shapes)}, got {sorted(sites)}. Add those that are "
+                "missing, leave the others out."
             )
         batch = self.batch_shape(sites)
         columns = [torch.as_tensor(sites[name]).reshape(*batch, -1) for name in self.shapes]

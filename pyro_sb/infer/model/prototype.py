@@ -1,4 +1,4 @@
-"""What one run of a Pyro model tells: its sites, shapes and transforms."""
+"""A Pyro model as its first run shows it: the layout of its latents, their transforms, and where chains may start."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_sb.infer.model.packing import Packing
+from pyro_sb.infer.model.runs import ModelRuns
 from pyro_sb.infer.model.sites import (
     Site,
     bijection,
     can_sample,
     is_deterministic,
     is_discrete,
-    is_sample,
     latents,
     plate_nesting,
     refuse_moving_supports,
@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 MAX_TRIES = 100  # runs or starts before we give up, as in Pyro
+RADIUS = 2.0  # of starts, in unconstrained space, as Pyro's and Stan's
 
 
 class Start:
@@ -81,37 +82,35 @@ class Start:
 
 @dataclass
 class Prototype:
-    r"""One chain's run of a model, as the batched routes need it.
+    r"""A model's latents, read off one chain's run.
 
     Attributes:
+        runs: The model with its arguments and the places of its sites' dimensions.
+        start: Init strategy of one site.
         packing: Layout of the unconstrained continuous latents.
         transforms: Pyro's convention: ``transforms[name].inv`` maps unconstrained to constrained.
-        batch_shapes: Batch shape of each continuous latent, constrained.
         enumerated: Shape of each discrete latent.
         deterministic: Shape of each ``pyro.deterministic`` site.
         improper: Latents that cannot be sampled from their prior.
         max_plate_nesting: Number of plate dimensions, counted from the right.
-        depth: Number of batch dimensions left of which a chain dimension is free; undeclared ones included.
-        numel: Numbers that one run of the model holds in its sites.
     """
 
-    model: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    runs: ModelRuns
     start: Start
     packing: Packing
     transforms: dict[str, Transform]
-    batch_shapes: dict[str, torch.Size]
     enumerated: dict[str, torch.Size]
     deterministic: dict[str, torch.Size]
     improper: tuple[str, ...]
     max_plate_nesting: int
-    depth: int
-    numel: int
+
+    def trace(self) -> poutine.Trace:
+        """One run with latents by the init strategy."""
+        return run(self.runs.model, self.runs.args, self.runs.kwargs, self.start)
 
     def draw(self) -> Tensor:
         """One start of the init strategy, unconstrained. Shape ``(dim,)``."""
-        nodes = run(self.model, self.args, self.kwargs, self.start).nodes
+        nodes = self.trace().nodes
         return self.packing.pack({name: t(nodes[name]["value"].detach()) for name, t in self.transforms.items()})
 
 
@@ -147,22 +146,15 @@ def prototype(
     chosen = complete(transforms, continuous)
     if transforms is None:
         refuse_moving_supports(chosen, run(model, args, kwargs, start))
-    nesting = plate_nesting(trace) if max_plate_nesting is None else max_plate_nesting
-    stochastic = [site for site in trace.nodes.values() if is_sample(site)]
     return Prototype(
-        model=model,
-        args=args,
-        kwargs=kwargs,
+        runs=ModelRuns.of(trace, model, args, kwargs, max_plate_nesting),
         start=start,
         packing=Packing.like({name: chosen[name](site["value"].detach()) for name, site in continuous.items()}),
         transforms=chosen,
-        batch_shapes={name: site["fn"].batch_shape for name, site in continuous.items()},
         enumerated={name: site["value"].shape for name, site in discrete.items()},
         deterministic={name: site["value"].shape for name, site in trace.nodes.items() if is_deterministic(site)},
         improper=tuple(name for name, site in sorted(continuous.items()) if not can_sample(site["fn"])),
-        max_plate_nesting=nesting,
-        depth=max([nesting, *(len(site["fn"].batch_shape) for site in stochastic)]),
-        numel=sum(torch.as_tensor(site["value"]).numel() for site in stochastic),
+        max_plate_nesting=plate_nesting(trace) if max_plate_nesting is None else max_plate_nesting,
     )
 
 
@@ -187,6 +179,7 @@ def persist(fn: Callable[[], Any]) -> Any:
 
 
 def first_float(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The first tensor of floats among a model's arguments: dtype and device of sites that have none of their own."""
     tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point())
     return next(tensors, None)
 
@@ -198,12 +191,6 @@ def complete(transforms: dict[str, Transform] | None, sites: dict[str, Site]) ->
     if unknown:
         raise ValueError(f"transforms must name continuous latent sites, got {unknown}; the model has {sorted(sites)}.")
     return {name: given[name] if name in given else bijection(name, sites[name]["fn"]).inv for name in sorted(sites)}
-
-
-# Where chains may start, and what to say when they cannot start anywhere
-
-
-RADIUS = 2.0  # as Pyro's and Stan's starts, in unconstrained space
 
 
 def uniform_starts(packing: Packing) -> Iterator[Tensor]:
@@ -222,7 +209,7 @@ def model_starts(prototype: Prototype) -> Iterator[Tensor]:
 
 def explain_no_start(prototype: Prototype) -> str:
     """Which sites keep the log joint from being finite, read off one run of the model."""
-    trace = run(prototype.model, prototype.args, prototype.kwargs, prototype.start)
+    trace = prototype.trace()
     with torch.no_grad(), pyro.validation_enabled(False):
         trace.compute_log_prob()
     bad = [

@@ -1,75 +1,96 @@
-r"""Routes from a Pyro model to a batched log joint, ``(C, dim)`` to ``(C,)``, differentiable row by row.
+r"""Routes to a batched log joint, ``(C, dim)`` to ``(C,)``, and which of them is right.
 
-- :class:`Plate`: one run of the model with the chains as an outermost batch dimension. Fastest; asks that the model's
+- :class:`Plate`: one run of the model with the rows as an outermost batch dimension. Fastest; asks that the model's
   own tensor code broadcasts from the left.
-- :class:`Vmap`: ``torch.func.vmap`` over a single chain's run. Semantically safe, a little slower.
-- :class:`Loop`: a single chain's log joint, chain after chain. Always right, slow.
+- :class:`Vmap`: ``torch.func.vmap`` over a single row's run. Semantically safe, a little slower.
+- :class:`Loop`: a single row's log joint, row after row. Always right, slow.
 
-Models with discrete latents have their own two batched routes, in ``enumeration``.
+The first that agrees with the single row's log joint is taken (:class:`CheckedDensity`). Models with discrete latents
+have their own two batched routes, in ``enumeration``.
 """
 
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
-from pyro import poutine
-from pyro.distributions.util import scale_and_mask
-from pyro.infer import config_enumerate
 from pyro.infer.mcmc.util import initialize_model
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import Transform
 from torch.distributions.transforms import ComposeTransform, IndependentTransform
 
 from pyro_sb.infer.model.packing import Packing
-from pyro_sb.infer.model.prototype import Prototype
+from pyro_sb.infer.model.prototype import MAX_TRIES, Prototype
+from pyro_sb.infer.model.runs import ModelRuns, Row, close
 
 __all__ = [
+    "CheckedDensity",
     "Loop",
     "ModelPotential",
+    "Oracle",
     "Plate",
-    "SingleChain",
+    "SingleRow",
     "UserPotential",
     "Vmap",
-    "chain_values",
+    "as_density",
     "constrain",
-    "density_terms",
-    "unknown_site",
+    "find_oracle",
+    "value_and_grad",
 ]
 
+logger = logging.getLogger(__name__)
+Density = Callable[[Tensor], Tensor]
+Unpack = Callable[[Tensor], tuple[Row, Tensor]]
 Potential = Callable[[dict[str, Tensor]], Tensor]
+Route = Any  # an object with a `name` that maps (C, dim) to (C,)
+# accidental broadcasting depends on the batch size: 1 hides it, a coincidence with one size shows at another
+BATCH_SIZES = (1, 2, 3, 5)
+NUM_POINTS = 4
+NATS = 1e-3  # by which a batched log joint may differ from a single one, beyond rounding
 
 
 class Plate:
-    """One run of the model on all chains: each site's value has shape ``(C, 1, ..., 1, *batch, *event)``."""
+    r"""One run of the model on all rows: each site's value has shape ``(C, 1, ..., 1, *batch, *event)``.
+
+    Args:
+        runs: The model; every latent is among the rows' values.
+        unpack: From vectors ``(*, dim)`` to rows, and the log Jacobian of the map.
+    """
 
     name = "plate"
 
-    def __init__(self, prototype: Prototype) -> None:
-        self.prototype = prototype
+    def __init__(self, runs: ModelRuns, unpack: Unpack) -> None:
+        self.runs, self.unpack = runs, unpack
 
     def __call__(self, z: Tensor) -> Tensor:
         """``(C, dim)`` to ``(C,)``."""
-        values, total = constrain(self.prototype, z)
-        for term in density_terms(self.prototype, chain_values(self.prototype, values)):
-            total = total + self.per_chain(term)
+        rows, total = self.unpack(z)
+        for term in self.runs.terms(self.runs.widened(rows)):
+            total = total + self.runs.by_row(term)
         return total.expand(len(z))
 
-    def per_chain(self, term: Tensor) -> Tensor:
-        """Sum all dimensions but the chains', the leftmost; a term without it is one constant for every chain."""
-        if term.dim() <= self.prototype.depth:
-            return term.sum()
-        rest = tuple(range(1, term.dim()))
-        return term.sum(rest) if rest else term
+
+class SingleRow:
+    """Log joint of one row by our own run of the model, free of what vmap cannot do; arguments as of `Plate`."""
+
+    def __init__(self, runs: ModelRuns, unpack: Unpack) -> None:
+        self.runs, self.unpack = runs, unpack
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """``(dim,)`` to ``()``."""
+        row, log_det = self.unpack(z)
+        return sum((term.sum() for term in self.runs.terms(row)), log_det)
 
 
 class Vmap:
-    """``torch.func.vmap`` of a single chain's log density."""
+    """``torch.func.vmap`` of a single row's log density."""
 
     name = "vmap"
 
-    def __init__(self, density: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, density: Density) -> None:
         self.density = density
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -78,11 +99,11 @@ class Vmap:
 
 
 class Loop:
-    """A single chain's log density, chain after chain."""
+    """A single row's log density, row after row."""
 
     name = "loop"
 
-    def __init__(self, density: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, density: Density) -> None:
         self.density = density
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -90,30 +111,15 @@ class Loop:
         return torch.stack([self.density(row) for row in z.unbind()]) if len(z) else z.new_zeros(0)
 
 
-# ---- one chain ----
-
-
-class SingleChain:
-    """Log joint of one chain by our own run of the model, free of what vmap cannot do; no discrete latents."""
-
-    def __init__(self, prototype: Prototype) -> None:
-        self.prototype = prototype
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """``(dim,)`` to ``()``."""
-        values, log_det = constrain(self.prototype, z)
-        return sum((term.sum() for term in density_terms(self.prototype, values)), log_det)
-
-
 class ModelPotential:
     """Log joint of one chain by Pyro's own potential: the oracle that the batched routes must agree with."""
 
     def __init__(self, prototype: Prototype) -> None:
-        self.packing = prototype.packing
+        self.packing, runs = prototype.packing, prototype.runs
         _, self.potential, _, _ = initialize_model(
-            prototype.model,
-            prototype.args,
-            prototype.kwargs,
+            runs.model,
+            runs.args,
+            runs.kwargs,
             transforms=prototype.transforms,
             max_plate_nesting=prototype.max_plate_nesting,
             init_strategy=prototype.start,
@@ -139,66 +145,15 @@ class UserPotential:
         return -value.reshape(())
 
 
-# ---- pieces ----
-
-
-class DensityMessenger(Messenger):
-    """Puts given values at the latent sites and collects every site's log density, scaled and masked."""
-
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-        self.seen: set[str] = set()
-        self.terms: list[Tensor] = []
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values:
-            self.seen.add(msg["name"])
-            msg["value"], msg["is_observed"] = self.values[msg["name"]], True
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        fn = msg["fn"]
-        if isinstance(fn, _Subsample) or msg["infer"].get("_deterministic"):
-            return
-        if not msg["is_observed"] and msg["infer"].get("_enumerate_dim") is None:
-            raise unknown_site(msg["name"])
-        log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-        self.terms.append(scale_and_mask(log_prob, msg["scale"], msg["mask"]))
-
-
-def unknown_site(name: str) -> ValueError:
-    """What to say of a latent that the first run did not have."""
-    return ValueError(
-        f"The model must have the same latent sites at every run, got a new one, {name!r}. Sample it always and ignore "
-        "it where it is not used."
-    )
-
-
-def density_terms(prototype: Prototype, values: dict[str, Tensor], *, enumerate_discrete: bool = False) -> list[Tensor]:
-    """Log densities of all sites with the continuous latents at ``values``; refuses sites that come and go."""
-    model = prototype.model
-    if enumerate_discrete:
-        model = poutine.enum(config_enumerate(model), first_available_dim=-prototype.max_plate_nesting - 1)
-    with DensityMessenger(values) as messenger:
-        model(*prototype.args, **prototype.kwargs)
-    missing = sorted(values.keys() - messenger.seen)
-    if missing:
-        raise ValueError(
-            f"The model must have the same latent sites at every run, got one without {missing}. Sample them always "
-            "and ignore them where they are not used."
-        )
-    return messenger.terms
-
-
-def constrain(prototype: Prototype, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    r"""Constrained latents, and the log Jacobian of the map.
+def constrain(prototype: Prototype, z: Tensor) -> tuple[Row, Tensor]:
+    r"""Rows of constrained latents, and the log Jacobian of the map.
 
     Args:
         prototype: The model's sites.
         z: Unconstrained vectors. Shape ``(*batch, dim)``.
 
     Returns:
-        ``{name: (*batch, *shape)}`` and :math:`\log |\partial x / \partial z|`, shape ``(*batch,)`` or ``()``.
+        Values ``{name: (*batch, *shape)}`` and :math:`\log |\partial x / \partial z|`, shape ``(*batch,)`` or ``()``.
     """
     values, log_det = prototype.packing.unpack(z), z.new_zeros(())
     for name, transform in prototype.transforms.items():
@@ -208,7 +163,7 @@ def constrain(prototype: Prototype, z: Tensor) -> tuple[dict[str, Tensor], Tenso
         x = values[name] = transform.inv(u)
         term = transform.log_abs_det_jacobian(x, u)
         log_det = log_det - term.reshape(*z.shape[:-1], -1).sum(-1)
-    return values, log_det
+    return Row(values), log_det
 
 
 def is_identity(transform: Transform) -> bool:
@@ -219,7 +174,171 @@ def is_identity(transform: Transform) -> bool:
     return isinstance(inner, ComposeTransform) and not inner.parts
 
 
-def chain_values(prototype: Prototype, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``(C, *batch, *event)`` with the chains moved left of all plates: ``(C, 1, ..., 1, *batch, *event)``."""
-    gaps = {name: prototype.depth - len(batch) for name, batch in prototype.batch_shapes.items()}
-    return {name: x.reshape(x.shape[:1] + (1,) * gaps[name] + x.shape[1:]) for name, x in values.items()}
+def value_and_grad(density: Density, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Value of ``density`` and its gradient at ``z``; zeros where it does not depend on ``z``."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        value = density(z)
+        if not value.requires_grad:
+            return value, torch.zeros_like(z)
+        (grad,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
+    return value.detach(), torch.zeros_like(z) if grad is None else grad
+
+
+def as_density(value: Tensor) -> Tensor:
+    """Not finite becomes ``-inf``."""
+    return torch.where(torch.isfinite(value), value, -torch.inf)
+
+
+@dataclass
+class Oracle:
+    r"""The single row's log joint with a few points where it and its gradient are known and finite.
+
+    Attributes:
+        density: ``(dim,)`` to ``()``.
+        points: Shape ``(P, dim)``; ``values`` ``(P,)`` and ``grads`` ``(P, dim)`` belong to them.
+    """
+
+    density: Density
+    points: Tensor
+    values: Tensor
+    grads: Tensor
+
+    def objection(self, route: Density) -> str | None:
+        """Why ``route`` cannot be used; None if it agrees in value and gradient for several batch sizes."""
+        for size in BATCH_SIZES:
+            rows = torch.arange(size) % len(self.points)
+            try:
+                value, grad = value_and_grad(route, self.points[rows])
+            except Exception as error:  # whatever the user's model raises when it meets a batch
+                return f"{type(error).__name__}: {first_line(error)}"
+            if value.shape != (size,):
+                return f"values of shape {tuple(value.shape)} for {size} chains"
+            if not self.same(value, self.values[rows]):
+                return f"wrong values for {size} chains"
+            known = self.grads[rows]
+            if not close(grad, known, floor=torch.inf, scale=known.abs().amax(-1, keepdim=True)):
+                return f"wrong gradients for {size} chains"
+        return None
+
+    def confirms(self, z: Tensor, value: Tensor) -> bool:
+        """Whether ``value`` at one row of ``z`` is right; rows that are not finite cannot tell and are left alone."""
+        finite = torch.isfinite(value).nonzero()
+        if not len(finite):
+            return True
+        row = int(finite[-1])
+        try:
+            with torch.no_grad():
+                return self.same(value[row], self.density(z[row]))
+        except torch.linalg.LinAlgError:  # on the edge of what can be factored, which a batch may do and one row not
+            return True
+
+    @staticmethod
+    def same(value: Tensor, known: Tensor) -> bool:
+        """Whether log joints are equal up to :data:`NATS` and the rounding of numbers of their size."""
+        return close(value, known, floor=NATS, scale=known.abs().amax())
+
+
+def find_oracle(density: Density, starts: Iterator[Tensor]) -> Oracle | None:
+    """Collect points with a finite log joint and gradient from ``starts``; None if there is none."""
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for _, z in zip(range(MAX_TRIES), starts, strict=False):
+        try:
+            value, grad = value_and_grad(density, z)
+        except torch.linalg.LinAlgError:
+            continue
+        if torch.isfinite(value) and torch.isfinite(grad).all():
+            found.append((z, value, grad))
+        if len(found) == NUM_POINTS:
+            break
+    return Oracle(density, *map(torch.stack, zip(*found, strict=True))) if found else None
+
+
+class CheckedDensity:
+    r"""A batched density that may change its route, never its values.
+
+    The first of ``routes`` that agrees with the oracle at several batch sizes is used. A plate of chains can still go
+    wrong in silence where the number of chains equals another size of the model, so each new batch size is checked on
+    one row.
+
+    Args:
+        routes: Fastest first; a loop, which is taken to be right, last.
+        oracle: The single chain's density at a few points; None to trust the first route.
+    """
+
+    def __init__(self, routes: list[Route], oracle: Oracle | None) -> None:
+        self.routes = routes
+        self.oracle = oracle
+        self.objections: list[str] = []
+        self.sizes_checked: set[int] = set()
+        self._settle()
+
+    @property
+    def route(self) -> str:
+        """Name of the route in use."""
+        return self.routes[0].name
+
+    def __call__(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        """Values ``(C,)`` and, if asked, gradients ``(C, dim)``, as the route in use gives them, NaN included."""
+        if not len(z):
+            return z.new_zeros(0), torch.zeros_like(z)
+        value, grad = self._attempt(z, gradient)
+        if self.route != "plate" or len(z) in self.sizes_checked:
+            return value, grad
+        if self._confirmed(z, value):
+            self.sizes_checked.add(len(z))
+            return value, grad
+        self._demote(f"wrong values for {len(z)} chains")
+        return self(z, gradient)
+
+    def _attempt(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        """One call of the route; a row whose matrix cannot be factored gets NaN and does not spoil its neighbours."""
+        try:
+            with pyro.validation_enabled(False):
+                if gradient:
+                    return value_and_grad(self.routes[0], z)
+                with torch.no_grad():
+                    return self.routes[0](z), torch.empty_like(z)
+        except torch.linalg.LinAlgError:
+            if len(z) == 1:
+                return z.new_full((1,), torch.nan), torch.zeros_like(z)
+            halves = [self._attempt(half, gradient) for half in z.tensor_split(2)]
+            return torch.cat([value for value, _ in halves]), torch.cat([grad for _, grad in halves])
+
+    def _confirmed(self, z: Tensor, value: Tensor) -> bool:
+        """Whether the single chain agrees: a batch size that equals a data size can broadcast in silence."""
+        if self.oracle is None:
+            return True
+        if len(z) > 1 and bool((z == z[0]).all()):  # equal rows hide mixed-up chains, so spread them
+            z = z + torch.linspace(-0.05, 0.05, len(z), dtype=z.dtype, device=z.device)[:, None]
+            value, _ = self._attempt(z, gradient=False)
+        with pyro.validation_enabled(False):
+            return self.oracle.confirms(z, value)
+
+    def _demote(self, objection: str) -> None:
+        """Drop the route in use for the next one that agrees with the single chain; the loop always does."""
+        self.objections.append(f"{self.routes.pop(0).name}: {objection}")
+        self._settle()
+
+    def _settle(self) -> None:
+        """Make the first route that agrees with the oracle the one in use, and warn if only the loop is left."""
+        while self.route != "loop" and self.oracle is not None:
+            with pyro.validation_enabled(False):
+                objection = self.oracle.objection(self.routes[0])
+            if objection is None:
+                logger.info("log joint by route %r (%s)", self.route, "; ".join(self.objections) or "first choice")
+                return
+            self.objections.append(f"{self.routes.pop(0).name}: {objection}")
+        if self.route == "loop":
+            warnings.warn(
+                "Chains are evaluated one by one, which is slow: no batched route agrees with the single chain "
+                f"({'; '.join(self.objections)}). Write the model so that batches of chains can pass: dim=-1 in sums, "
+                "Vindex for indices, torch.where for Python's if, no .item().",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of an error's message."""
+    return (str(error).strip() or "no message").splitlines()[0][:200]

@@ -1,41 +1,115 @@
-"""Running a model at given latents, or at its prior: the values of wanted sites, for many chains, in bounded memory."""
+r"""Runs of a Pyro model on many rows: values :math:`x_i` and log densities :math:`\log p(x_i | \ldots)` of its sites.
+
+A *row* (`Row`) says at which values one run has some of its sites; the others are drawn, or are data. Three routes lead
+from one run to many: one run under an outermost plate of rows, which asks that the model's own tensor code broadcasts
+from the left; ``torch.func.vmap`` of single runs; and a loop over them, which is always right. The log joint, that of
+pairs, a simulator's batches and what `to_arviz` adds to draws are all made here.
+"""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from pyro_sb.infer.model.prototype import Prototype, Start, can_sample, first_float, is_deterministic, is_sample, run
+from pyro_sb.infer.model.sites import Site, base_of, is_deterministic, is_sample, plate_nesting
 
-__all__ = ["ModelRuns", "PlainSampling", "RunSites", "chunked", "deterministic_sites", "prior_draws"]
+__all__ = ["Found", "ModelRuns", "PlainSampling", "Row", "close", "unknown_site"]
 
+logger = logging.getLogger(__name__)
 Sites = dict[str, Tensor]
-MAX_NUMBERS = 2**23  # numbers that one chunk of runs may hold in its sites, 64 MB in float64
+MAX_NUMBERS = 2**22  # numbers in the sites of one batch of runs, 32 MB in float64
+BLOCK = 256  # runs one by one in a batch
+ROWS = "_pyro_sb_runs"  # name of the plate of rows
 
 
-class Record(Messenger):
-    """Puts given values at latent sites and keeps the values of wanted sites."""
+class Row(NamedTuple):
+    """One run: constrained values of some sites; of observed ones a mask of the entries that are there.
 
-    def __init__(self, values: Sites, wanted: Iterable[str]) -> None:
+    Of many rows every tensor has one more dimension, the first.
+    """
+
+    values: Sites
+    present: Sites = {}
+
+
+class Found(NamedTuple):
+    r"""Read off many runs: values ``(num, *value)`` and elementwise log densities ``(num, *batch)``, by site.
+
+    Log densities are 0 where masked; scales, which belong to an objective and not to a density, are left out.
+    """
+
+    values: Sites
+    log_probs: Sites
+
+
+class AtRow(Messenger):
+    """Puts a row's values at their sites; keeps every site, and log densities of those that are scored.
+
+    Args:
+        row: The values.
+        event_dims: As of `ModelRuns`.
+        scored: Names of sites whose log density is kept, without scale. None: of all but deterministic sites, scaled;
+            then a latent that the row does not have is an error.
+        resample: Draw observed sites that the row does not have, instead of leaving them at the data.
+    """
+
+    def __init__(
+        self, row: Row, event_dims: dict[str, int], scored: Sequence[str] | None, resample: bool = False
+    ) -> None:
         super().__init__()
-        self.values, self.wanted = values, frozenset(wanted)
-        self.found: Sites = {}
+        self.row, self.event_dims, self.scored, self.resample = row, event_dims, scored, resample
+        self.sites: dict[str, Site] = {}
+        self.log_probs: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values:
-            msg["value"], msg["is_observed"] = self.values[msg["name"]], True
+        name = msg["name"]
+        if name in self.row.values:
+            msg["value"], msg["is_observed"] = self.row.values[name], True
+        elif self.resample and msg["is_observed"] and not is_deterministic(msg):
+            msg["value"], msg["is_observed"], msg["done"] = None, False, False
+        if name in self.row.present:
+            msg["fn"] = PresentEntries(msg["fn"], self.row.present[name], self.event_dims[name])
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] in self.wanted:
-            self.found[msg["name"]] = msg["value"]
+        name = msg["name"]
+        if isinstance(msg["fn"], _Subsample):
+            return
+        self.sites[name] = msg
+        if self.scored is not None and name in self.scored:
+            self.log_probs[name] = log_prob_of(msg)
+        if self.scored is None and not msg["infer"].get("_deterministic"):
+            if not msg["is_observed"] and msg["infer"].get("_enumerate_dim") is None:
+                raise unknown_site(name)
+            self.log_probs[name] = log_prob_of(msg, scale=msg["scale"])  # now: autograd sums gradients in this order
+
+
+class PresentEntries:
+    """A distribution's log density without the entries that are missing."""
+
+    def __init__(self, fn: Any, present: Tensor, event_dims: int) -> None:
+        self.fn, self.present, self.event_dims = fn, present, event_dims
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Sum over events of the entries that are there."""
+        base = base_of(self.fn)
+        extra = len(base.batch_shape) - len(self.fn.batch_shape)
+        present = self.present
+        for _ in range(self.event_dims):  # entries of one event are there together
+            present = present[..., 0]
+        log_prob = base.log_prob(value)
+        log_prob = torch.where(present, log_prob, torch.zeros_like(log_prob))
+        return log_prob.sum(tuple(range(-extra, 0))) if extra else log_prob
 
 
 class PlainSampling(Messenger):
@@ -46,219 +120,272 @@ class PlainSampling(Messenger):
             msg["value"] = msg["fn"].sample()
 
 
-def record(prototype: Prototype, wanted: Iterable[str], values: Sites) -> Sites:
-    """Values of the ``wanted`` sites in one chain's run with latents at ``values``."""
-    with Record(values, wanted) as messenger:
-        prototype.model(*prototype.args, **prototype.kwargs)
-    return messenger.found
+class Wanted(NamedTuple):
+    """Sites whose values, and whose log densities, are read off a run; ``resample`` draws observed sites too."""
 
-
-def deterministic_sites(prototype: Prototype, values: Sites) -> Sites:
-    """``pyro.deterministic`` sites at constrained ``values``, discrete ones among them. Shape ``(C, *shape)`` each."""
-    return by_vmap_or_loop(partial(record, prototype, prototype.deterministic), values)
-
-
-def prior_draws(prototype: Prototype, num: int) -> Sites:
-    """Independent draws of the continuous latents from the prior, constrained. Shape ``(num, *shape)`` each."""
-    index = {"draw": torch.zeros(num)}  # no site's name, only something to map over
-    with PlainSampling():
-        return by_vmap_or_loop(lambda _: record(prototype, prototype.transforms, {}), index)
-
-
-def by_vmap_or_loop(one: Callable[[Sites], Sites], inputs: Sites) -> Sites:
-    """``one`` on every row of ``inputs``: under vmap where the model allows it, else row by row."""
-    try:
-        return torch.func.vmap(one, randomness="different")(inputs)
-    except Exception:  # something in the user's model that vmap does not know; the loop raises what is truly wrong
-        found = [one(dict(zip(inputs, row))) for row in zip(*(x.unbind() for x in inputs.values()))]
-        return {name: torch.stack([row[name] for row in found]) for name in found[0]}
-
-
-def chunked(fn: Callable[[Sites], Sites], inputs: Sites, numbers_a_row: int) -> Sites:
-    """``fn`` on rows of ``inputs``, ``(C, ...)`` each, in chunks that hold at most :data:`MAX_NUMBERS` numbers."""
-    num_rows = max(1, MAX_NUMBERS // max(1, numbers_a_row))
-    chunks = zip(*(x.split(num_rows) for x in inputs.values()))
-    with torch.no_grad(), pyro.validation_enabled(False):
-        parts = [fn(dict(zip(inputs, chunk))) for chunk in chunks]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-# A Pyro model run at many draws at once: values and elementwise log densities of its sites, in the shapes of one run
-
-
-logger = logging.getLogger(__name__)
-Draws = dict[str, Tensor]
-Trace = Any
-MAX_BATCH = 2**22  # numbers in the sites of one batch, 32 MB in float64
+    values: Sequence[str]
+    log_probs: Sequence[str] = ()
+    resample: bool = False
 
 
 @dataclass
-class RunSites:
-    r"""What a batch of runs gave.
+class ModelRuns:
+    r"""A Pyro model with its arguments, and the places of its sites' dimensions, as one run has them.
 
     Attributes:
-        values: Every sample and deterministic site. Each of shape ``(num, *value)``.
-        log_probs: Log density of every sample site, elementwise: 0 where masked, scales left out. Each of shape
-            ``(num, *batch)``.
-    """
-
-    values: Draws
-    log_probs: Draws
-
-
-class ModelRuns:
-    r"""Runs of a model with its latents at given draws.
-
-    Args:
         model: Pyro model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        draw: One draw of its latents, at which it is run once to learn its structure.
-
-    Attributes:
-        observed: The data, site by site; no deterministic sites, factors or subsampling sites.
-        missing: Latents that ``draw`` leaves open.
-        improper: Latents that cannot be sampled.
-        shapes: Shape of each site's value.
-        plates: Names of each site's dimensions, from its plates; ``None`` where a dimension belongs to no plate.
+        batch_shapes: Batch shape of each random site, latent or observed.
+        shapes: Shape of each site's value, deterministic ones included; no factors.
+        log_prob_shapes: Shape of each random site's log density.
+        depth: Number of batch dimensions, undeclared ones included: left of them a dimension of rows is free.
+        numel: Numbers that one run holds in its sites.
+        event_dims: Of observed sites whose entries may be missing: number of event dimensions that ``to_event`` did
+            not make.
+        returned: From the model's return value to further sites, for a function that returns its observations.
     """
 
-    def __init__(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], draw: Draws) -> None:
-        self.model, self.args, self.kwargs = model, args, kwargs
-        start = Start(like=first_float(args, kwargs))
-        nodes = run(poutine.condition(model, data=draw), args, kwargs, start).nodes
-        sites = {name: site for name, site in nodes.items() if is_sample(site) and not site_is_factor(site)}
-        stochastic = {name: site for name, site in sites.items() if not is_deterministic(site)}
-        self.stochastic = list(stochastic)
-        self.observed = {k: s["value"] for k, s in stochastic.items() if s["is_observed"] and k not in draw}
-        self.missing = [name for name, site in stochastic.items() if not site["is_observed"]]
-        self.improper = [k for k, s in stochastic.items() if k not in self.observed and not can_sample(s["fn"])]
-        self.shapes = {name: torch.as_tensor(site["value"]).shape for name, site in sites.items()}
-        self.plates = {name: _plate_names(site) for name, site in sites.items()}
-        self._batch_dims = {name: len(site["fn"].batch_shape) for name, site in stochastic.items()}
-        self._log_prob_shapes = {name: _log_prob(site).shape for name, site in stochastic.items()}
-        self._numel = 1 + sum(shape.numel() for shape in self.shapes.values())
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    batch_shapes: dict[str, torch.Size]
+    shapes: dict[str, torch.Size]
+    log_prob_shapes: dict[str, torch.Size]
+    depth: int
+    numel: int
+    event_dims: dict[str, int] = field(default_factory=dict)
+    returned: Callable[[Any], Sites] | None = None
 
-    def at(self, draws: Draws, num: int, *, resample: bool = False) -> RunSites:
-        r"""Run the model ``num`` times.
+    @classmethod
+    def of(
+        cls,
+        trace: poutine.Trace,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        max_plate_nesting: int | None = None,
+    ) -> "ModelRuns":
+        """Runs of a model of which one was traced."""
+        nodes = {name: site for name, site in trace.nodes.items() if is_sample(site)}
+        named = {name: site for name, site in nodes.items() if not site_is_factor(site)}
+        random = {name: site for name, site in named.items() if not is_deterministic(site)}
+        nesting = plate_nesting(trace) if max_plate_nesting is None else max_plate_nesting
+        return cls(
+            model=model,
+            args=args,
+            kwargs=kwargs,
+            batch_shapes={name: site["fn"].batch_shape for name, site in random.items()},
+            shapes={name: torch.as_tensor(site["value"]).shape for name, site in named.items()},
+            log_prob_shapes={name: masked_shape(site) for name, site in random.items()},
+            depth=max([nesting, *(len(site["fn"].batch_shape) for site in nodes.values())]),
+            numel=sum(torch.as_tensor(site["value"]).numel() for site in nodes.values()),
+        )
+
+    # ---- one run: of one row, or of many that are widened ----
+
+    def run(
+        self,
+        row: Row,
+        scored: Sequence[str] | None,
+        *,
+        resample: bool = False,
+        model: Callable[..., Any] | None = None,
+    ) -> tuple[AtRow, Any]:
+        """Sites of one run, and the model's return value; refuses a run without a site that the row has."""
+        with AtRow(row, self.event_dims, scored, resample) as at:
+            result = (model or self.model)(*self.args, **self.kwargs)
+        missing = sorted(row.values.keys() - at.sites.keys())
+        if missing:
+            raise ValueError(
+                f"The model must have the same latent sites at every run, got one without {missing}. Sample them "
+                "always and ignore them where they are not used."
+            )
+        return at, result
+
+    def terms(self, row: Row, model: Callable[..., Any] | None = None) -> list[Tensor]:
+        """Log densities of all sites, scaled and masked; refuses latents that the row does not have."""
+        at, _ = self.run(row, None, model=model)
+        return list(at.log_probs.values())
+
+    def read(self, row: Row, wanted: Wanted) -> Found:
+        """Values and log densities of one run; sites that the row does not have are drawn, or are data."""
+        at, result = self.run(row, wanted.log_probs, resample=wanted.resample)
+        found = {n: torch.as_tensor(at.sites[n]["value"]).detach() for n in wanted.values if n in at.sites}
+        if self.returned is not None and not set(wanted.values) <= found.keys():  # else they are deterministic sites
+            found |= self.returned(result)
+        return Found(found, {name: at.log_probs[name] for name in wanted.log_probs})
+
+    def widened(self, rows: Row) -> Row:
+        """``(C, *batch, *event)`` with the rows left of all plates: ``(C, 1, ..., 1, *batch, *event)``."""
+        gaps = {name: (1,) * (self.depth - len(batch)) for name, batch in self.batch_shapes.items()}
+        widen = (
+            {name: x.reshape(x.shape[:1] + gaps[name] + x.shape[1:]) for name, x in sites.items()} for sites in rows
+        )
+        return Row(*widen)
+
+    def by_row(self, term: Tensor) -> Tensor:
+        """Sum of all dimensions but the rows', the leftmost; a term without it is one constant for every row."""
+        if term.dim() <= self.depth:
+            return term.sum()
+        rest = tuple(range(1, term.dim()))
+        return term.sum(rest) if rest else term
+
+    # ---- many rows ----
+
+    def at(self, rows: Row, num: int, wanted: Wanted, **how: Any) -> Found:
+        """Runs of ``num`` rows; ``how`` as in `batches`."""
+        return joined(list(self.batches(rows, num, wanted, **how)))
+
+    def batches(
+        self,
+        rows: Row,
+        num: int,
+        wanted: Wanted,
+        *,
+        routes: Sequence[str] = ("plate", "vmap", "loop"),
+        checked: Sequence[str] = ("plate", "vmap"),
+        progress: bool = False,
+    ) -> Iterator[Found]:
+        r"""Runs of ``num`` rows, in batches that fit in memory, by the first route that serves.
 
         Args:
-            draws: Latents to set, constrained. Each of shape ``(num, *site)``. Other latents are sampled.
+            rows: Values of some sites, none of them if it is empty. Each of shape ``(num, *site)``.
             num: Number of runs.
-            resample: Draw the observed sites too, instead of leaving them at the data.
-
-        Returns:
-            Values and elementwise log densities of the sites.
+            wanted: What is read.
+            routes: Fastest first, the loop last.
+            checked: Routes whose first, middle and last row of every batch must be what single runs give with every
+                site at that row's value. Vmap may go unchecked: its rows are independent by construction.
+            progress: Show a bar where rows are run one by one.
         """
-        draws = {name: draws[name] for name in draws if name in self.stochastic}
-        model = poutine.uncondition(self.model) if resample else self.model
-        routes: list[Callable[[Any, Draws, int], RunSites]] = [self._plate, self._vmap, self._loop]
-        rows = max(1, MAX_BATCH // self._numel)
-        batches = []
-        for start in range(0, num, rows):
-            size = min(rows, num - start)
-            batch = {name: value[start : start + size] for name, value in draws.items()}
+        left, done = list(routes), 0
+        while len(left) > 1 and done < num:
+            size = min(self._batch_size(), num - done)
+            found = self._served(left[0], slice_rows(rows, done, size), size, wanted, left[0] in checked)
+            if found is None:
+                left.pop(0)
+            else:
+                yield found
+                done += size
+        with tqdm(total=num, initial=done, desc="Run one by one", disable=not progress or done >= num) as bar:
+            while done < num:
+                size = min(BLOCK, num - done)
+                yield self._loop(slice_rows(rows, done, size), size, wanted, bar.update)
+                done += size
+
+    def _batch_size(self) -> int:
+        """Rows of a batch: bounded in memory, and equal to no size of the model, which could broadcast in silence."""
+        rows = max(1, MAX_NUMBERS // max(1, self.numel))
+        sizes = {size for shape in self.shapes.values() for size in (*shape, shape.numel())}
+        return next(n for n in range(rows, rows + len(sizes) + 2) if n not in sizes)
+
+    def _served(self, route: str, rows: Row, num: int, wanted: Wanted, checked: bool) -> Found | None:
+        """A batch by a route; None where it fails or disagrees with single runs."""
+        asked = Wanted(list(self.shapes), list(self.batch_shapes), wanted.resample) if checked else wanted
+        try:
             with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
-                batches.append(self._first_that_agrees(routes, model, batch, size))
-        return RunSites(
-            _stacked([b.values for b in batches], torch.cat), _stacked([b.log_probs for b in batches], torch.cat)
-        )
+                found = self._plate(rows, num, asked) if route == "plate" else self._vmap(rows, num, asked)
+                if not checked or all(self._agrees(found, i, rows.present) for i in {0, num // 2, num - 1}):
+                    return Found(*(pick(sites, names) for sites, names in zip(found, wanted)))
+            reason = "it disagrees with a single run"
+        except Exception as error:  # whatever the user's model raises when it meets a batch
+            reason = f"{type(error).__name__}: {error}"
+        logger.info("The model cannot be run by %s: %s.", route, reason)
+        return None
 
-    def _first_that_agrees(self, routes: list[Any], model: Any, batch: Draws, size: int) -> RunSites:
-        """Try routes in order, dropping from the list those that fail, so that later batches do not try again."""
-        while len(routes) > 1:
-            try:
-                sites = routes[0](model, batch, size)
-                if all(self._agrees(sites, row) for row in {0, size // 2, size - 1}):
-                    return sites
-                reason = "it disagrees with a single run"
-            except Exception as error:  # whatever the user's model raises when it meets a batch
-                reason = f"{type(error).__name__}: {error}"
-            logger.info("The model cannot be run by %s: %s.", routes[0].__name__, reason)
-            routes.pop(0)
-        return routes[0](model, batch, size)
-
-    def _agrees(self, sites: RunSites, row: int) -> bool:
+    def _agrees(self, found: Found, i: int, present: Sites) -> bool:
         """Whether a row of a batch is what a single run gives with every site at that row's value."""
-        model = poutine.uncondition(self.model)
-        single = self._single(model, {name: sites.values[name][row] for name in self.stochastic})
-        pairs = [(sites.values[name][row], value) for name, value in single.values.items()]
-        pairs += [(sites.log_probs[name][row], value) for name, value in single.log_probs.items()]
-        return all(a.shape == b.shape and _close(a, b) for a, b in pairs)
+        row = Row(
+            {name: found.values[name][i] for name in self.batch_shapes}, {name: x[i] for name, x in present.items()}
+        )
+        single = self.read(row, Wanted(list(found.values), list(found.log_probs), resample=True))
+        pairs = [(sites[name][i], value) for sites, one in zip(found, single) for name, value in one.items()]
+        return all(a.shape == b.shape and close(a, b, floor=1e-5) for a, b in pairs)
 
-    def _single(self, model: Any, draw: Draws) -> RunSites:
-        trace = poutine.trace(poutine.condition(model, data=draw)).get_trace(*self.args, **self.kwargs)
-        return RunSites(
-            {name: torch.as_tensor(trace.nodes[name]["value"]) for name in self.shapes},
-            {name: _log_prob(trace.nodes[name]) for name in self.stochastic},
+    def _plate(self, rows: Row, num: int, wanted: Wanted) -> Found:
+        with pyro.plate(ROWS, num, dim=-self.depth - 1):
+            found = self.read(self.widened(rows), wanted)
+        return Found(
+            *(
+                {name: fitted(x, num, shapes[name]) for name, x in sites.items()}
+                for sites, shapes in zip(found, (self.shapes, self.log_prob_shapes))
+            )
         )
 
-    def _loop(self, model: Any, draws: Draws, num: int) -> RunSites:
-        runs = [self._single(model, {name: value[row] for name, value in draws.items()}) for row in range(num)]
-        return RunSites(
-            _stacked([r.values for r in runs], torch.stack), _stacked([r.log_probs for r in runs], torch.stack)
-        )
+    def _vmap(self, rows: Row, num: int, wanted: Wanted) -> Found:
+        with PlainSampling(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)  # of what torch cannot batch
+            one = torch.func.vmap(lambda _, row: self.read(row, wanted), randomness="different")
+            return one(torch.zeros(num), rows)
 
-    def _vmap(self, model: Any, draws: Draws, num: int) -> RunSites:
-        def single(_: Tensor, draw: Draws) -> tuple[Draws, Draws]:
-            sites = self._single(model, draw)
-            return sites.values, sites.log_probs
-
-        with PlainSampling():
-            return RunSites(*torch.func.vmap(single, randomness="different")(torch.zeros(num), draws))
-
-    def _plate(self, model: Any, draws: Draws, num: int) -> RunSites:
-        depth = max([0, *self._batch_dims.values()])
-
-        def batched(*args: Any, **kwargs: Any) -> Any:
-            with pyro.plate("_pyro_sb_runs", num, dim=-depth - 1):
-                return model(*args, **kwargs)
-
-        widened = {
-            name: value.reshape(num, *[1] * (depth - self._batch_dims[name]), *self.shapes[name])
-            for name, value in draws.items()
-        }
-        nodes = poutine.trace(poutine.condition(batched, data=widened)).get_trace(*self.args, **self.kwargs).nodes
-        return RunSites(
-            {name: _fitted(torch.as_tensor(nodes[name]["value"]), num, shape) for name, shape in self.shapes.items()},
-            {name: _fitted(_log_prob(nodes[name]), num, shape) for name, shape in self._log_prob_shapes.items()},
-        )
+    def _loop(self, rows: Row, num: int, wanted: Wanted, tick: Callable[[], Any] = lambda: None) -> Found:
+        found = []
+        with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+            for i in range(num):
+                found.append(self.read(Row(*({name: x[i] for name, x in sites.items()} for sites in rows)), wanted))
+                tick()
+        return joined(found, torch.stack)
 
 
-def _log_prob(site: dict[str, Any]) -> Tensor:
-    """Elementwise log density of a site, 0 where masked. Scales change an objective, not a density: left out."""
-    log_prob = site["fn"].log_prob(site["value"])
+def close(a: Tensor, b: Tensor, *, floor: float, scale: Tensor | None = None) -> bool:
+    r"""Whether figures of a batch are those of single runs: the test of agreement of every route.
+
+    The gap must be within :math:`\min(\epsilon^{0.4} (1 + s), \text{floor} + 2^9 \epsilon s)`, with s the size of the
+    numbers and epsilon their dtype's: an absolute amount (of nats, where they are log densities) beyond what sums of
+    that size are rounded by, and never a share of a log joint, which may be huge where its differences are small.
+
+    Args:
+        a: Of the batch.
+        b: Of single runs, of the same shape.
+        floor: What may differ where s is small.
+        scale: s. Omitted: entry by entry.
+    """
+    if not b.is_floating_point():
+        return bool((a == b).all())
+    a, eps = a.to(b), torch.finfo(b.dtype).eps
+    size = b.abs() if scale is None else scale
+    allowed = torch.minimum(eps**0.4 * (1 + size), floor + 2**9 * eps * size)
+    same = (a == b) | (a.isnan() & b.isnan())
+    return bool((same | ((a - b).abs() <= allowed)).all())
+
+
+def log_prob_of(site: Site, scale: Any = 1.0) -> Tensor:
+    """Elementwise log density of a site, 0 where masked."""
+    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    return scale_and_mask(log_prob, scale, site["mask"])
+
+
+def masked_shape(site: Site) -> torch.Size:
+    """Shape of a site's log density: a mask may be larger than its distribution."""
     mask = site["mask"]
-    if mask is None or mask is True:
-        return log_prob
-    return torch.where(torch.as_tensor(mask, device=log_prob.device), log_prob, torch.zeros_like(log_prob))
+    return torch.broadcast_shapes(site["fn"].batch_shape, mask.shape if isinstance(mask, Tensor) else ())
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
+def unknown_site(name: str) -> ValueError:
+    """The error of a latent that the first run did not have."""
+    return ValueError(
+        f"The model must have the same latent sites at every run, got a new one, {name!r}. Sample it always and ignore "
+        "it where it is not used."
+    )
 
 
-def _fitted(value: Tensor, num: int, shape: torch.Size) -> Tensor:
-    """A batched value in the shape (num, *shape) of as many single runs; a constant is repeated."""
+def slice_rows(rows: Row, start: int, size: int) -> Row:
+    """Some of many rows."""
+    return Row(*({name: x[start : start + size] for name, x in sites.items()} for sites in rows))
+
+
+def pick(sites: Sites, names: Iterable[str]) -> Sites:
+    """Some of the sites."""
+    return {name: sites[name] for name in names}
+
+
+def joined(parts: list[Found], join: Callable[[list[Tensor]], Tensor] = torch.cat) -> Found:
+    """One batch of several."""
+    return Found(*({name: join([part[name] for part in column]) for name in column[0]} for column in zip(*parts)))
+
+
+def fitted(value: Tensor, num: int, shape: torch.Size) -> Tensor:
+    """A batched value in the shape ``(num, *shape)`` of as many single runs; a constant is repeated."""
     if value.numel() == num * shape.numel() and value.shape[:1] == (num,):
         return value.reshape(num, *shape)
     return value.reshape(shape).expand(num, *shape)
-
-
-def _stacked(parts: list[Draws], join: Callable[[list[Tensor]], Tensor]) -> Draws:
-    return {name: join([part[name] for part in parts]) for name in parts[0]}
-
-
-def _plate_names(site: dict[str, Any]) -> list[str | None]:
-    """Name of the plate of each dimension of a site's value."""
-    shape = torch.as_tensor(site["value"]).shape
-    num_batch = len(shape) if is_deterministic(site) else len(site["fn"].batch_shape)
-    names: list[str | None] = [None] * len(shape)
-    for index, frame in _vectorised(site, num_batch):
-        if 0 <= index < len(shape) and shape[index] == frame.size:
-            names[index] = frame.name
-    return names
-
-
-def _vectorised(site: dict[str, Any], num_batch: int) -> Iterator[tuple[int, Any]]:
-    return ((num_batch + frame.dim, frame) for frame in site["cond_indep_stack"] if frame.vectorized)

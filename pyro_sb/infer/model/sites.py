@@ -1,4 +1,4 @@
-"""Questions about one site of a Pyro trace: what it is, and how its support is reached from R^n."""
+"""One site of a Pyro trace: its kind, the bijection from R^n to its support, and what is refused."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +14,7 @@ from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 __all__ = [
     "Site",
+    "base_of",
     "bijection",
     "can_sample",
     "is_deterministic",
@@ -86,14 +87,19 @@ def bijection(name: str, fn: Any) -> Transform:
         ) from None
 
 
+def base_of(fn: Any) -> Any:
+    """A distribution without the event dimensions that ``to_event`` made."""
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return fn
+
+
 def describe(fn: Any) -> str:
+    """A distribution's support, in words."""
     try:
         return str(fn.support)
     except NotImplementedError:
         return "a support that it does not state"
-
-
-# Models that cannot be served, refused by the name of the site: what must hold, what came, what to write instead
 
 
 def refuse_subsampling(trace: poutine.Trace) -> None:

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_sb.diagnostics import Calibration, Regions, calibration_draws, coverage, sbc, sbc_ranks, tarp
+from pyro_sb.diagnostics import Calibration, Regions, Run, calibration_draws, coverage, sbc, sbc_ranks, tarp
 from pyro_sb.infer import AmortizedPosterior
 
 F64 = torch.float64
@@ -321,24 +321,16 @@ def test_a_sampler_of_few_effective_draws_is_named_with_their_number():
     sbc(one_number, 20, 20, sampler=lambda y: {"mu": walk(y, 200, rho=0.7)})  # 35 effective ones
 
 
-class Chains:
-    """Like a finished MCMC: draws by chain."""
-
-    def __init__(self, draws):
-        self.draws = draws
-
-    def get_samples(self, num_samples=None, group_by_chain=False):
-        return {"mu": self.draws if group_by_chain else self.draws.flatten(0, 1)}
-
-
 def test_the_chains_of_a_finished_mcmc_are_judged_as_chains():
     far = torch.tensor([-5.0, 5.0], dtype=F64)[:, None]
     with pytest.warns(RuntimeWarning, match="effective ones of 'mu'"):  # each moves, none reaches the other
-        stuck = calibration_draws(one_number, 20, 20, sampler=lambda y: Chains(far + torch.randn(2, 50, dtype=F64)))
+        stuck = calibration_draws(
+            one_number, 20, 20, sampler=lambda y: Run({"mu": far + torch.randn(2, 50, dtype=F64)})
+        )
     torch.testing.assert_close(stuck.draws[:10].mean(), torch.tensor(-5.0, dtype=F64), rtol=0, atol=0.5)
     with pytest.warns(RuntimeWarning, match=r"1\.0 effective ones"):
         sbc(one_number, 20, 20, sampler=lambda y: {"mu": y.expand(50)})
-    sbc(one_number, 20, 20, sampler=lambda y: Chains(walk(y.expand(50), 2).T))  # two draws of 50 chains tell nothing
+    sbc(one_number, 20, 20, sampler=lambda y: Run({"mu": walk(y.expand(50), 2).T}))  # two draws each
 
 
 def test_a_model_without_observed_sites_is_refused_by_name():

@@ -1,7 +1,6 @@
 """Second half of to_arviz, and both halves together, in the ArviZ of this environment."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -9,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_sb.diagnostics import to_arviz
+from pyro_sb.diagnostics import Run, to_arviz
 from pyro_sb.diagnostics.export.container import to_container
 from pyro_sb.infer import MCMC, KernelLangevin
 
@@ -38,13 +37,7 @@ def finished(num_chains=4, num_draws=1000):
     mu = mean + sd * torch.randn(num_chains, num_draws, dtype=F64)
     draws = {"mu": mu, "pair": torch.stack([mu, -mu], -1)}
     statistics = {"diverging": torch.zeros(num_chains, num_draws, dtype=torch.bool), "lp": -(mu**2)}
-    return SimpleNamespace(
-        get_samples=lambda group_by_chain: draws,
-        sample_stats=statistics,
-        kernel=SimpleNamespace(model=conjugate),
-        _args=(Y,),
-        _kwargs={},
-    )
+    return Run(draws, conjugate, (Y,), sample_stats=statistics)
 
 
 def test_arviz_reads_exact_draws_as_such():
@@ -55,7 +48,7 @@ def test_arviz_reads_exact_draws_as_such():
     z = (float(summary["mean"].iloc[0]) - float(mean)) / (sd / 4000**0.5)
     assert abs(z) < 4
     assert 3000 < float(az.ess(idata)["mu"]) < 5000 and float(az.rhat(idata)["mu"]) < 1.01
-    mu = run.get_samples(group_by_chain=True)["mu"].numpy()
+    mu = run.draws["mu"].numpy()
     assert float(az.ess(idata)["mu"]) == pytest.approx(float(az.ess(to_container({"posterior": {"x": mu}}))["x"]))
 
 

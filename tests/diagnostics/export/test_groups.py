@@ -2,7 +2,6 @@
 
 import logging
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -12,6 +11,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Predictive
 
+from pyro_sb.diagnostics import Run
 from pyro_sb.diagnostics.export.groups import to_groups
 
 F64 = torch.float64
@@ -22,15 +22,9 @@ X = torch.arange(12, dtype=F64).reshape(4, 3) / 10
 GROUP = torch.tensor([0, 0, 2, 1])
 
 
-def finished(model, draws, args=(Y,), kwargs=None, **more):
+def finished(model, draws, args=(Y,), **more):
     """A finished run with the given draws of shape (chain, draw, *site)."""
-
-    def get_samples(num_samples=None, group_by_chain=False):
-        return draws if group_by_chain else {name: value.flatten(0, 1) for name, value in draws.items()}
-
-    known = {"divergences": {f"chain {i}": [] for i in range(C)}}
-    run = {"diagnostics": lambda: known, "_args": args, "_kwargs": kwargs or {}, "kernel": SimpleNamespace(model=model)}
-    return SimpleNamespace(get_samples=get_samples, **{**run, **more})
+    return Run(draws, model, args, **more)
 
 
 def normal_log_density(y, loc, scale):
@@ -97,8 +91,8 @@ def test_log_likelihood_is_each_datums_log_density(caplog, model, site, shape, m
     np.testing.assert_allclose(made["log_likelihood"]["y"], expected.numpy(), rtol=1e-12)
     assert [record.args[0] for record in caplog.records] == {
         "plate": [],
-        "vmap": ["_plate"],
-        "loop": ["_plate", "_vmap"],
+        "vmap": ["plate"],
+        "loop": ["plate", "vmap"],
     }[route]
 
 
@@ -142,7 +136,7 @@ def test_partly_observed_sites_keep_their_observed_part():
 def test_batches_do_not_change_the_answer(monkeypatch):
     draws = {"beta": torch.randn(C, N, 3, dtype=F64)}
     whole = to_groups(finished(regression, draws), log_likelihood=True).arrays["log_likelihood"]["y"]
-    monkeypatch.setattr("pyro_sb.infer.model.runs.MAX_BATCH", 50)
+    monkeypatch.setattr("pyro_sb.infer.model.runs.MAX_NUMBERS", 50)
     parts = to_groups(finished(regression, draws), log_likelihood=True).arrays["log_likelihood"]["y"]
     np.testing.assert_allclose(parts, whole, rtol=1e-13)
 
@@ -166,7 +160,8 @@ def test_every_array_has_the_shape_of_one_run(parallel):
     draws = {name: torch.randn(C, N, *SHAPES[name], dtype=F64) for name in ("scalar", "single", "alone")}
     run = finished(shapes, draws, args=(y,))
     prior = Predictive(shapes, num_samples=5, parallel=parallel, return_sites=tuple(SHAPES))(None)
-    predicted = Predictive(shapes, run.get_samples())(None)  # its parallel form misplaces single
+    flat = {name: value.flatten(0, 1) for name, value in draws.items()}
+    predicted = Predictive(shapes, flat)(None)  # its parallel form misplaces single
     for options in ({"prior": prior, "posterior_predictive": predicted}, {"prior": 5, "posterior_predictive": True}):
         made = to_groups(run, **options).arrays
         for name in draws:
@@ -209,7 +204,7 @@ def test_replicates_are_new_data(caplog, model, site, shape, mean, num_draws):
     draws = torch.randn(C, num_draws, *shape, dtype=F64)
     with caplog.at_level(logging.INFO, logger="pyro_sb.infer.model.runs"):
         made = replicates(model, {site: draws})
-    assert ("_vmap" in [record.args[0] for record in caplog.records]) == (model is branching)
+    assert ("vmap" in [record.args[0] for record in caplog.records]) == (model is branching)
     residual = (made - mean(draws)) / 2
     assert abs(residual.mean()) * residual.numel() ** 0.5 < 4
     assert abs(residual.square().mean() - 1) * (residual.numel() / 2) ** 0.5 < 4
@@ -230,6 +225,21 @@ def test_prior_draws_are_draws_of_the_prior():
     assert abs((y - loc[:, None]).var() / 4 - 1) * 10_000**0.5 < 4
 
 
+def test_deterministic_sites_in_a_plate_have_one_shape_in_every_group():
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(ZERO, 1.0))
+        with pyro.plate("rows", 4):
+            centre = pyro.deterministic("centre", loc + torch.arange(4.0, dtype=F64))
+            pyro.sample("y", dist.Normal(centre, 1e-9), obs=y)
+
+    run = finished(model, {"loc": torch.randn(C, N, dtype=F64)})
+    made = to_groups(run, prior=6, posterior_predictive=True).arrays
+    assert made["prior"]["centre"].shape == (1, 6, 4)
+    np.testing.assert_allclose(made["prior"]["centre"], made["prior_predictive"]["y"], atol=1e-7)
+    expected = run.draws["loc"][..., None] + torch.arange(4.0, dtype=F64)
+    np.testing.assert_allclose(made["posterior_predictive"]["y"], expected, atol=1e-7)
+
+
 def test_an_improper_prior_cannot_be_drawn_but_everything_else_can():
     def model(y):
         loc = pyro.sample("loc", dist.ImproperUniform(dist.constraints.real, (), ()))
@@ -243,11 +253,13 @@ def test_an_improper_prior_cannot_be_drawn_but_everything_else_can():
 
 
 def test_divergences_of_pyros_run_stay_with_their_chain():
-    draws = {"loc": torch.zeros(12, N, dtype=F64)}
-    divergences = {f"chain {i}": [i % N] if i in (2, 10) else [] for i in range(12)}
-    run = finished(plated, draws, diagnostics=lambda: {"divergences": divergences})
-    assert np.argwhere(to_groups(run).arrays["sample_stats"]["diverging"]).tolist() == [[2, 2], [10, 2]]
-    assert "sample_stats" not in to_groups(finished(plated, draws, diagnostics=dict)).arrays
+    mcmc = pyro.infer.MCMC(pyro.infer.NUTS(plated), num_samples=N, num_chains=1, disable_progbar=True)
+    mcmc._samples = {"loc": torch.zeros(12, N, dtype=F64)}  # of twelve processes that this machine need not start
+    mcmc._args, mcmc._kwargs = (Y,), {}
+    mcmc._diagnostics = [{"divergences": [i % N] if i in (2, 10) else []} for i in range(12)]
+    assert np.argwhere(to_groups(mcmc).arrays["sample_stats"]["diverging"]).tolist() == [[2, 2], [10, 2]]
+    mcmc._diagnostics = [{}] * 12
+    assert "sample_stats" not in to_groups(mcmc).arrays
 
 
 def test_our_runs_statistics_pass_as_they_are():
@@ -267,7 +279,7 @@ def switch(y):
 
 def test_enumerated_sites_are_put_at_their_draws():
     loc, side = torch.randn(C, N, dtype=F64), torch.randint(2, (C, N, 4)).to(F64)
-    run = finished(switch, {"loc": loc}, get_discrete_samples=lambda group_by_chain: {"side": side})
+    run = finished(switch, {"loc": loc}, discrete=lambda: {"side": side})
     made = to_groups(run, log_likelihood=True).arrays["log_likelihood"]["y"]
     np.testing.assert_allclose(made, normal_log_density(Y, loc[..., None] + 3 * side, 1.0).numpy(), rtol=1e-12)
     with pytest.raises(ValueError, match=r"\['side'\] are missing.*use pyro_sb.infer.MCMC"):
@@ -276,7 +288,7 @@ def test_enumerated_sites_are_put_at_their_draws():
 
 def test_dropped_latents_stop_what_needs_them_alone():
     run = finished(shapes, {"scalar": torch.zeros(C, N, dtype=F64)}, args=(Y[:, None].expand(4, 2),))
-    assert set(to_groups(run).arrays) == {"posterior", "sample_stats", "observed_data"}
+    assert set(to_groups(run).arrays) == {"posterior", "observed_data"}
     with pytest.raises(ValueError, match=r"\['alone', 'single'\] are missing"):
         to_groups(run, posterior_predictive=True)
 
@@ -302,7 +314,7 @@ def test_dimensions_are_named_after_plates_unless_arviz_keeps_the_name():
 
 def test_a_run_without_a_model_has_draws_and_statistics():
     run = finished(None, {"z": torch.zeros(C, N, 2, dtype=F64)})
-    assert set(to_groups(run).arrays) == {"posterior", "sample_stats"}
+    assert set(to_groups(run).arrays) == {"posterior"}
     for option in ({"log_likelihood": True}, {"prior": 3}, {"posterior_predictive": True}):
         with pytest.raises(ValueError, match="need a model, got a kernel with potential_fn"):
             to_groups(run, **option)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyro_sb.diagnostics import ModeAudit, mode_audit
-from pyro_sb.infer.model.joint import LogJoint
+from pyro_sb.infer.model.log_joint import LogJoint
 
 F64 = torch.float64
 
@@ -89,7 +89,7 @@ def test_one_chain_in_the_wrong_mode_is_bad(seed):
     def log_prob(z):  # the mode at 12 has a share of e^-40
         return torch.logsumexp(torch.stack([-(z + 12).square().sum(-1) / 2, -(z - 12).square().sum(-1) / 2 - 40]), 0)
 
-    audit = mode_audit(LogJoint.from_batched(log_prob, dim=1), 12 + torch.randn(1, 300, 1, dtype=F64))
+    audit = mode_audit(12 + torch.randn(1, 300, 1, dtype=F64), LogJoint.from_batched(log_prob, dim=1))
     assert line(audit, "draws").verdict == "bad" and not bool(audit.chain_z.isnan().any())
     assert (audit.pooled <= 1).all() and "nan" not in repr(audit)
 

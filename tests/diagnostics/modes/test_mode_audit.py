@@ -10,7 +10,7 @@ import torch
 from pyro_sb.diagnostics import mode_audit, to_arviz
 from pyro_sb.diagnostics.modes.clusters import find_modes
 from pyro_sb.infer import MCMC, KernelLangevin
-from pyro_sb.infer.model.joint import LogJoint
+from pyro_sb.infer.model.log_joint import LogJoint
 
 F64 = torch.float64
 CENTRE = torch.tensor([5.0, 0.0], dtype=F64)
@@ -56,7 +56,7 @@ def test_both_populations_have_the_true_shares(weight):
 
 
 def test_independent_draws_pass_and_their_errors_are_binomial():
-    audit = mode_audit(two(), draws_of(0.7))
+    audit = mode_audit(draws_of(0.7), two())
     assert audit.verdict == "ok" and audit.missing == []
     expected = math.sqrt(0.21 / 1600)
     assert 0.7 * expected < float(audit.chain_errors[0]) < 2.5 * expected
@@ -67,14 +67,14 @@ def test_a_missing_mode_is_named_where_r_hat_is_one():
     draws = CENTRE + torch.randn(4, 400, 2, dtype=F64)
     az = pytest.importorskip("arviz")
     assert float(az.rhat(draws[..., 0].numpy())) < 1.01
-    audit = mode_audit(two(), draws)
+    audit = mode_audit(draws, two())
     assert audit.verdict == "bad" and len(audit.missing) == 1
     assert audit.centres[audit.missing[0], 0] < -3
     assert "no draw in mode" in repr(audit) and "z[0]" in repr(audit)
 
 
 def test_wrong_shares_are_bad_too():
-    audit = mode_audit(two(), draws_of(0.5))
+    audit = mode_audit(draws_of(0.5), two())
     assert audit.verdict == "bad" and audit.missing == []
     assert float(audit.chain_z.abs().max()) > 4
 
@@ -82,14 +82,14 @@ def test_wrong_shares_are_bad_too():
 def test_chains_that_never_cross_are_told_apart_from_chains_that_do():
     side = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0], dtype=F64)[:, None, None]
     stuck = side * CENTRE + torch.randn(10, 100, 2, dtype=F64)
-    crossing = [line for line in mode_audit(two(), stuck).lines if line.name == "crossing"][0]
+    crossing = [line for line in mode_audit(stuck, two()).lines if line.name == "crossing"][0]
     assert crossing.verdict == "bad" and crossing.value.startswith("0%")
 
 
 def test_chains_that_hardly_cross_cannot_tell():
     labels = torch.zeros(8, 200, 1, dtype=F64)
     labels[0, 40:], labels[1, 100:], labels[2, :20] = 1.0, 1.0, 1.0
-    audit = mode_audit(two(), (2 * (labels < 1).to(F64) - 1) * CENTRE + torch.randn(8, 200, 2, dtype=F64))
+    audit = mode_audit((2 * (labels < 1).to(F64) - 1) * CENTRE + torch.randn(8, 200, 2, dtype=F64), two())
     line = [line for line in audit.lines if line.name == "draws"][0]
     assert line.verdict == "look" and "too large to tell" in line.note
 
@@ -100,7 +100,7 @@ def test_a_mode_of_the_draws_alone_is_asked_about():
 
     joint = LogJoint.from_batched(log_prob, 2)
     far = torch.cat([torch.randn(4, 300, 2, dtype=F64), 300 + torch.randn(4, 100, 2, dtype=F64)], 1)
-    audit = mode_audit(joint, far)
+    audit = mode_audit(far, joint)
     assert audit.num_modes == 2 and audit.verdict != "ok"
     assert float(audit.pooled.min()) < 1e-6
 
@@ -148,7 +148,7 @@ def test_runs_posteriors_and_containers_are_read_alike():
     mcmc = MCMC(KernelLangevin(mirrored), num_samples=60, num_chains=8, disable_progbar=True)
     mcmc.run(Y)
     for x in (mcmc, to_arviz(mcmc), mcmc.get_samples(group_by_chain=True)):
-        audit = mode_audit(mirrored, x, args=(Y,))
+        audit = mode_audit(x, mirrored, args=(Y,))
         assert audit.num_modes == 2 and audit.verdict == "ok"
         positive = (mcmc.get_samples()["mu"] > 0).double().mean()
         at = int(audit.centres[:, 0].argmax())
@@ -175,7 +175,7 @@ def test_constrained_draws_are_taken_to_the_targets_coordinates():
     def model():
         pyro.sample("s", dist.LogNormal(torch.zeros((), dtype=F64), 1.0))
 
-    audit = mode_audit(model, {"s": torch.randn(4, 300, dtype=F64).exp()})
+    audit = mode_audit({"s": torch.randn(4, 300, dtype=F64).exp()}, model)
     assert audit.num_modes == 1 and audit.verdict == "ok"
     assert abs(float(audit.centres[0, 0])) < 1
 
@@ -192,7 +192,7 @@ def test_constrained_draws_are_taken_to_the_targets_coordinates():
 )
 def test_bad_draws_are_refused(x, error, message):
     with pytest.raises(error, match=message):
-        mode_audit(two(), x)
+        mode_audit(x, two())
 
 
 def test_bad_targets_are_refused():

@@ -125,11 +125,11 @@ def test_the_bass_maps_inverse_is_exact():
 def test_the_two_chains_of_dsb_are_held_against_each_other():
     source = torch.randn(1000, 2, dtype=F64)
     bridge = dsb(bimodal(), source)
-    good = bridge_report(bridge, bimodal(), source)
+    good = bridge_report(bridge, bimodal(), source=source)
     assert good["source residual"].verdict == "ok" and good["forward-backward gap"].verdict != "-"
     assert good["density"].value == "has none" and good["path-weight ESS"].note == "it has no density"
     bridge.back.load_state_dict(dsb(bimodal(), source + 3).back.state_dict())
-    assert bridge_report(bridge, bimodal(), source)["forward-backward gap"].verdict == "bad"
+    assert bridge_report(bridge, bimodal(), source=source)["forward-backward gap"].verdict == "bad"
 
 
 def test_a_source_that_is_not_its_own_is_seen():
@@ -164,7 +164,7 @@ def test_bad_input_is_refused():
         bridge_report(LightSB(2))
     with pytest.raises(TypeError, match="must be a Bridge, got Tensor"):
         bridge_report(torch.zeros(3))
-    with pytest.raises(ValueError, match=r"target_draws must have shape \(draws, 2\), got \(50, 3\)"):
+    with pytest.raises(ValueError, match=r"target must have shape \(draws, 2\), got \(50, 3\)"):
         bridge_report(bridge, torch.zeros(50, 3))
     with pytest.raises(ValueError, match="num_draws must be at least 100, got 10"):
         bridge_report(bridge, num_draws=10)

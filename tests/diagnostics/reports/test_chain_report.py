@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_sb.bridges import LightSB
-from pyro_sb.diagnostics import mode_audit, report, to_arviz
+from pyro_sb.diagnostics import Run, mode_audit, report, to_arviz
 from pyro_sb.diagnostics.export.container import to_container
 from pyro_sb.infer import MCMC, BridgeMH, KernelLangevin
 
@@ -24,19 +24,18 @@ def of(**sites):
     return report(to_container({"posterior": sites}), modes=False)
 
 
-class Run:
+def run_by(kernel, figures=None, num_diverging=0):
     """A finished run whose kernel knows these figures."""
-
-    def __init__(self, kernel, diagnostics=None, num_diverging=0):
-        self.kernel, self._args, self._kwargs = kernel, (torch.tensor(0.0, dtype=F64),), {}
-        diverging = torch.arange(800).reshape(4, 200) < num_diverging
-        self.sample_stats, self._figures = {"diverging": diverging}, diagnostics or {}
-
-    def get_samples(self, group_by_chain=False):
-        return {"mu": torch.randn(4, 200, generator=torch.Generator().manual_seed(0), dtype=F64)}
-
-    def diagnostics(self):
-        return self._figures
+    draws = torch.randn(4, 200, generator=torch.Generator().manual_seed(0), dtype=F64)
+    diverging = torch.arange(800).reshape(4, 200) < num_diverging
+    return Run(
+        {"mu": draws},
+        getattr(kernel, "model", None),
+        (torch.tensor(0.0, dtype=F64),),
+        sample_stats={"diverging": diverging},
+        kernel=kernel,
+        figures=lambda: figures or {},
+    )
 
 
 # ---- draws ----
@@ -105,10 +104,7 @@ def test_a_run_of_a_potential_is_audited():
 
 
 def test_why_there_was_no_audit_keeps_its_cure():
-    class Nothing:
-        model = None
-
-    note = report(Run(Nothing()))["modes"].note
+    note = report(run_by(None))["modes"].note
     assert "Pass the model" in note and "modes=" in note
 
 
@@ -117,22 +113,22 @@ def test_why_there_was_no_audit_keeps_its_cure():
 
 def test_moves_are_called_what_they_are():
     figures = {"acceptance bridge": {"chain 0": 0.9}, "acceptance index": {"chain 0": 0.5}}
-    langevin = report(Run(KernelLangevin(model), figures), modes=False)
+    langevin = report(run_by(KernelLangevin(model), figures), modes=False)
     assert "local move" in langevin["acceptance bridge"].note and "whole points" in langevin["acceptance index"].note
-    proposals = report(Run(BridgeMH(model, LightSB), figures), modes=False)["acceptance bridge"]
+    proposals = report(run_by(BridgeMH(model, LightSB), figures), modes=False)["acceptance bridge"]
     assert "whole points" in proposals.note
     assert not any("cross" in line.note for line in [*langevin.lines, proposals] if line.name != "modes")
-    idle = report(Run(KernelLangevin(model), {"acceptance bridge": {"chain 0": 0.004}}), modes=False)
+    idle = report(run_by(KernelLangevin(model), {"acceptance bridge": {"chain 0": 0.004}}), modes=False)
     assert idle["acceptance bridge"].verdict == "look" and "rely on the others" in idle["acceptance bridge"].note
 
 
 def test_a_single_divergence_is_spared_where_no_step_can_be_set():
     ours, nuts = KernelLangevin(model), pyro.infer.NUTS(model)
-    assert report(Run(ours, num_diverging=1), modes=False)["divergences"].verdict == "ok"
-    assert report(Run(nuts, num_diverging=1), modes=False)["divergences"].verdict == "look"
-    some = report(Run(ours, num_diverging=2), modes=False)["divergences"]
+    assert report(run_by(ours, num_diverging=1), modes=False)["divergences"].verdict == "ok"
+    assert report(run_by(nuts, num_diverging=1), modes=False)["divergences"].verdict == "look"
+    some = report(run_by(ours, num_diverging=2), modes=False)["divergences"]
     assert some.verdict == "look" and "num_particles" in some.note and "step" not in some.note
-    assert report(Run(ours, num_diverging=9), modes=False)["divergences"].verdict == "bad"
+    assert report(run_by(ours, num_diverging=9), modes=False)["divergences"].verdict == "bad"
 
 
 # ---- options ----
@@ -141,11 +137,11 @@ def test_a_single_divergence_is_spared_where_no_step_can_be_set():
 @pytest.mark.parametrize(
     ("x", "options", "message"),
     [
-        (LightSB(2), {"num_data_sets": 50}, "LightSB uses target_draws, source, context, got num_data_sets too"),
-        (LightSB(2), {"model": model}, "got model too"),
-        (Run(None), {"target_draws": torch.zeros(5, 2)}, "Run uses model, args, kwargs, modes, got target_draws"),
-        (Run(None), {"args": (1,)}, "args and kwargs are the model's, got them without a model"),
-        (Run(None), {"model": model, "modes": False}, "got it together with modes"),
+        (LightSB(2), {"num_data_sets": 50}, "LightSB uses target, source, context, got num_data_sets too"),
+        (LightSB(2), {"modes": False}, "got modes too"),
+        (run_by(None), {"source": torch.zeros(5, 2)}, "Run uses target, args, kwargs, modes, got source"),
+        (run_by(None), {"args": (1,)}, "args and kwargs are the model's, got them without a model"),
+        (run_by(None), {"target": model, "modes": False}, "got it together with modes"),
     ],
 )
 def test_an_option_that_would_not_be_used_is_refused_by_name(x, options, message):
@@ -176,7 +172,7 @@ def test_a_larger_audit_is_asked_for_in_words_that_the_report_takes():
         pyro.sample("y", dist.Normal(mu.abs(), 1.0), obs=y)
 
     y = torch.tensor(6.0, dtype=F64)
-    audit = mode_audit(mirrored, half, args=(y,), num_particles=100)
+    audit = mode_audit(half, mirrored, args=(y,), num_particles=100)
     object.__setattr__(audit.populations[0], "ess_share", 0.001)
     found = report(to_container({"posterior": {"mu": half["mu"].numpy()}}), modes=audit)
     assert "modes=mode_audit(..., num_particles=400)" in found["modes: populations"].note

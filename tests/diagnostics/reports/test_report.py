@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyro_sb.bridges import LightSB
-from pyro_sb.diagnostics import Line, Report, bridge_report, report, to_arviz
+from pyro_sb.diagnostics import Line, Report, Run, bridge_report, report, to_arviz
 from pyro_sb.infer import MCMC, AmortizedPosterior, KernelLangevin
 
 pytest.importorskip("arviz")
@@ -27,24 +27,6 @@ def open_model():
     pyro.sample("y", dist.Normal(mu, 1.0).to_event(1))
 
 
-class Run:
-    """A finished run of somebody's sampler."""
-
-    def __init__(self, model, args, draws, diverging=None):
-        class Kernel:
-            pass
-
-        self.kernel, self._args, self._kwargs, self._draws = Kernel(), args, {}, draws
-        self.kernel.model = model
-        self.sample_stats = {} if diverging is None else {"diverging": diverging}
-
-    def get_samples(self, group_by_chain=False):
-        return self._draws if group_by_chain else {k: v.flatten(0, 1) for k, v in self._draws.items()}
-
-    def diagnostics(self):
-        return {}
-
-
 def half(num_chains=4, num_draws=500):
     """Exact draws of the positive mode alone."""
     precision = 1 / 25 + 1
@@ -55,7 +37,7 @@ def half(num_chains=4, num_draws=500):
 
 
 def test_a_missing_mode_that_r_hat_and_ess_call_good_is_bad_here():
-    found = report(Run(mirrored, (Y,), {"mu": half()}))
+    found = report(Run({"mu": half()}, mirrored, (Y,)))
     assert [found[name].verdict for name in ("R-hat", "bulk ESS", "tail ESS")] == ["ok"] * 3
     assert found["modes: draws"].verdict == "bad" and found.verdict == "bad"
     assert "no draw in mode" in str(found) and str(found).startswith("4 chains of 500 draws, 1 number: bad")
@@ -72,7 +54,7 @@ def test_our_kernel_is_ok_and_says_what_it_knew():
 
 
 def test_a_container_needs_the_model_for_its_modes():
-    container = to_arviz(Run(mirrored, (Y,), {"mu": half()}))
+    container = to_arviz(Run({"mu": half()}, mirrored, (Y,)))
     without = report(container)
     assert without["modes"].verdict == "look" and "pass model and args" in without["modes"].note
     assert report(container, modes=False)["modes"].verdict == "-"
@@ -90,22 +72,22 @@ def test_a_container_needs_the_model_for_its_modes():
     ids=["chains apart", "walks", "few", "constant"],
 )
 def test_each_fault_has_its_line(draws, line):
-    found = report(Run(None, (), {"mu": draws}))
+    found = report(Run({"mu": draws}))
     assert found[line].verdict == "bad" and found[line].note
 
 
 def test_divergences_are_counted():
     diverging = torch.zeros(4, 500, dtype=torch.bool)
-    assert report(Run(None, (), {"mu": half()}, diverging))["divergences"].verdict == "ok"
+    assert report(Run({"mu": half()}, sample_stats={"diverging": diverging}))["divergences"].verdict == "ok"
     diverging[0, :3] = True
-    line = report(Run(None, (), {"mu": half()}, diverging))["divergences"]
+    line = report(Run({"mu": half()}, sample_stats={"diverging": diverging}))["divergences"]
     assert line.verdict == "look" and line.value.startswith("3 ")
     diverging[0, :50] = True
-    assert report(Run(None, (), {"mu": half()}, diverging))["divergences"].verdict == "bad"
+    assert report(Run({"mu": half()}, sample_stats={"diverging": diverging}))["divergences"].verdict == "bad"
 
 
 def test_a_run_without_a_model_says_that_modes_were_not_looked_for():
-    found = report(Run(None, (), {"mu": half()}))
+    found = report(Run({"mu": half()}))
     assert found["modes"].verdict == "look" and "know one model" in found["modes"].note
 
 
@@ -144,7 +126,7 @@ def test_a_bridge_has_its_own():
     draws = torch.randn(500, 2, dtype=F64)
     bridge = LightSB(2, num_components=2)
     bridge.fit(draws, solver="moments", progress=False)
-    names = [line.name for line in report(bridge, target_draws=draws).lines]
+    names = [line.name for line in report(bridge, draws).lines]
     assert names == [line.name for line in bridge_report(bridge, draws).lines]
 
 

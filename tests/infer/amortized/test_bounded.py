@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import biject_to, constraints
 
-from pyro_sb.infer.amortized.features import from_probit, is_logit, log_slope, to_probit
+from pyro_sb.infer.amortized.latent_law import from_probit, is_logit, log_slope, to_probit
 
 
 @pytest.fixture(autouse=True)

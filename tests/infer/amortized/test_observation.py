@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_sb.infer.amortized.features import Features
-from pyro_sb.infer.amortized.observation import read_observation
+from pyro_sb.infer.amortized.features import Features, read_observation
 from pyro_sb.infer.amortized.simulator import simulator
 from tests.infer import open_models as m
 
@@ -64,7 +63,7 @@ BAD = {
         m.iid,
         ("y",),
         torch.ones(4),
-        r"trained on, \(5,\), or \(B, \*shape\).*got \(4,\) for 'y'.*Fit anew",
+        r"trained on, \(5,\), or \(B, \*shape\).*got \(4,\) for 'y'.*Fit again",
     ),
     "another size in a batch": (m.iid, ("y",), torch.ones(5, 3), r"trained on, \(5,\).*got \(5, 3\)"),
     "two batches": (m.iid, ("y",), torch.ones(2, 3, 5), r"got \(2, 3, 5\)"),

@@ -6,16 +6,15 @@ import warnings
 import pyro.infer
 import pytest
 import torch
-from pyro_sb.bridges.diffusion.state import Sampler
 
+from pyro_sb.bridges.diffusion.bridge import Sampler
 from pyro_sb.bridges.diffusion.vsdm import VSDM
 from pyro_sb.infer.amortized.latent_law import LatentLaw, Residuals
 from pyro_sb.infer.amortized.paired import BatchJoint, paired_joint
 from pyro_sb.infer.amortized.refresh import BridgeRefresh
 from pyro_sb.infer.amortized.simulator import simulator
 from pyro_sb.infer.mcmc.mcmc import MCMC
-from pyro_sb.infer.model.joint import LogJoint
-from pyro_sb.infer.model.log_joint import log_joint
+from pyro_sb.infer.model.log_joint import LogJoint, log_joint
 from pyro_sb.infer.population.tempering import NormalLaw
 from tests.infer import open_models as m
 

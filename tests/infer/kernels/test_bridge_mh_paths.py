@@ -12,7 +12,7 @@ from pyro_sb.bridges.codecs.pair import PairCodec
 from pyro_sb.bridges.codecs.pca import PCACodec
 from pyro_sb.bridges.latent.bridge import LatentBridge
 from pyro_sb.bridges.proposals import HeldSources, MappedLaw
-from pyro_sb.infer.model.joint import LogJoint
+from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.moves.proposals import BridgeProposals, ProposalMove, choose
 
 F64 = torch.float64

@@ -10,9 +10,9 @@ from pyro.distributions import constraints
 from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.integrator import potential_grad
 
-from pyro_sb.infer.model.agreement import Oracle
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
 from pyro_sb.infer.model.prototype import Start
+from pyro_sb.infer.model.routes import Oracle
 from tests.infer.models import CASES, joint_of, regression_left, regression_right
 
 IDS = list(CASES)

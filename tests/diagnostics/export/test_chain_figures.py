@@ -6,9 +6,8 @@ import subprocess
 import numpy as np
 import pytest
 
-import pyro_sb.diagnostics.reports.chain_figures as half
-from pyro_sb.diagnostics.export.container import to_container
-from pyro_sb.diagnostics.reports.chain_figures import chain_figures
+import pyro_sb.diagnostics.export.container as half
+from pyro_sb.diagnostics.export.container import chain_figures, to_container
 
 az = pytest.importorskip("arviz")
 
