@@ -253,7 +253,7 @@ class EndsReading(NamedTuple):
     contexts: tuple[Tensor, Tensor]
 
 
-class Wanted(NamedTuple):
+class Needs(NamedTuple):
     """Demands of a bridge on its data: sizes, the number of components, and whether their covariances are full.
 
     ``raw``: contexts are left as they are, for an embedding.
@@ -267,7 +267,7 @@ class Wanted(NamedTuple):
 
 
 def read_ends(
-    wanted: Wanted, target: Any, source: Any, context: Any, weights: Any, num_law_draws: int, held_out: float | Tensor
+    wanted: Needs, target: Any, source: Any, context: Any, weights: Any, num_law_draws: int, held_out: float | Tensor
 ) -> EndsReading:
     """Both ends checked and in the bridge's units."""
     read = read_target(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import Bridge, check_points
-from pyro_sb.bridges.ends import DrawsEnd, Ends, Wanted, read_ends, read_source
+from pyro_sb.bridges.ends import DrawsEnd, Ends, Needs, read_ends, read_source
 from pyro_sb.bridges.light.laws import FixedMixture, LearnedMap, MixtureProcess, Plan, condition_mixture
 from pyro_sb.bridges.light.parameters import COVARIANCES, MixtureParameters
 from pyro_sb.bridges.light.solvers import LightOptions, Solver
@@ -436,7 +436,7 @@ class MixtureBridge(Bridge):
     def _read(self, target: Any, source: Any, context: Any, weights: Any, num_law_draws: int, held_out: Any) -> Ends:
         """Checked ends in the bridge's units; the bridge changes when all has gone well."""
         raw = self.parameters_of.embedding is not None
-        wanted = Wanted(self.dim, self.context_dim, self.num_components, self.covariance == "full", raw)
+        wanted = Needs(self.dim, self.context_dim, self.num_components, self.covariance == "full", raw)
         read = read_ends(wanted, target, source, context, weights, num_law_draws, held_out)
         units = read.units
         self.to(units.location)

@@ -153,7 +153,7 @@ class Matching:
         return matching_loss(process.potential(target.context), ends.source.batch(batch_size).points, target.points)
 
 
-class Moments:
+class MomentSteps:
     r"""Moment steps on all draws at once: down the likelihood loss, or for finite beta up the dual by line search."""
 
     name, num_updates, takes_context = "moments", 200, False
@@ -387,7 +387,7 @@ class Alternating:
         return history
 
 
-SOLVERS: dict[str, Solver] = {s.name: s for s in (Likelihood(), Matching(), Moments(), Dual(), Alternating())}
+SOLVERS: dict[str, Solver] = {s.name: s for s in (Likelihood(), Matching(), MomentSteps(), Dual(), Alternating())}
 OLD_NAMES = {"em": "moments", "batch": "moments"}  # and "adam", each class's first
 
 

@@ -11,7 +11,7 @@ from pyro_sb.infer.mcmc.kernel import Sites, WalkingKernel
 from pyro_sb.infer.mcmc.walk import TUNING_CHAINS, Frozen
 from pyro_sb.infer.moves.moves import Transition, hmc_step, jittered, start_rows
 from pyro_sb.infer.moves.proposals import ProposalMove
-from pyro_sb.infer.moves.tuning import Batch, fit_step
+from pyro_sb.infer.moves.tuning import ChainStates, fit_step
 
 __all__ = ["BridgeRefresh", "PosteriorProposals", "ProposalLaw"]
 
@@ -139,7 +139,7 @@ class BridgeRefresh(WalkingKernel):
         local = SideBySideMove(self.factor.double())
         x = self._starts(TUNING_CHAINS)
         log_density = self.log_joint.log_prob(x)
-        fit_step(local, self.log_joint, Batch(x, log_density))
+        fit_step(local, self.log_joint, ChainStates(x, log_density))
         refresh = ProposalMove(PosteriorProposals(self.law, self.starts[0]))
         self.frozen = Frozen({"bridge": refresh, "local": local}, {"bridge": 1.0}, {}, then=("local",))
 

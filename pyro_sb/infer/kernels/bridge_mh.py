@@ -30,7 +30,7 @@ from pyro_sb.infer.kernels.checks import (
     check_unused,
     made_bridge,
 )
-from pyro_sb.infer.kernels.warmup import Pilot, Start, freeze_bridge, judge, start_of_pilot, start_of_population
+from pyro_sb.infer.kernels.warmup import Pilot, ChainStart, freeze_bridge, judge, start_of_pilot, start_of_population
 from pyro_sb.infer.mcmc.kernel import ModelKernel
 from pyro_sb.infer.moves.proposals import BridgeProposals, Proposals
 from pyro_sb.infer.population.coordinates import choose_coordinates
@@ -168,7 +168,7 @@ class BridgeMH(ModelKernel):
         self.start, self.fit_options, self.reparam = check_start(start), dict(fit_options or {}), reparam
         self.proposals: Proposals | None = None
         self.pilot: Pilot | None = None
-        self._begin: Start | None = None
+        self._begin: ChainStart | None = None
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Bind the model's arguments; what was learnt from others is dropped, a bridge fitted in warm-up among it."""
@@ -274,7 +274,7 @@ class BridgeMH(ModelKernel):
         assert not isinstance(self.bridge, Posterior)
         return made_bridge(self.bridge, self.log_joint)
 
-    def _found_start(self) -> Start:
+    def _found_start(self) -> ChainStart:
         """The population's, or the bridge's weighted draws, or a population where those are poor."""
         assert self.pilot is not None
         if self.population is None:

@@ -21,7 +21,7 @@ from pyro_sb.infer.mcmc.kernel import ModelKernel
 from pyro_sb.infer.mcmc.walk import ROLES, TUNING_CHAINS, Frozen
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.moves.moves import BridgeMove, IndexMove
-from pyro_sb.infer.moves.tuning import Batch, Tuned, share_moves, trajectory_range, tune, tune_local
+from pyro_sb.infer.moves.tuning import ChainStates, Tuned, share_moves, trajectory_range, tune, tune_local
 from pyro_sb.infer.population.coordinates import choose_coordinates
 from pyro_sb.infer.population.population import Population, temper_weights
 from pyro_sb.ops.student_mixture import StudentMixture, weighted_covariance, within_covariance
@@ -206,7 +206,7 @@ def freeze(
     metrics = [metric] if population.core.num_components == 1 else [metric, weighted_covariance(points, weights)]
     scale = torch.linalg.cholesky(metric)
     start = torch.multinomial(weights, TUNING_CHAINS, replacement=True)
-    batch = Batch(points[start], log_joint.log_prob(points[start]))
+    batch = ChainStates(points[start], log_joint.log_prob(points[start]))
     tuned: dict[str, Tuned] = {}
     roles = set(probabilities) if probabilities is not None else {"bridge", "index"} | ({"local"} if local else set())
     bridges: list[KernelLangevinBridge] = []

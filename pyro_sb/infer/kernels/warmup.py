@@ -9,13 +9,13 @@ from torch import Tensor
 from pyro_sb.infer.mcmc.walk import TUNING_CHAINS, Frozen
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.moves.proposals import ProposalMove, Proposals
-from pyro_sb.infer.moves.tuning import Batch, Tuned, local_floor, trajectory_range, tune, tune_local
+from pyro_sb.infer.moves.tuning import ChainStates, Tuned, local_floor, trajectory_range, tune, tune_local
 from pyro_sb.infer.population.mixture_fit import fit_mixture
 from pyro_sb.infer.population.population import Population, temper_weights
 from pyro_sb.ops.student_mixture import StudentMixture, within_covariance
 from pyro_sb.weights import effective_sample_size, log_evidence, normalise, pareto_k
 
-__all__ = ["Pilot", "Start", "freeze_bridge", "judge", "start_of_pilot", "start_of_population"]
+__all__ = ["Pilot", "ChainStart", "freeze_bridge", "judge", "start_of_pilot", "start_of_population"]
 
 LEAST_PROBABILITY = 0.1  # of the bridge's move beside a local one
 
@@ -51,8 +51,8 @@ class Pilot:
 
 
 @dataclass(frozen=True)
-class Start:
-    """Start of the chains and of tuning: weighted points ``(n, d)``, ``(n,)``, and a mixture with their metrics."""
+class ChainStart:
+    """ChainStart of the chains and of tuning: weighted points ``(n, d)``, ``(n,)``, and a mixture with their metrics."""
 
     points: Tensor
     weights: Tensor
@@ -67,23 +67,23 @@ def judge(log_joint: LogJoint, proposals: Proposals, num: int) -> Pilot:
     return Pilot(points, log_density, torch.where(finite, log_density - log_q, -torch.inf))
 
 
-def start_of_pilot(pilot: Pilot, *, metric: bool) -> Start:
+def start_of_pilot(pilot: Pilot, *, metric: bool) -> ChainStart:
     """Proposals by weight, flattened to some 50 + 10 d effective ones; with a mixture fitted to them if asked."""
     enough = min(0.5 * len(pilot.points), 50.0 + 10.0 * pilot.points.shape[1])
     weights = normalise(temper_weights(pilot.log_weights, enough))
     core = fit_mixture(pilot.points, weights, pilot.log_density.nan_to_num(neginf=-1e300)) if metric else None
-    return Start(pilot.points, weights, core)
+    return ChainStart(pilot.points, weights, core)
 
 
-def start_of_population(population: Population) -> Start:
+def start_of_population(population: Population) -> ChainStart:
     """A population's points and its mixture."""
-    return Start(*population.distinct(), population.core)
+    return ChainStart(*population.distinct(), population.core)
 
 
 def freeze_bridge(
     log_joint: LogJoint,
     proposals: Proposals,
-    start: Start,
+    start: ChainStart,
     *,
     local: str | None,
     bridge_probability: float | None,
@@ -99,7 +99,7 @@ def freeze_bridge(
     points = start.points[index]
     log_density = log_joint.log_prob(points)
     inside = torch.isfinite(log_density)
-    batch = Batch(points[inside], log_density[inside])
+    batch = ChainStates(points[inside], log_density[inside])
     move = ProposalMove(proposals, num_proposals)
     if local is None:
         acceptance = math.nan if not len(batch.x) else measured(move, log_joint, batch)
@@ -118,13 +118,13 @@ def freeze_bridge(
     )
 
 
-def measured(move: ProposalMove, log_joint: LogJoint, batch: Batch, num_steps: int = 6) -> float:
+def measured(move: ProposalMove, log_joint: LogJoint, batch: ChainStates, num_steps: int = 6) -> float:
     """Mean acceptance of the bridge's move from given states."""
     rates = []
     for _ in range(num_steps):
         moved = move.step(log_joint, *batch)
         rates.append(float(moved.accept_prob.mean()))
-        batch = Batch(moved.x, moved.log_density)
+        batch = ChainStates(moved.x, moved.log_density)
     return sum(rates) / num_steps
 
 

@@ -12,12 +12,12 @@ from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.moves.moves import HamiltonianMove, Move, adapted
 from pyro_sb.ops.student_mixture import StudentMixture
 
-__all__ = ["Batch", "Tuned", "fit_step", "local_floor", "share_moves", "trajectory_range", "tune", "tune_local"]
+__all__ = ["ChainStates", "Tuned", "fit_step", "local_floor", "share_moves", "trajectory_range", "tune", "tune_local"]
 
 ADAPT_STEPS, MEASURE_STEPS = 15, 6
 
 
-class Batch(NamedTuple):
+class ChainStates(NamedTuple):
     """States that the tuning runs on, ``(C, d)``, and their log density ``(C,)``."""
 
     x: Tensor
@@ -32,7 +32,7 @@ class Tuned(NamedTuple):
     efficiency: float
 
 
-def fit_step(move: Move, log_joint: LogJoint, batch: Batch) -> Batch:
+def fit_step(move: Move, log_joint: LogJoint, batch: ChainStates) -> ChainStates:
     r"""Fit a move's step size to its target acceptance, in place, by Robbins and Monro on its logarithm.
 
     .. math:: \log h \mathrel{+}= 4 n^{-0.6} (\bar\alpha - \alpha^*)
@@ -49,12 +49,12 @@ def fit_step(move: Move, log_joint: LogJoint, batch: Batch) -> Batch:
         return batch
     for count in range(1, ADAPT_STEPS + 1):
         moved = move.step(log_joint, *batch)
-        batch = Batch(moved.x, moved.log_density)
+        batch = ChainStates(moved.x, moved.log_density)
         move.step_size = adapted(move.step_size, moved.accept_prob, move.target_accept, 4.0 * count**-0.6)
     return batch
 
 
-def tune(move: Move, log_joint: LogJoint, batch: Batch, metric_cholesky: Tensor) -> tuple[Tuned, Batch]:
+def tune(move: Move, log_joint: LogJoint, batch: ChainStates, metric_cholesky: Tensor) -> tuple[Tuned, ChainStates]:
     r"""Fit a move's step size to its target acceptance, then measure its efficiency.
 
     The step size is that of `fit_step`. The efficiency is the expected squared jump of the
@@ -77,7 +77,7 @@ def tune(move: Move, log_joint: LogJoint, batch: Batch, metric_cholesky: Tensor)
         white = torch.linalg.solve_triangular(metric_cholesky, (moved.x - batch.x).T, upper=False)
         jump += white.square().mean(1) / MEASURE_STEPS
         acceptance += float(moved.accept_prob.mean()) / MEASURE_STEPS
-        batch = Batch(moved.x, moved.log_density)
+        batch = ChainStates(moved.x, moved.log_density)
     return Tuned(move, acceptance, float(jump.min()) / move.cost), batch
 
 
@@ -128,8 +128,8 @@ def trajectory_range(fit: float) -> tuple[int, float]:
 
 
 def tune_local(
-    core: StudentMixture, log_joint: LogJoint, batch: Batch, scale: Tensor, max_steps: int, spread: float
-) -> tuple[Tuned, Batch]:
+    core: StudentMixture, log_joint: LogJoint, batch: ChainStates, scale: Tensor, max_steps: int, spread: float
+) -> tuple[Tuned, ChainStates]:
     """HMC whose number of leapfrog steps doubles while the efficiency rises."""
     best: Tuned | None = None
     num_steps, step_size = (1, 0.5) if max_steps == 1 else (2, 0.5)

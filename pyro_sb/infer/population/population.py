@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_sb.infer.model.log_joint import Evaluations, LogJoint
 from pyro_sb.infer.moves.moves import HamiltonianMove, IndexMove, adapted
-from pyro_sb.infer.moves.tuning import Batch
+from pyro_sb.infer.moves.tuning import ChainStates
 from pyro_sb.infer.population.mixture_fit import fit_mixture
 from pyro_sb.infer.population.search import Optima, find_optima
 from pyro_sb.infer.population.tempering import MixtureLaw, temper, within_factor
@@ -400,7 +400,7 @@ def explore(
     """
     weights = normalise(archive.log_weights)
     index = torch.multinomial(weights, effort.num_chains, replacement=True)
-    batch = Batch(archive.points[index], archive.log_density[index])
+    batch = ChainStates(archive.points[index], archive.log_density[index])
     step_size = 0.5
     for _ in range(effort.max_rounds):
         move = HamiltonianMove(core, 4, step_size, spread=30.0)
@@ -416,8 +416,8 @@ def explore(
 
 
 def _run_chains(
-    log_joint: LogJoint, move: HamiltonianMove, batch: Batch, num_steps: int
-) -> tuple[Tensor, Tensor, Batch]:
+    log_joint: LogJoint, move: HamiltonianMove, batch: ChainStates, num_steps: int
+) -> tuple[Tensor, Tensor, ChainStates]:
     """States and log densities that the chains pass through while the step size adapts, and where they end."""
     index = IndexMove(move.mixture.with_guard(*HEAVY_GUARD))
     states = []
@@ -427,6 +427,6 @@ def _run_chains(
         else:
             moved = move.step(log_joint, *batch)
             move.step_size = adapted(move.step_size, moved.accept_prob, move.target_accept, 0.5)
-        batch = Batch(moved.x, moved.log_density)
+        batch = ChainStates(moved.x, moved.log_density)
         states.append(batch)
     return torch.cat([state.x for state in states]), torch.cat([state.log_density for state in states]), batch

@@ -26,7 +26,7 @@ from pyro_sb.bridges import (
 from pyro_sb.bridges.codecs.base import Codec
 from pyro_sb.infer import MCMC, AmortizedPosterior, BridgeMH, KernelLangevin
 from pyro_sb.infer.kernels.bridge_mh import BridgeMH as Defined
-from pyro_sb.infer.kernels.warmup import Start
+from pyro_sb.infer.kernels.warmup import ChainStart
 from pyro_sb.training import FitHistory
 from tests.infer import open_models
 from tests.infer.kernels.test_kernels import Y, conjugate, posterior, share_of_first_mode, two_modes_potential
@@ -142,7 +142,7 @@ def test_a_latent_bridge_is_fitted_to_the_weighted_population_its_codec_too(make
 
 def test_a_codec_learns_from_the_population_s_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     points, weights = torch.tensor([[0.0], [1.0], [5.0]], dtype=F64).repeat(100, 1), torch.tensor([0.5, 0.4, 0.1])
-    begin = Start(points, (weights / 100).double().repeat(100), None)
+    begin = ChainStart(points, (weights / 100).double().repeat(100), None)
     monkeypatch.setattr("pyro_sb.infer.kernels.bridge_mh.start_of_population", lambda population: begin)
     kernel = BridgeMH(conjugate, latent(PCACodec(1)), local=None, fit_options={"num_updates": 2}, num_particles=100)
     run(kernel, Y, num_samples=2)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.moves.moves import Transition
-from pyro_sb.infer.moves.tuning import Batch, Tuned, local_floor, share_moves, tune
+from pyro_sb.infer.moves.tuning import ChainStates, Tuned, local_floor, share_moves, tune
 
 F64 = {"dtype": torch.float64}
 JOINT = LogJoint.from_batched(lambda z: -z.square().sum(1) / 2, 2)
@@ -35,7 +35,7 @@ class Stride:
 
 
 def batch():
-    return Batch(torch.zeros(5, 2, **F64), torch.zeros(5, **F64))
+    return ChainStates(torch.zeros(5, 2, **F64), torch.zeros(5, **F64))
 
 
 @pytest.mark.parametrize("start", [0.05, 0.3, 4.0])
