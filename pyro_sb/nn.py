@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from zuko.nn import MLP
 
 
 class ContextNet(nn.Module):
@@ -78,6 +77,8 @@ class TimeNet(nn.Module):
     """
 
     def __init__(self, dim: int, hidden: tuple[int, ...] = (32, 32)) -> None:
+        from zuko.nn import MLP
+
         super().__init__()
         self.body = MLP(dim + 1, dim, hidden_features=hidden, activation=nn.SiLU)
 
@@ -160,6 +161,8 @@ class SetEmbedding(nn.Module):
     """
 
     def __init__(self, item_dim: int, out_dim: int, hidden: tuple[int, ...] = (64, 64)) -> None:
+        from zuko.nn import MLP
+
         super().__init__()
         if item_dim < 1 or out_dim < 1 or not hidden:
             raise ValueError(

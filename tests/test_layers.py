@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pyro_sb"
 LAYERS = [
     {"ops"},
-    {"nn", "training", "weights", "distributions"},
+    {"nn", "training", "threads", "weights", "distributions"},
     {"bridges"},
     {"infer"},
     {"diagnostics", "metrics", "plots", "datasets"},

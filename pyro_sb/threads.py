@@ -1,0 +1,247 @@
+r"""Threads of a run: one, or as many as were found where the run's own calls are faster with them.
+
+Threads of one operation wait for each other. On a core that another process uses, the last of them is late by a time
+slice of the scheduler: a product of 1,024 x 7 by 7 x 7 that takes 46 microseconds with one thread was seen to take 9
+milliseconds with two. Large operations do gain. So a run, opened by `chosen_threads`, holds torch and the BLAS and
+OpenMP libraries to one thread, and the calls that carry its work, such as an update of a fit or an evaluation of a log
+joint, are timed where they happen: the first three with one thread, then up to three with as many as were found. A
+`Pace` keeps the better. Nothing is computed for the timing's sake, and no random number is drawn for it.
+
+Sums of long tensors may round otherwise with another number of threads. After ``torch.set_num_threads(1)`` nothing is
+timed, and a seed fixes every bit.
+"""
+
+import sys
+import threading
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Pace", "chosen_threads"]
+
+TRIES = 3  # calls timed with either number
+LEAST = 1e-4  # seconds of a call below which there is nothing to share
+GAIN = 1.2  # factor by which many threads must be faster than one
+HOPELESS = 2.0  # factor by which one call may be slower before the trial of many ends
+AGAIN = 10.0  # seconds until the choice is made again: another process may have come or gone
+CPU = torch.device("cpu")
+Item = TypeVar("Item")
+
+
+class Counts:
+    """Thread counts of torch and of the loaded BLAS and OpenMP libraries, lowered while a run lasts.
+
+    There is one object, shared by all runs of a process: the first to open notes what it finds, the last to close puts
+    it back.
+
+    Attributes:
+        most: What torch was set to before the run: an upper bound.
+        now: The number at present.
+        timing: Whether a call is being timed; calls inside it are part of it.
+    """
+
+    def __init__(self) -> None:
+        self.most, self.now, self.timing = 1, 1, False
+        self._lock, self._depth = threading.RLock(), 0
+        self._libraries: list[Any] = []
+        self._found: dict[str, int] = {}
+        self._num_modules = 0
+
+    @property
+    def chosen(self) -> bool:
+        """Whether a run is open."""
+        return self._depth > 0
+
+    def open(self) -> None:
+        """One thread from here on; libraries that were loaded since the run began are held to its number too."""
+        with self._lock:
+            self._find()
+            if self._depth == 0:
+                self.most = self.now = torch.get_num_threads()
+                self._found = {}
+            for library in self._libraries:
+                if library.filepath not in self._found:
+                    self._found[library.filepath] = library.num_threads
+                    library.set_num_threads(min(library.num_threads, self.now))
+            self._depth += 1
+            if self._depth == 1:
+                self.set(1)
+
+    def close(self) -> None:
+        """Put back what was found, if no other run is open."""
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                for library in self._libraries:
+                    library.set_num_threads(self._found.get(library.filepath, library.num_threads))
+                torch.set_num_threads(self.most)
+                self.timing = False
+
+    def set(self, num: int) -> None:
+        """So many threads, in each library at most as many as it was found with."""
+        if num != self.now:
+            self.now = num
+            for library in self._libraries:
+                library.set_num_threads(min(num, self._found.get(library.filepath, num)))
+            torch.set_num_threads(num)
+
+    def _find(self) -> None:
+        """Look for libraries, if modules were imported since the last look, which takes 4 ms."""
+        if len(sys.modules) != self._num_modules:
+            from threadpoolctl import ThreadpoolController
+
+            self._num_modules = len(sys.modules)
+            self._libraries = ThreadpoolController().lib_controllers
+
+
+COUNTS = Counts()
+
+
+@contextmanager
+def chosen_threads(*values: Any) -> Iterator[None]:
+    r"""A run: one thread, but for calls that a `Pace` finds faster with more. Runs inside it are part of it.
+
+    What torch is set to before is an upper bound. At the end, also after an error, torch and the libraries have the
+    numbers that they had. Where the work lies on another device than the CPU, all is left as found.
+
+    Args:
+        *values: The run's arguments. One tensor on another device, or such a default device, leaves all as found.
+
+    Example:
+        >>> before = torch.get_num_threads()
+        >>> with chosen_threads():
+        ...     torch.get_num_threads()
+        1
+        >>> torch.get_num_threads() == before
+        True
+    """
+    devices = [torch.get_default_device(), *(value.device for value in values if isinstance(value, Tensor))]
+    if any(device.type != "cpu" for device in devices):
+        yield
+        return
+    COUNTS.open()
+    try:
+        yield
+    finally:
+        COUNTS.close()
+
+
+class Trial:
+    """Times of the calls of one kind, and the number of threads that is better for them.
+
+    Attributes:
+        num_calls: Calls so far.
+        verdict: The number chosen, with the seconds that a call takes with it and with the other; empty before.
+    """
+
+    def __init__(self) -> None:
+        self.num_calls, self.verdict = 0, ""
+        self._one, self._many = list[float](), list[float]()  # seconds over size
+        self._choice, self._since = 0, 0.0
+
+    def next(self, most: int) -> int:
+        """The number for the next call."""
+        if self._choice and perf_counter() - self._since > AGAIN:
+            self._one, self._many, self._choice = [], [], 0
+        return min(self._choice, most) or (most if len(self._one) == TRIES else 1)
+
+    def note(self, num: int, most: int, seconds: float, size: int) -> None:
+        """Take the time of a call in, and choose when there are enough.
+
+        The wall time counts, and not that of the processors: threads that wait for each other spin, which costs
+        nothing on cores that are idle, and is seen in the wall time on cores that are not. Against the median of one
+        thread stands the mean of many, so that a single stall speaks against them.
+        """
+        self.num_calls += 1
+        if self._choice:
+            return
+        (self._one if num == 1 else self._many).append(seconds / size)
+        if len(self._one) < TRIES:
+            return
+        one = median(self._one) * size
+        if not self._many and one < LEAST:
+            self._choose(1, f"1 of {most} ({_time(one)} a call)")
+        elif len(self._many) == TRIES or (self._many and self._many[-1] * size > HOPELESS * one):
+            many = mean(self._many) * size
+            better, own, other = (num, many, one) if GAIN * many < one else (1, one, many)
+            self._choose(better, f"{better} of {most} ({_time(own)} for {_time(other)} a call)")
+
+    def _choose(self, num: int, verdict: str) -> None:
+        self._choice, self.verdict, self._since = num, verdict, perf_counter()
+
+
+class Pace:
+    r"""The faster number of threads for one kind of work: 1, or as many as were found.
+
+    Calls are timed as they come, within `chosen_threads` alone. Calls of one kind whose sizes lie within a factor of
+    two are compared by their time over their size.
+
+    Example:
+        >>> pace = Pace()
+        >>> with chosen_threads():
+        ...     for _ in pace.each(range(10)):
+        ...         product = torch.ones(8, 8) @ torch.ones(8, 8)
+        >>> pace.describe()[:9]
+        'threads: '
+    """
+
+    def __init__(self) -> None:
+        self._trials: dict[Hashable, Trial] = {}
+        self._running: tuple[Trial, int, int, float] | None = None
+
+    def start(self, size: int = 1, kind: Hashable = None, device: torch.device = CPU) -> None:
+        """A call begins, of so many rows."""
+        if not COUNTS.chosen or COUNTS.most == 1 or COUNTS.timing or device.type != "cpu":
+            return
+        trial = self._trials.setdefault((kind, size.bit_length()), Trial())
+        num, COUNTS.timing = trial.next(COUNTS.most), True
+        COUNTS.set(num)
+        self._running = trial, num, size, perf_counter()
+
+    def stop(self) -> None:
+        """The call ends."""
+        if self._running is not None:
+            trial, num, size, begun = self._running
+            trial.note(num, COUNTS.most, perf_counter() - begun, size)
+            self._running, COUNTS.timing = None, False
+            COUNTS.set(1)
+
+    @contextmanager
+    def call(self, size: int = 1, kind: Hashable = None, device: torch.device = CPU) -> Iterator[None]:
+        """One call, of so many rows."""
+        self.start(size, kind, device)
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def each(self, items: Iterable[Item], device: torch.device = CPU) -> Iterator[Item]:
+        """The same items; what is done with one of them is a call."""
+        for item in items:
+            with self.call(device=device):
+                yield item
+
+    def describe(self) -> str:
+        """The number of threads, and the time of a call with it and with the other, for the most frequent kind."""
+        trials = sorted(self._trials.values(), key=lambda trial: (trial.verdict != "", trial.num_calls))
+        if not trials:
+            return f"threads: {torch.get_num_threads()}"
+        return f"threads: {trials[-1].verdict or '1 (too few calls to compare)'}"
+
+
+def mean(times: list[float]) -> float:
+    """Mean."""
+    return sum(times) / len(times)
+
+
+def median(times: list[float]) -> float:
+    """The middle one of an odd number."""
+    return sorted(times)[len(times) // 2]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
