@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pyro_sb.threads import Pace
+
 
 class ContextNet(nn.Module):
     """Network from a context to a vector, zero before it is trained; layers as wide as the one before are residual.
@@ -121,6 +123,7 @@ class ResidualNet(nn.Module):
         self.head = nn.Linear(hidden[-1], out_dim)
         waves = 2 * math.pi * 2.0 ** torch.linspace(-2, 3, num_frequencies)
         self.register_buffer("frequencies", waves, persistent=False)
+        self.pace = Pace()
         self.reset()
 
     def reset(self) -> None:
@@ -133,6 +136,10 @@ class ResidualNet(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Times ``(*)`` in about [0, 1], states ``(*, dim)``, contexts ``(*, context_dim)``, to ``(*, out_dim)``."""
+        with self.pace.call(x[..., 0].numel(), device=x.device):
+            return self._answer(t, x, context)
+
+    def _answer(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         waves = t[..., None] * self.frequencies
         h = self.state(x) + self.time(torch.cat([t[..., None], waves.sin(), waves.cos()], -1))
         if self.context is not None:

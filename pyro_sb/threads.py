@@ -23,9 +23,10 @@ from torch import Tensor
 
 __all__ = ["Pace", "chosen_threads"]
 
-TRIES = 3  # calls timed with either number
+TRIES = 3  # calls timed with either number, or two that took so many seconds together
+LONG = 0.2
 LEAST = 1e-4  # seconds of a call below which there is nothing to share
-GAIN = 1.2  # factor by which many threads must be faster than one
+GAIN = 1.1  # factor by which many threads must be faster than one
 HOPELESS = 2.0  # factor by which one call may be slower before the trial of many ends
 AGAIN = 10.0  # seconds until the choice is made again: another process may have come or gone
 CPU = torch.device("cpu")
@@ -141,34 +142,37 @@ class Trial:
     def __init__(self) -> None:
         self.num_calls, self.verdict = 0, ""
         self._one, self._many = list[float](), list[float]()  # seconds over size
-        self._choice, self._since = 0, 0.0
+        self._choice, self._since, self._size = 0, 0.0, 1
 
     def next(self, most: int) -> int:
         """The number for the next call."""
         if self._choice and perf_counter() - self._since > AGAIN:
             self._one, self._many, self._choice = [], [], 0
-        return min(self._choice, most) or (most if len(self._one) == TRIES else 1)
+        return min(self._choice, most) or (most if self._enough(self._one) else 1)
 
     def note(self, num: int, most: int, seconds: float, size: int) -> None:
         """Take the time of a call in, and choose when there are enough.
 
         The wall time counts, and not that of the processors: threads that wait for each other spin, which costs
-        nothing on cores that are idle, and is seen in the wall time on cores that are not. Against the median of one
-        thread stands the mean of many, so that a single stall speaks against them.
+        nothing on cores that are idle, and is seen in the wall time on cores that are not. Against the best of one
+        thread stands the mean of many: a single stall speaks against them.
         """
-        self.num_calls += 1
+        self.num_calls, self._size = self.num_calls + 1, size
         if self._choice:
             return
         (self._one if num == 1 else self._many).append(seconds / size)
-        if len(self._one) < TRIES:
+        if not self._enough(self._one):
             return
-        one = median(self._one) * size
+        one = min(self._one) * size
         if not self._many and one < LEAST:
             self._choose(1, f"1 of {most} ({_time(one)} a call)")
-        elif len(self._many) == TRIES or (self._many and self._many[-1] * size > HOPELESS * one):
-            many = mean(self._many) * size
+        elif self._enough(self._many) or (self._many and self._many[-1] * size > HOPELESS * one):
+            many = sum(self._many) / len(self._many) * size
             better, own, other = (num, many, one) if GAIN * many < one else (1, one, many)
             self._choose(better, f"{better} of {most} ({_time(own)} for {_time(other)} a call)")
+
+    def _enough(self, times: list[float]) -> bool:
+        return len(times) >= TRIES or (len(times) == 2 and sum(times) * self._size > LONG)
 
     def _choose(self, num: int, verdict: str) -> None:
         self._choice, self.verdict, self._since = num, verdict, perf_counter()
@@ -210,6 +214,11 @@ class Pace:
             self._running, COUNTS.timing = None, False
             COUNTS.set(1)
 
+    def lap(self, device: torch.device = CPU) -> None:
+        """A call ends, if one has begun, and the next begins."""
+        self.stop()
+        self.start(device=device)
+
     @contextmanager
     def call(self, size: int = 1, kind: Hashable = None, device: torch.device = CPU) -> Iterator[None]:
         """One call, of so many rows."""
@@ -231,16 +240,6 @@ class Pace:
         if not trials:
             return f"threads: {torch.get_num_threads()}"
         return f"threads: {trials[-1].verdict or '1 (too few calls to compare)'}"
-
-
-def mean(times: list[float]) -> float:
-    """Mean."""
-    return sum(times) / len(times)
-
-
-def median(times: list[float]) -> float:
-    """The middle one of an odd number."""
-    return sorted(times)[len(times) // 2]
 
 
 def _time(seconds: float) -> str:

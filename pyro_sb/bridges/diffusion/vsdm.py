@@ -7,6 +7,7 @@ from typing import Any
 from pyro_sb.bridges.diffusion.draws import DiffusionDraws
 from pyro_sb.bridges.diffusion.fit import fit_diffusion
 from pyro_sb.bridges.options import FitOptions
+from pyro_sb.threads import chosen_threads
 from pyro_sb.training import FitHistory
 
 
@@ -123,7 +124,8 @@ class VSDM(DiffusionDraws):
             num_updates, batch_size, learning_rate, ema, num_draws, num_stages, zeta, progress, checkpoint
         )
         options.check()
-        history = fit_diffusion(self, options, target, context, weights, held_out)
+        with chosen_threads(target):
+            history = fit_diffusion(self, options, target, context, weights, held_out)
         history.seconds = max(history.seconds, time.perf_counter() - begun)
         return history
 

@@ -14,6 +14,7 @@ from pyro_sb.bridges.dsb.half import LATEST, Given, log_ratio
 from pyro_sb.bridges.dsb.state import DSBState
 from pyro_sb.bridges.rows import chunked
 from pyro_sb.distributions import Draws
+from pyro_sb.threads import chosen_threads
 from pyro_sb.training import FitHistory
 
 CHUNK = 2**23  # numbers of a batch of paths at once
@@ -164,7 +165,8 @@ class DSB(DSBState):
             checkpoint=checkpoint,
         )
         options.check(self.context_dim, self.method)
-        history = fit_dsb(self, options, target, source, context, weights, held_out, on_iteration)
+        with chosen_threads(target, source):
+            history = fit_dsb(self, options, target, source, context, weights, held_out, on_iteration)
         history.seconds = max(history.seconds, time.perf_counter() - begun)
         return history
 

@@ -21,6 +21,7 @@ from pyro_sb.bridges.langevin.posterior import (
 from pyro_sb.bridges.langevin.schemes import SCHEMES, SmoothedDraws, end_of_walk, log_path_ratio, walk
 from pyro_sb.bridges.langevin.setup import check_metric, metric_factor, whiten
 from pyro_sb.distributions import Draws
+from pyro_sb.threads import chosen_threads
 from pyro_sb.training import FitHistory
 
 
@@ -177,7 +178,8 @@ class KernelLangevinBridge(AffinityBridge):
         points = as_draws("target", target, self.dim, num_draws=num_draws)
         weights = as_weights(weights, points)
         source_law, source_points = self._read_source(source, points)
-        result = self._scale(points, weights, context, progress, tolerance, max_iter)
+        with chosen_threads(points):
+            result = self._scale(points, weights, context, progress, tolerance, max_iter)
         self._source, self.source_points, self.diffusion_factor = source_law, source_points, points.new_empty(0)
         if self.diffusion is not None:
             factor = metric_factor(self.diffusion, points, weights)

@@ -14,6 +14,7 @@ from pyro_sb.bridges.options import Options
 from pyro_sb.distributions import Draws
 from pyro_sb.ops.mixture import MixturePotential
 from pyro_sb.ops.moment_matching import equal_weights
+from pyro_sb.threads import Pace
 from pyro_sb.training import Best, FitHistory, interruptible
 
 POOL, PASSES = 8192, 4  # pairs inverted at once, and how often each is then used with one more Newton step
@@ -194,12 +195,12 @@ class LightSBBM(LightSB):
         """Moment steps at inverse points, each as long as G of all draws allows; the best by held-out G is kept."""
         source, target = (all_points(end, options.num_draws) for end in ends)
         problem, num_updates = DualProblem(source, target, self.beta), options.steps(200)
-        history, best = FitHistory(), Best(list(self.parameters_of.parameters()))
+        history, best, pace = FitHistory(), Best(list(self.parameters_of.parameters())), Pace()
         state = problem.at(self.parameters_of(None, self._epsilon))
         best.offer(self.held_out_loss(ends))
         size, quiet = 1.0, 0
         with interruptible(history, num_updates, "LightSBBM"):
-            for step in range(1, num_updates + 1):
+            for step in pace.each(range(1, num_updates + 1), source.points.device):
                 new, size = problem.ascend(state, size, self._floor)
                 rise = (new.dual - state.dual) / self._epsilon
                 state, quiet = new, quiet + 1 if rise < 1e-9 else 0
@@ -215,6 +216,7 @@ class LightSBBM(LightSB):
                     history.converged = True
                     break
         best.restore()
+        history.threads = pace.describe()
         if not history.converged and not history.interrupted:
             warnings.warn(
                 f"LightSBBM's batch solver has not converged: G still rose by {history.residual:.2g} > 1e-9 nats in "

@@ -15,6 +15,7 @@ from pyro_sb.bridges.light.mixture import MixtureBridge
 from pyro_sb.bridges.options import Options
 from pyro_sb.ops.mixture import MixturePotential
 from pyro_sb.ops.moment_matching import Side, equal_weights, moment_step
+from pyro_sb.threads import Pace, chosen_threads
 from pyro_sb.training import Best, FitHistory, interruptible, train
 
 HELD_OUT, HELD_OUT_BATCHES = 2048, 8  # points that the held-out loss is read from, and at most so many minibatches
@@ -123,8 +124,9 @@ class LightSB(MixtureBridge):
         before = copy.deepcopy(self.state_dict()), self.source
         self._learning = False
         try:
-            ends = self._read(target, source, context, weights, num_draws, held_out)
-            history = self._solve(ends, options)
+            with chosen_threads(target, source):
+                ends = self._read(target, source, context, weights, num_draws, held_out)
+                history = self._solve(ends, options)
         except BaseException:
             if not self._learning:  # nothing was learnt yet: the bridge is what it was
                 self.load_state_dict(before[0])
@@ -208,12 +210,12 @@ class LightSB(MixtureBridge):
         """Moment steps on all draws until the held-out loss stops falling."""
         source, target = (all_points(end, options.num_draws) for end in ends)
         num_updates = options.steps(200)
-        history, best = FitHistory(), Best(list(self.parameters_of.parameters()))
+        history, best, pace = FitHistory(), Best(list(self.parameters_of.parameters())), Pace()
         potential = self.parameters_of(None, self._epsilon)
         points, weights = zip(source, target)
         best.offer(self.held_out_loss(ends))
         with interruptible(history, num_updates, type(self).__name__):
-            for step in range(1, num_updates + 1):
+            for step in pace.each(range(1, num_updates + 1), source.points.device):
                 potential = moment_step(potential, source, target, floor=self._floor)
                 self.parameters_of.set(potential, self._floor)
                 history.losses.append(float(likelihood_loss(potential, *points, *weights)))
@@ -224,6 +226,7 @@ class LightSB(MixtureBridge):
                     history.converged = True
                     break
         best.restore()
+        history.threads = pace.describe()
         if not history.converged and not history.interrupted:
             warnings.warn(
                 f"{type(self).__name__}'s moment steps have not converged: the loss still falls after "

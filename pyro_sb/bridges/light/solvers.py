@@ -78,6 +78,7 @@ def alternate(bridge: "LightSBBM", ends: Ends, options: Options) -> FitHistory:
             )
             record += part.losses
             history.iterations += part.iterations
+            history.threads = part.threads
             if part.interrupted:
                 history.interrupted = True
                 return history

@@ -14,12 +14,14 @@ from pyro_sb.diagnostics.modes.clusters import Modes, find_modes
 from pyro_sb.infer.mcmc.record import site_diagnostics
 from pyro_sb.infer.model.joint import LogJoint
 from pyro_sb.infer.population.population import Population, populate
+from pyro_sb.threads import chosen_threads
 
 __all__ = ["ModeAudit", "mode_audit"]
 
 POOLED = 1024  # draws of each population, and of the run, that modes are looked for in
 
 
+@chosen_threads()
 def mode_audit(
     target: Any = None,
     x: Any = None,

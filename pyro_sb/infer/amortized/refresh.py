@@ -211,10 +211,12 @@ class BridgeRefresh(MCMCKernel):
         }
 
     def describe(self) -> str:
-        """The diagnostics in a line."""
+        """The diagnostics and the threads in a line."""
         return "; ".join(
             f"{name} {value:.3g}" if isinstance(value, float) and math.isfinite(value) else f"{name} {value}"
-            for name, value in self.diagnostics().items()
+            for name, value in (
+                self.diagnostics() | {"threads": self.log_joint.threads.removeprefix("threads: ")}
+            ).items()
         )
 
     def cleanup(self) -> None:

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pyro
@@ -19,6 +19,7 @@ from pyro_sb.infer.model.packing import Packing
 from pyro_sb.infer.model.prototype import Prototype, Start, first_float, prototype, run
 from pyro_sb.infer.model.runs import PlainSampling, Record
 from pyro_sb.infer.model.sites import can_sample, is_deterministic, is_discrete, is_sample, refuse_subsampling
+from pyro_sb.threads import Pace
 
 __all__ = ["Simulations", "Simulator", "base_of", "returned_sites", "simulator"]
 
@@ -53,6 +54,7 @@ class Simulator:
         hidden: Discrete latents that cannot be summed out: they are simulated, and leave the log joint unknown.
         plated: Whether one outer plate simulates many runs at once.
         interrupted: What was simulated when Ctrl-C came.
+        pace: Threads of a run, chosen by its wall time.
     """
 
     model: Callable[..., Any]
@@ -68,6 +70,7 @@ class Simulator:
     hidden: tuple[str, ...] = ()
     plated: bool = False
     interrupted: Simulations | None = None
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def dim(self) -> int:
@@ -131,7 +134,9 @@ class Simulator:
             while done < num:
                 size = min(self._most_rows(), num - done)
                 try:
-                    yield route(size)
+                    with self.pace.call(size, kind=route.__name__):
+                        sites = route(size)
+                    yield sites
                 except Exception as error:  # something in the user's model that the route does not know
                     logger.info("the model is not simulated by %s: %s: %s", route.__name__, type(error).__name__, error)
                     break
@@ -141,7 +146,8 @@ class Simulator:
             while done < num:
                 singles = []
                 for _ in range(min(BLOCK, num - done)):
-                    singles.append(self._one())
+                    with self.pace.call():
+                        singles.append(self._one())
                     bar.update()
                 yield {name: torch.stack([single[name] for single in singles]) for name in singles[0]}
                 done += len(singles)

@@ -166,15 +166,14 @@ class BridgeMH(WalkingKernel):
             check_dim(self.bridge, self.log_joint)
 
     def describe(self) -> str:
-        """What warm-up found and froze, in lines: the population if there is one, the bridge's worth, the moves."""
+        """What warm-up found and froze, in lines: the population if there is one, the bridge's worth, moves, threads."""
         if self.pilot is None or self.frozen is None:
             return "BridgeMH before its warm-up"
         stages = [] if self.population is None else list(self.population.stages)
         coordinates = "the model's own" if self.coordinates is None else f"non-centred in {self.coordinates.sites}"
         worth = f"effective share {self.pilot.share:.3f}, k-hat {self.pilot.k_hat:.2f}"
-        return "\n".join(
-            [*stages, f"bridge: {worth}", f"coordinates: {coordinates}", f"moves: {self.frozen.describe()}"]
-        )
+        moves = f"moves: {self.frozen.describe()}"
+        return "\n".join([*stages, f"bridge: {worth}", f"coordinates: {coordinates}", moves, self._target.threads])
 
     def _facts(self) -> dict[str, Any]:
         """What the bridge's proposals are worth as an importance sample."""

@@ -132,13 +132,13 @@ class KernelLangevin(WalkingKernel):
         }
 
     def describe(self) -> str:
-        """What warm-up found and froze, in lines: the population's stages, its evidence, the coordinates, the moves."""
+        """What warm-up found and froze, in lines: the population, its evidence, coordinates, moves, threads."""
         if self.population is None or self.frozen is None:
             return "KernelLangevin before its warm-up"
         coordinates = "the model's own" if self.coordinates is None else f"non-centred in {self.coordinates.sites}"
         evidence = f"{self.population.log_evidence:.3f} +- {self.population.log_evidence_error:.3f}"
         lines = [*self.population.stages, f"log evidence: {evidence}", f"coordinates: {coordinates}"]
-        return "\n".join([*lines, f"moves: {self.frozen.describe()}"])
+        return "\n".join([*lines, f"moves: {self.frozen.describe()}", self._target.threads])
 
     def _prepare(self) -> None:
         """Build the population, and fit, tune and freeze the moves on it, once."""

@@ -15,6 +15,7 @@ from pyro_sb.infer.mcmc.walk import Walk
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
 from pyro_sb.infer.population.coordinates import NonCentred
 from pyro_sb.infer.population.population import Population
+from pyro_sb.threads import chosen_threads
 
 __all__ = ["WalkingKernel"]
 
@@ -111,7 +112,8 @@ class WalkingKernel(MCMCKernel):
         if self._initial_params is not None:
             return self._initial_params
         if self._own_start is None:
-            self._prepare()
+            with chosen_threads():  # pyro.infer.MCMC opens no run
+                self._prepare()
             z = self._shown(self._starts(1 if self.num_chains is None else self.num_chains))
             self._own_start = self.log_joint.unpack(z if self.num_chains is not None else z[0])
         return self._own_start
@@ -127,6 +129,10 @@ class WalkingKernel(MCMCKernel):
 
     def sample_block(self, params: dict[str, Tensor], num_steps: int) -> Block:
         """``num_steps`` transitions of every chain from ``params``: draws and statistics, steps first."""
+        with chosen_threads():
+            return self._walked(params, num_steps)
+
+    def _walked(self, params: dict[str, Tensor], num_steps: int) -> Block:
         self._prepare()
         walk = self._walk = self._walk_from(self._pack(params))
         if self._steps_left == 0:

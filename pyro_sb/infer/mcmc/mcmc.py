@@ -28,6 +28,7 @@ from pyro.util import optional
 from torch import Tensor
 
 from pyro_sb.infer.mcmc.record import Block, Record, floating, in_chunks, per_chain, site_diagnostics
+from pyro_sb.threads import chosen_threads
 
 __all__ = ["MCMC"]
 
@@ -143,7 +144,7 @@ class MCMC(api.MCMC):
             ValueError: ``save_params`` names an unknown site.
         """
         record = Record(self.save_params)
-        with self._prepared_kernel():
+        with chosen_threads(*args, *kwargs.values()), self._prepared_kernel():
             try:
                 self._draw(record, args, kwargs)
             except KeyboardInterrupt as interrupt:

@@ -13,6 +13,7 @@ from pyro_sb.infer.population.rounds import BRIEF, HEAVY_GUARD, LIGHT_GUARD, LON
 from pyro_sb.infer.population.search import Optima, find_optima
 from pyro_sb.infer.population.tempering import temper
 from pyro_sb.ops.student_mixture import StudentMixture
+from pyro_sb.threads import chosen_threads
 from pyro_sb.weights import effective_sample_size, log_evidence, normalise
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Population:
         return torch.multinomial(self.weights, num, replacement=True)
 
 
+@chosen_threads()
 def populate(
     log_joint: LogJoint,
     num_particles: int = 1024,
@@ -140,7 +142,7 @@ def populate(
             f"draws. Raise num_particles (now {num_particles}), reparametrise the model, or give points by "
             "start=. A flat prior without data has no normaliser at all.",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return result
 
