@@ -212,12 +212,11 @@ class BridgeRefresh(MCMCKernel):
 
     def describe(self) -> str:
         """The diagnostics and the threads in a line."""
-        return "; ".join(
+        figures = [
             f"{name} {value:.3g}" if isinstance(value, float) and math.isfinite(value) else f"{name} {value}"
-            for name, value in (
-                self.diagnostics() | {"threads": self.log_joint.threads.removeprefix("threads: ")}
-            ).items()
-        )
+            for name, value in self.diagnostics().items()
+        ]
+        return "; ".join([*figures, self.log_joint.threads])
 
     def cleanup(self) -> None:
         """Drop the chains' state."""

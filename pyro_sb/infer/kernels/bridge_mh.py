@@ -166,7 +166,7 @@ class BridgeMH(WalkingKernel):
             check_dim(self.bridge, self.log_joint)
 
     def describe(self) -> str:
-        """What warm-up found and froze, in lines: the population if there is one, the bridge's worth, moves, threads."""
+        """What warm-up found and froze, in lines: the population if any, the bridge's worth, moves, threads."""
         if self.pilot is None or self.frozen is None:
             return "BridgeMH before its warm-up"
         stages = [] if self.population is None else list(self.population.stages)
