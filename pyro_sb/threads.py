@@ -33,70 +33,75 @@ CPU = torch.device("cpu")
 Item = TypeVar("Item")
 
 
+class Own(threading.local):
+    """State of each Python thread: runs that are open in it, the number at present, the call that is being timed."""
+
+    depth, now = 0, 1
+    call: "tuple[Pace, Trial, int, int, float] | None" = None
+
+
 class Counts:
     """Thread counts of torch and of the loaded BLAS and OpenMP libraries, lowered while a run lasts.
 
-    There is one object, shared by all runs of a process: the first to open notes what it finds, the last to close puts
-    it back.
+    OpenMP keeps a number for each Python thread, BLAS one for the process. So the first run of all Python threads notes
+    what it finds, each thread puts its own number back, and the last one those of the process.
 
     Attributes:
         most: What torch was set to before the run: an upper bound.
-        now: The number at present.
-        timing: Whether a call is being timed; calls inside it are part of it.
+        own: State of the present Python thread.
     """
 
     def __init__(self) -> None:
-        self.most, self.now, self.timing = 1, 1, False
-        self._lock, self._depth = threading.RLock(), 0
+        self.most, self.own = 1, Own()
+        self._lock, self._num_open = threading.RLock(), 0
         self._libraries: list[Any] = []
         self._found: dict[str, int] = {}
         self._num_modules = 0
 
-    @property
-    def chosen(self) -> bool:
-        """Whether a run is open."""
-        return self._depth > 0
-
     def open(self) -> None:
         """One thread from here on; libraries that were loaded since the run began are held to its number too."""
         with self._lock:
+            if self._num_open == 0:
+                self.most, self._found = torch.get_num_threads(), {}
+            if self.own.depth == 0:
+                self._num_open += 1
+                self.own.now = self.most
+            self.own.depth += 1
             self._find()
-            if self._depth == 0:
-                self.most = self.now = torch.get_num_threads()
-                self._found = {}
-            for library in self._libraries:
-                if library.filepath not in self._found:
-                    self._found[library.filepath] = library.num_threads
-                    library.set_num_threads(min(library.num_threads, self.now))
-            self._depth += 1
-            if self._depth == 1:
+            if self.own.depth == 1:
                 self.set(1)
 
     def close(self) -> None:
-        """Put back what was found, if no other run is open."""
+        """Put back what was found, where no other run is open."""
         with self._lock:
-            self._depth -= 1
-            if self._depth == 0:
+            self.own.depth -= 1
+            if self.own.depth == 0:
+                self._num_open -= 1
+                self.own.call = None
                 for library in self._libraries:
-                    library.set_num_threads(self._found.get(library.filepath, library.num_threads))
+                    if self._num_open == 0 or library.user_api == "openmp":
+                        library.set_num_threads(self._found.get(library.filepath, self.most))
                 torch.set_num_threads(self.most)
-                self.timing = False
 
     def set(self, num: int) -> None:
         """So many threads, in each library at most as many as it was found with."""
-        if num != self.now:
-            self.now = num
+        if num != self.own.now:
+            self.own.now = num
             for library in self._libraries:
                 library.set_num_threads(min(num, self._found.get(library.filepath, num)))
             torch.set_num_threads(num)
 
     def _find(self) -> None:
-        """Look for libraries, if modules were imported since the last look, which takes 4 ms."""
-        if len(sys.modules) != self._num_modules:
+        """Note the libraries that are new, and hold them to the present number."""
+        if len(sys.modules) != self._num_modules:  # a library comes with a module, and looking for it takes 4 ms
             from threadpoolctl import ThreadpoolController
 
             self._num_modules = len(sys.modules)
             self._libraries = ThreadpoolController().lib_controllers
+        for library in self._libraries:
+            if library.filepath not in self._found:
+                self._found[library.filepath] = library.num_threads
+                library.set_num_threads(min(library.num_threads, self.own.now))
 
 
 COUNTS = Counts()
@@ -195,38 +200,41 @@ class Pace:
 
     def __init__(self) -> None:
         self._trials: dict[Hashable, Trial] = {}
-        self._running: tuple[Trial, int, int, float] | None = None
 
-    def start(self, size: int = 1, kind: Hashable = None, device: torch.device = CPU) -> None:
-        """A call begins, of so many rows."""
-        if not COUNTS.chosen or COUNTS.most == 1 or COUNTS.timing or device.type != "cpu":
-            return
+    def start(self, size: int = 1, kind: Hashable = None, device: torch.device = CPU) -> bool:
+        """A call begins, of so many rows; whether it is timed, which it is not outside a run or within a timed call."""
+        own = COUNTS.own
+        if not own.depth or COUNTS.most == 1 or own.call is not None or device.type != "cpu":
+            return False
         trial = self._trials.setdefault((kind, size.bit_length()), Trial())
-        num, COUNTS.timing = trial.next(COUNTS.most), True
+        num = trial.next(COUNTS.most)
         COUNTS.set(num)
-        self._running = trial, num, size, perf_counter()
+        own.call = self, trial, num, size, perf_counter()
+        return True
 
     def stop(self) -> None:
-        """The call ends."""
-        if self._running is not None:
-            trial, num, size, begun = self._running
+        """The call ends, if one has begun here."""
+        call = COUNTS.own.call
+        if call is not None and call[0] is self:
+            _, trial, num, size, begun = call
             trial.note(num, COUNTS.most, perf_counter() - begun, size)
-            self._running, COUNTS.timing = None, False
+            COUNTS.own.call = None
             COUNTS.set(1)
 
     def lap(self, device: torch.device = CPU) -> None:
-        """A call ends, if one has begun, and the next begins."""
+        """A call ends, if one has begun here, and the next begins."""
         self.stop()
         self.start(device=device)
 
     @contextmanager
     def call(self, size: int = 1, kind: Hashable = None, device: torch.device = CPU) -> Iterator[None]:
         """One call, of so many rows."""
-        self.start(size, kind, device)
+        timed = self.start(size, kind, device)
         try:
             yield
         finally:
-            self.stop()
+            if timed:
+                self.stop()
 
     def each(self, items: Iterable[Item], device: torch.device = CPU) -> Iterator[Item]:
         """The same items; what is done with one of them is a call."""

@@ -86,3 +86,54 @@ def test_the_rules_refuse(tmp_path, file, line, message):
     found = refusals(path, tmp_path / "pyro_sb")
     assert found
     assert message in found[0]
+
+
+# Third-party packages that take long to load: functions import them, modules do not
+
+
+HEAVY = {
+    *("IPython", "arviz", "matplotlib", "mpl_toolkits", "ot", "pandas", "sbibm", "scipy", "sklearn"),
+    *("threadpoolctl", "xarray", "zuko"),
+}
+
+
+def loaded_at_import(path: Path) -> set[str]:
+    """Packages that a module imports when it is imported itself: outside functions, and not for the type checker."""
+    found, waiting = set(), list[ast.AST](ast.parse(path.read_text()).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").split(".")[0])
+        waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def test_heavy_packages_are_imported_in_functions():
+    found = {str(p.relative_to(PACKAGE.parent)): loaded_at_import(p) & HEAVY for p in sorted(PACKAGE.rglob("*.py"))}
+    found = {path: heavy for path, heavy in found.items() if heavy}
+    assert not found, f"import them in the functions that use them: {found}"
+
+
+@pytest.mark.parametrize(
+    ("source", "heavy"),
+    [
+        ("import sklearn.cluster", True),
+        ("from scipy import stats", True),
+        ("class A:\n    from scipy import stats", True),
+        ("try:\n    import ot\nexcept ImportError:\n    ot = None", True),
+        ("def f():\n    from scipy import stats", False),
+        ("class A:\n    def f(self):\n        import sklearn", False),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import matplotlib", False),
+    ],
+)
+def test_what_counts_as_loaded_at_import(tmp_path, source, heavy):
+    path = tmp_path / "a.py"
+    path.write_text(source)
+    assert bool(loaded_at_import(path) & HEAVY) is heavy
