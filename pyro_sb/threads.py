@@ -29,6 +29,7 @@ LEAST = 1e-4  # seconds of a call below which there is nothing to share
 GAIN = 1.1  # factor by which many threads must be faster than one
 HOPELESS = 2.0  # factor by which one call may be slower before the trial of many ends
 AGAIN = 10.0  # seconds until the choice is made again: another process may have come or gone
+SHARE = 0.02  # of the time that trials of the worse number may cost: where they cost more, the next comes later
 CPU = torch.device("cpu")
 Item = TypeVar("Item")
 
@@ -147,11 +148,16 @@ class Trial:
     def __init__(self) -> None:
         self.num_calls, self.verdict = 0, ""
         self._one, self._many = list[float](), list[float]()  # seconds over size
-        self._choice, self._since, self._size = 0, 0.0, 1
+        self._choice, self._until, self._size = 0, 0.0, 1
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to choose."""
+        return perf_counter() > self._until
 
     def next(self, most: int) -> int:
         """The number for the next call."""
-        if self._choice and perf_counter() - self._since > AGAIN:
+        if self._choice and self.due:
             self._one, self._many, self._choice = [], [], 0
         return min(self._choice, most) or (most if self._enough(self._one) else 1)
 
@@ -170,17 +176,19 @@ class Trial:
             return
         one = min(self._one) * size
         if not self._many and one < LEAST:
-            self._choose(1, f"1 of {most} ({_time(one)} a call)")
+            self._choose(1, 0.0, f"1 of {most} ({_time(one)} a call)")
         elif self._enough(self._many) or (self._many and self._many[-1] * size > HOPELESS * one):
             many = sum(self._many) / len(self._many) * size
             better, own, other = (num, many, one) if GAIN * many < one else (1, one, many)
-            self._choose(better, f"{better} of {most} ({_time(own)} for {_time(other)} a call)")
+            lost = (other - own) * len(self._one if better > 1 else self._many)
+            self._choose(better, lost, f"{better} of {most} ({_time(own)} for {_time(other)} a call)")
 
     def _enough(self, times: list[float]) -> bool:
         return len(times) >= TRIES or (len(times) == 2 and sum(times) * self._size > LONG)
 
-    def _choose(self, num: int, verdict: str) -> None:
-        self._choice, self.verdict, self._since = num, verdict, perf_counter()
+    def _choose(self, num: int, lost: float, verdict: str) -> None:
+        self._choice, self.verdict = num, verdict
+        self._until = perf_counter() + max(AGAIN, lost / SHARE)
 
 
 class Pace:

@@ -100,6 +100,21 @@ def test_the_choice_is_made_again_after_a_while(monkeypatch):
     assert trial.verdict == "1 of 2 (10 ms for 30 ms a call)"
 
 
+def test_a_trial_that_cost_much_is_not_made_again_soon(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(module, "perf_counter", lambda: now)
+    trial = Trial()
+    for seconds in [0.010] * 3 + [2.010]:
+        trial.note(trial.next(2), 2, seconds, 1)
+    now = 99.0
+    trial.note(trial.next(2), 2, 0.010, 1)
+    assert trial.verdict == "1 of 2 (10 ms for 2.01 s a call)"
+    assert trial.next(2) == 1
+    assert not trial.due
+    now = 101.0
+    assert trial.due
+
+
 def test_a_choice_keeps_to_a_smaller_bound():
     trial = Trial()
     for seconds in [0.010] * 3 + [0.005] * 3:
