@@ -1,5 +1,8 @@
 """Schrödinger bridges for Pyro: fit a bridge on draws, call it on a context, and hold a Pyro distribution."""
 
+from importlib import import_module
+from types import ModuleType
+
 from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.codecs.autoencoder import AutoencoderCodec
 from pyro_sb.bridges.codecs.pair import PairCodec
@@ -35,16 +38,13 @@ from pyro_sb.infer.mcmc.mcmc import MCMC
 __version__ = "0.1.0"
 
 __all__ = [
-    "MCMC",
     "AmortizedPosterior",
-    "DSB",
-    "SGM",
-    "VSDM",
     "AutoencoderCodec",
     "Bridge",
     "BridgeDistribution",
     "BridgeMH",
     "Calibration",
+    "DSB",
     "Draws",
     "KernelLangevin",
     "KernelLangevinBridge",
@@ -52,19 +52,35 @@ __all__ = [
     "LightSB",
     "LightSBBM",
     "LightSBM",
+    "MCMC",
     "PCACodec",
     "PairCodec",
+    "SGM",
     "SmoothedBridge",
     "TailMatched",
-    "coverage",
-    "reconstruction_report",
-    "sbc",
-    "sbc_ranks",
-    "to_arviz",
+    "VSDM",
     "bridge_report",
+    "coverage",
     "local_c2st",
     "mode_audit",
     "psis",
+    "reconstruction_report",
     "report",
+    "sbc",
+    "sbc_ranks",
     "tarp",
+    "to_arviz",
 ]
+
+MODULES = ("bridges", "datasets", "diagnostics", "infer", "metrics", "plots")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Modules that nothing has asked for yet: pictures and data load when used."""
+    if name in MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *MODULES])

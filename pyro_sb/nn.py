@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from zuko.nn import MLP
+
+from pyro_sb.threads import Pace
 
 
 class ContextNet(nn.Module):
@@ -78,6 +79,8 @@ class TimeNet(nn.Module):
     """
 
     def __init__(self, dim: int, hidden: tuple[int, ...] = (32, 32)) -> None:
+        from zuko.nn import MLP
+
         super().__init__()
         self.body = MLP(dim + 1, dim, hidden_features=hidden, activation=nn.SiLU)
 
@@ -120,6 +123,7 @@ class ResidualNet(nn.Module):
         self.head = nn.Linear(hidden[-1], out_dim)
         waves = 2 * math.pi * 2.0 ** torch.linspace(-2, 3, num_frequencies)
         self.register_buffer("frequencies", waves, persistent=False)
+        self.pace = Pace()
         self.reset()
 
     def reset(self) -> None:
@@ -132,6 +136,10 @@ class ResidualNet(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Times ``(*)`` in about [0, 1], states ``(*, dim)``, contexts ``(*, context_dim)``, to ``(*, out_dim)``."""
+        with self.pace.call(x[..., 0].numel(), device=x.device):
+            return self._answer(t, x, context)
+
+    def _answer(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         waves = t[..., None] * self.frequencies
         h = self.state(x) + self.time(torch.cat([t[..., None], waves.sin(), waves.cos()], -1))
         if self.context is not None:
@@ -160,6 +168,8 @@ class SetEmbedding(nn.Module):
     """
 
     def __init__(self, item_dim: int, out_dim: int, hidden: tuple[int, ...] = (64, 64)) -> None:
+        from zuko.nn import MLP
+
         super().__init__()
         if item_dim < 1 or out_dim < 1 or not hidden:
             raise ValueError(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_sb.threads import Pace, chosen_threads
+
 SHARES = (2, 4, 8, 16)  # of the way to the loop's first check that `EarlyChecks` looks at
 TOLERANCE = 0.05  # nats
 
@@ -31,6 +33,7 @@ class FitHistory:
         seconds: Wall time of the fit.
         converged: Whether the method's own stopping rule was met.
         interrupted: Whether Ctrl-C ended it; what was learnt until then is kept.
+        threads: Threads of an update, chosen by its wall time (`pyro_sb.threads`).
 
     Example:
         >>> FitHistory(residuals=[0.3, 1e-7], iterations=2, seconds=0.01, converged=True)
@@ -44,6 +47,7 @@ class FitHistory:
     seconds: float = 0.0
     converged: bool = False
     interrupted: bool = False
+    threads: str = field(default="", compare=False)
 
     @property
     def residual(self) -> float:
@@ -173,7 +177,8 @@ def train(
             behind. Omitted: no average.
         on_state: Called after every check with the whole state of the loop, torch's random state included, as tensors
             and plain values.
-        resume: Such a state: the loop goes on from it, and ends bit for bit where it would have ended uninterrupted.
+        resume: Such a state: the loop goes on from it, and ends bit for bit where it would have ended uninterrupted,
+            with the same number of threads.
 
     Returns:
         Losses at every check, updates made, seconds, whether the validation loss had stopped falling.
@@ -188,7 +193,7 @@ def train(
         raise ValueError(
             f"num_updates must be at least 1 and learning_rate positive, got {num_updates} and {learning_rate}."
         )
-    begun, history = time.perf_counter(), FitHistory()
+    begun, history, pace = time.perf_counter(), FitHistory(), Pace()
     parameters = list(parameters)
     optimiser = torch.optim.Adam(parameters, learning_rate, foreach=True)
     best, average, every = Best(parameters), Average(parameters, ema), max(1, num_updates // num_checks)
@@ -199,9 +204,9 @@ def train(
         best.offer(validate())
     first = history.iterations + 1
     bar = tqdm(range(first, num_updates + 1), desc=description, disable=not progress, leave=False)
-    with interruptible(history, num_updates, description):
+    with chosen_threads(*parameters), interruptible(history, num_updates, description):
         ended = patience is not None and stale >= patience and history.iterations >= least * num_updates
-        for step in bar if resume is None or not ended else ():
+        for step in pace.each(bar if resume is None or not ended else (), parameters[0].device):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate * cosine(step / num_updates, final_rate)
             value = loss()
@@ -241,7 +246,7 @@ def train(
     average.swap()
     if keep_best and math.isfinite(best.loss):
         best.restore()
-    history.seconds = spent + time.perf_counter() - begun
+    history.seconds, history.threads = spent + time.perf_counter() - begun, pace.describe()
     history.converged = not history.interrupted and _settled(history, tolerance, num_updates, description)
     return history
 

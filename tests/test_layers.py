@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pyro_sb"
 LAYERS = [
     {"ops"},
-    {"nn", "training", "weights", "distributions", "files"},
+    {"nn", "training", "threads", "weights", "distributions", "files"},
     {"bridges"},
     {"infer"},
     {"diagnostics", "metrics", "plots", "datasets"},
@@ -126,7 +126,9 @@ def test_private_names_stay_in_their_folder():
         "_batch_shape",
         "_buffers",
         "_standard_gamma",
-    }  # of Python and torch
+        "_args",
+        "_kwargs",
+    }  # of Python, torch and Pyro
     defined: dict[Path, set[str]] = {}
     trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
     for path, tree in trees.items():
@@ -181,12 +183,12 @@ def refusals_inside(path: Path, package: Path) -> list[str]:
 
 
 def circles(package: Path) -> list[list[str]]:
-    """Files of infer that import each other, directly or through others."""
+    """Files that import each other, directly or through others."""
     graph = {
         f"pyro_sb.{path.relative_to(package).with_suffix('').as_posix().replace('/', '.')}": {
             module for module, _ in imports_of(path)
         }
-        for path in (package / "infer").rglob("*.py")
+        for path in package.rglob("*.py")
         if path.name != "__init__.py"
     }
 
@@ -213,7 +215,7 @@ def test_folders_of_infer_import_in_one_order_and_no_private_names():
     assert not found, "\n".join(found)
 
 
-def test_no_files_of_infer_import_each_other_in_a_circle():
+def test_no_files_import_each_other_in_a_circle():
     assert not circles(PACKAGE)
 
 
@@ -240,3 +242,54 @@ def test_a_circle_of_files_is_found(tmp_path):
         (folder / f"{name}.py").write_text(f"from pyro_sb.infer.moves.{other} import x")
     found = circles(tmp_path / "pyro_sb")
     assert len(found) == 3 and all(circle == [f"pyro_sb.infer.moves.{n}" for n in "abc"] for circle in found)
+
+
+# Third-party packages that take long to load: functions import them, modules do not
+
+
+HEAVY = {
+    *("IPython", "arviz", "matplotlib", "mpl_toolkits", "ot", "pandas", "sbibm", "scipy", "sklearn"),
+    *("threadpoolctl", "xarray", "zuko"),
+}
+
+
+def loaded_at_import(path: Path) -> set[str]:
+    """Packages that a module imports when it is imported itself: outside functions, and not for the type checker."""
+    found, waiting = set(), list[ast.AST](ast.parse(path.read_text()).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").split(".")[0])
+        waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def test_heavy_packages_are_imported_in_functions():
+    found = {str(p.relative_to(PACKAGE.parent)): loaded_at_import(p) & HEAVY for p in sorted(PACKAGE.rglob("*.py"))}
+    found = {path: heavy for path, heavy in found.items() if heavy}
+    assert not found, f"import them in the functions that use them: {found}"
+
+
+@pytest.mark.parametrize(
+    ("source", "heavy"),
+    [
+        ("import sklearn.cluster", True),
+        ("from scipy import stats", True),
+        ("class A:\n    from scipy import stats", True),
+        ("try:\n    import ot\nexcept ImportError:\n    ot = None", True),
+        ("def f():\n    from scipy import stats", False),
+        ("class A:\n    def f(self):\n        import sklearn", False),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import matplotlib", False),
+    ],
+)
+def test_what_counts_as_loaded_at_import(tmp_path, source, heavy):
+    path = tmp_path / "a.py"
+    path.write_text(source)
+    assert bool(loaded_at_import(path) & HEAVY) is heavy

@@ -39,3 +39,7 @@ __all__ = [
     "reconstruction_report",
     "tail_index",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

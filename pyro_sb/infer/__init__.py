@@ -20,3 +20,7 @@ __all__ = [
     "Simulations",
     "log_joint",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -19,3 +19,7 @@ __all__ = [
     "sliced_wasserstein2",
     "wasserstein2",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

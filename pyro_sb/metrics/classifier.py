@@ -4,8 +4,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.model_selection import KFold, cross_val_score
-from sklearn.neural_network import MLPClassifier
 
 from pyro_sb.metrics.score import Score, clouds
 
@@ -46,6 +44,9 @@ def c2st(x: Any, y: Any, *, num_folds: int = 5, generator: torch.Generator | Non
         >>> bool(c2st(x + 9, y) > 0.95), c2st(x + 9, y).floor
         (True, 0.5)
     """
+    from sklearn.model_selection import KFold, cross_val_score
+    from sklearn.neural_network import MLPClassifier
+
     x, y, _, _ = clouds(x, y, x)  # x as the reference: the floor is known, and needs no further draws
     if len(x) != len(y):
         small, name = min((len(x), "y"), (len(y), "x"))

@@ -4,7 +4,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from zuko.nn import MLP
 
 from pyro_sb.bridges.codecs.base import Codec
 from pyro_sb.bridges.codecs.report import SHARE, choose_dim
@@ -80,6 +79,8 @@ class AutoencoderCodec(Codec):
         return super().config() | {"hidden": self.hidden, "latent_noise": self.latent_noise, "share": self.share}
 
     def _build(self) -> None:
+        from zuko.nn import MLP
+
         sizes = {"activation": nn.SiLU}
         self.encoder = MLP(cast(int, self.data_dim), cast(int, self.latent_dim), hidden_features=self.hidden, **sizes)
         self.decoder = MLP(self.latent_dim, self.data_dim, hidden_features=self.hidden[::-1], **sizes)

@@ -15,6 +15,7 @@ from pyro_sb.bridges.ends import DrawsEnd
 from pyro_sb.bridges.options import FitOptions, check_choice
 from pyro_sb.bridges.pairs import PairsReading
 from pyro_sb.ops.linear_sde import Schedule
+from pyro_sb.threads import chosen_threads
 from pyro_sb.training import FitHistory
 
 RATIO = 100.0  # epsilon over the mean variance of the target, where none is given
@@ -185,7 +186,8 @@ class SmoothedBridge(DiffusionBridge):
             )
         begun = time.perf_counter()
         options = FitOptions(num_updates, batch_size, learning_rate, ema, num_law_draws, progress, checkpoint)
-        history = fit_diffusion(self, options, target, context, weights, held_out)
+        with chosen_threads(target):
+            history = fit_diffusion(self, options, target, context, weights, held_out)
         history.seconds = max(history.seconds, time.perf_counter() - begun)
         return history
 

@@ -8,6 +8,7 @@ from pyro_sb.bridges.diffusion.adapt import Adaptation
 from pyro_sb.bridges.diffusion.bridge import DiffusionBridge
 from pyro_sb.bridges.diffusion.fit import fit_diffusion
 from pyro_sb.bridges.options import FitOptions, check_names, keyword_names
+from pyro_sb.threads import chosen_threads
 from pyro_sb.training import FitHistory
 
 
@@ -121,7 +122,8 @@ class VSDM(DiffusionBridge):
             )
         begun = time.perf_counter()
         options = FitOptions(num_updates, batch_size, learning_rate, ema, num_law_draws, progress, checkpoint)
-        history = fit_diffusion(self, options, target, context, weights, held_out, Adaptation(num_stages, zeta))
+        with chosen_threads(target):
+            history = fit_diffusion(self, options, target, context, weights, held_out, Adaptation(num_stages, zeta))
         history.seconds = max(history.seconds, time.perf_counter() - begun)
         return history
 

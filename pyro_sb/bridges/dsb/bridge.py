@@ -21,6 +21,7 @@ from pyro_sb.bridges.rows import chunked
 from pyro_sb.distributions import Draws
 from pyro_sb.nn import embedding_config
 from pyro_sb.ops.brownian import SCHEDULES, step_times
+from pyro_sb.threads import chosen_threads
 from pyro_sb.training import FitHistory
 
 METHODS = ("imf", "ipf")
@@ -252,7 +253,8 @@ class DSB(Bridge):
         begun = time.perf_counter()
         options = FitOptions(num_updates, batch_size, learning_rate, ema, num_law_draws, progress, checkpoint)
         plan = Iterations(num_iterations, self._num_pairs(num_pairs), pairs, loss, reference, warm_start, refresh)
-        history = fit_dsb(self, options, plan, target, source, context, weights, held_out, on_iteration)
+        with chosen_threads(target, source):
+            history = fit_dsb(self, options, plan, target, source, context, weights, held_out, on_iteration)
         history.seconds = max(history.seconds, time.perf_counter() - begun)
         return history
 

@@ -32,6 +32,7 @@ from pyro_sb.bridges.options import check_choice
 from pyro_sb.distributions import Draws
 from pyro_sb.ops.attention import Transitions
 from pyro_sb.ops.sinkhorn import SymmetricScaling
+from pyro_sb.threads import chosen_threads
 from pyro_sb.training import FitHistory
 
 
@@ -210,7 +211,8 @@ class KernelLangevinBridge(Bridge):
             self.dim, self.context_dim, target, context=context, weights=weights, num_law_draws=num_law_draws
         )
         start = read_source(source, self.dim, read.points, point=False)
-        result = self._scale(read, progress, tolerance, max_iter)
+        with chosen_threads(read.points):
+            result = self._scale(read, progress, tolerance, max_iter)
         self._source = start if isinstance(start, Distribution) else None
         self.source_points = start if isinstance(start, Tensor) else self.points.new_empty(0)
         self.diffusion_factor = self.points.new_empty(0)

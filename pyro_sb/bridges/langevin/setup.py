@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from pyro_sb.bridges.langevin.schemes import VariableBandwidth
 from pyro_sb.ops.sinkhorn import DENSE_LIMIT, SymmetricScaling, default_tolerance, symmetric_sinkhorn
+from pyro_sb.threads import Pace
 
 
 class Bandwidths(NamedTuple):
@@ -57,12 +58,15 @@ def make_keys(z: Tensor, y: Tensor | None, weights: Tensor, bandwidths: Bandwidt
 def solve(keys: Keys, weights: Tensor, epsilon: float, progress: bool, **options: Any) -> SymmetricScaling:
     """The symmetric scaling, with a bar where it is slow and a warning where it has not converged."""
     with tqdm(desc="Sinkhorn", unit="it", disable=not progress or len(weights) <= DENSE_LIMIT) as bar:
+        pace = Pace()
 
         def show(iteration: int, residual: float) -> None:
+            pace.lap(device=weights.device)
             bar.set_postfix_str(f"residual {residual:.1e}", refresh=False)
             bar.update()
 
         result = symmetric_sinkhorn(keys.points, weights, scale=keys.scale, callback=show, **options)
+        pace.stop()
     if not result.converged:
         tolerance = options.get("tolerance") or default_tolerance(weights.dtype)
         warnings.warn(

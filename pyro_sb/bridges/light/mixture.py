@@ -19,6 +19,7 @@ from pyro_sb.bridges.proposals import HeldSources
 from pyro_sb.bridges.units import Units
 from pyro_sb.distributions import BridgeDistribution, Draws, PathLaw
 from pyro_sb.nn import embedding_config, embedding_from_config
+from pyro_sb.threads import chosen_threads
 from pyro_sb.training import FitHistory
 
 MIN_SOURCES, MAX_SOURCES, CONTEXT_SOURCES = 256, 4096, 64  # source points that a path weight averages over
@@ -125,8 +126,9 @@ class MixtureBridge(Bridge):
         self.parameters_of.changed = False
         try:
             self.learned_map = None
-            ends = self._read(target, source, context, weights, options.num_law_draws, held_out)
-            history = solver.solve(self, ends, options)
+            with chosen_threads(target, source):
+                ends = self._read(target, source, context, weights, options.num_law_draws, held_out)
+                history = solver.solve(self, ends, options)
         except BaseException:
             if not self.parameters_of.changed:
                 self.load_state_dict(before[0])

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from pyro_sb.nn import ContextNet, SetEmbedding, embedding_size
 from pyro_sb.ops.factor_mixture import FactorMixture
 from pyro_sb.ops.mixture import MixturePotential
 from pyro_sb.ops.moment_matching import Side, equal_weights, matching_scale, moment_step
+from pyro_sb.threads import chosen_threads
 
 COVARIANCES = ("diagonal", "full")
 
@@ -220,9 +220,12 @@ def cluster_start(
 def _clusters(target: Side, num: int) -> Tensor:
     if num == 1:
         return torch.zeros(len(target.points), dtype=torch.long, device=target.points.device)
+    from sklearn.cluster import KMeans
+
     seed = int(torch.randint(2**31, ()))
     kmeans = KMeans(num, n_init=4, max_iter=30, random_state=seed)  # one start may merge two modes
-    labels = kmeans.fit_predict(target.points.cpu().double().numpy(), sample_weight=target.weights.cpu().numpy())
+    with chosen_threads():  # scikit-learn's libraries may have come just now
+        labels = kmeans.fit_predict(target.points.cpu().double().numpy(), sample_weight=target.weights.cpu().numpy())
     return torch.as_tensor(labels, dtype=torch.long, device=target.points.device)
 
 

@@ -28,6 +28,7 @@ from pyro_sb.bridges.light.parameters import MixtureParameters, cluster_start
 from pyro_sb.ops.bass import DualProblem, Pairs, Pool
 from pyro_sb.ops.mixture import MixturePotential, likelihood_loss, matching_loss
 from pyro_sb.ops.moment_matching import Side, equal_weights, moment_step
+from pyro_sb.threads import Pace
 from pyro_sb.training import Best, EarlyChecks, FitHistory, interruptible, train
 
 HELD_OUT, HELD_OUT_BATCHES = 2048, 8  # points that the held-out loss is read from, and at most so many minibatches
@@ -163,20 +164,22 @@ class MomentSteps:
         """Start, and step until nothing is gained; the best by the held-out loss is kept."""
         process, name, num_updates = begin(bridge, ends), type(bridge).__name__, options.steps(self.num_updates)
         sides, plain = [all_points(end, options.num_law_draws) for end in ends], math.isinf(process.beta)
-        history, best = FitHistory(), Best(list(process.parameters.parameters()))
+        history, best, pace = FitHistory(), Best(list(process.parameters.parameters())), Pace()
         best.offer(held_out_loss(process, ends))
         steps = (likelihood_steps if plain else dual_steps)(process, *sides)
         with interruptible(history, num_updates, name):
             while history.iterations < num_updates and not history.converged:
-                step = next(steps)
-                process.take(step.potential)
+                with pace.call(device=sides[0].points.device):
+                    step = next(steps)
+                    process.take(step.potential)
+                    history.validation_losses.append(held_out_loss(process, ends))
                 history.residuals += [] if step.rise is None else [step.rise]
                 history.losses.append(step.loss)
-                history.validation_losses.append(held_out_loss(process, ends))
                 history.iterations += 1
                 best.offer(history.validation_losses[-1])
                 history.converged = step.settled
         best.restore()
+        history.threads = pace.describe()
         if not history.converged and not history.interrupted:
             reason = "the loss still falls" if plain else f"G still rose by {history.residual:.2g} > 1e-9 nats"
             warnings.warn(
@@ -380,6 +383,7 @@ class Alternating:
                 )
                 record += part.losses
                 history.iterations += part.iterations
+                history.threads = part.threads
                 if part.interrupted:
                     history.interrupted = True
                     return history

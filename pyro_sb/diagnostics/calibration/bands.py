@@ -1,9 +1,8 @@
 """Simultaneous confidence bands of an empirical distribution function of uniform numbers."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 __all__ = ["Bands", "ecdf_bands", "ecdf_p_values"]
@@ -64,7 +63,7 @@ def ecdf_bands(num: int, *, level: float = 0.95, num_points: int = POINTS, num_s
     # a hair less, so that counts that are just as rare are within
     gamma = float(null[int((1 - level) * num_simulations)]) * (1 - 1e-9)
     points = _points(num_points)
-    law = stats.binom(num, points.numpy())
+    law = _binomial(num, points)
     lower, upper = (torch.from_numpy(law.ppf(share)) / num - points for share in (gamma / 2, 1 - gamma / 2))
     return Bands(points, lower, upper, level, 1 - gamma)
 
@@ -111,6 +110,13 @@ def _points(num_points: int) -> Tensor:
     return torch.arange(1, num_points + 1, dtype=torch.float64) / (num_points + 1)
 
 
+def _binomial(num: int, points: Tensor) -> Any:
+    """SciPy's law of the number of uniform draws, of ``num``, below each point."""
+    from scipy.stats import binom
+
+    return binom(num, points.numpy())
+
+
 def _counts(rows: Tensor, num_points: int) -> Tensor:
     """How many of each row's numbers lie below each point. ``(M, N)`` to ``(M, num_points)``."""
     cells = (rows * (num_points + 1)).long().clamp_(0, num_points)
@@ -121,7 +127,7 @@ def _counts(rows: Tensor, num_points: int) -> Tensor:
 
 def _two_sided(num: int, num_points: int) -> Tensor:
     """Twice the smaller of P(n or fewer) and P(n or more) for each count n and point. ``(num + 1, num_points)``."""
-    law = stats.binom(num, _points(num_points).numpy())
+    law = _binomial(num, _points(num_points))
     below = law.cdf(torch.arange(num + 1).numpy()[:, None])
     above = law.sf(torch.arange(-1, num).numpy()[:, None])
     return 2 * torch.minimum(torch.from_numpy(below), torch.from_numpy(above))

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from pyro_sb.diagnostics.calibration.bands import Bands, ecdf, ecdf_bands, ecdf_p_values
@@ -57,8 +56,10 @@ class Calibration:
     @property
     def p_values(self) -> Tensor:
         """Kolmogorov-Smirnov p of each parameter's `uniforms` against the uniform law. Shape ``(parameters,)``."""
+        from scipy.stats import kstest
+
         columns = self.uniforms.T.numpy()
-        return torch.tensor([float(stats.kstest(column, "uniform").pvalue) for column in columns], dtype=torch.float64)
+        return torch.tensor([float(kstest(column, "uniform").pvalue) for column in columns], dtype=torch.float64)
 
     @property
     def band_p_values(self) -> Tensor:

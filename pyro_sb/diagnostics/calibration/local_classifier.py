@@ -6,14 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
 from pyro_sb.diagnostics.calibration.simulated import calibration_draws
 from pyro_sb.infer.amortized.amortized import AmortizedPosterior
 from pyro_sb.metrics.score import Score
+from pyro_sb.threads import chosen_threads
 
 __all__ = ["LocalC2ST", "local_c2st"]
 
@@ -110,9 +108,11 @@ class LocalC2ST:
         deviation over m null classifiers, :math:`\sqrt{1 + 1/m}` standard deviations make the unit of a t with m - 1
         degrees of freedom. Where the posterior was exact, p was up to .01 in 1.4 % and up to .05 in 6.9 % of trials.
         """
+        from scipy.stats import t
+
         null, num = self.null**0.25, len(self.null)
         unit = float(null.std()) * (1 + 1 / num) ** 0.5
-        return float(stats.t.sf((self.statistic**0.25 - float(null.mean())) / max(unit, 1e-300), num - 1))
+        return float(t.sf((self.statistic**0.25 - float(null.mean())) / max(unit, 1e-300), num - 1))
 
     @property
     def verdict(self) -> str:
@@ -203,9 +203,12 @@ def _opinion(
     real: np.ndarray, made: np.ndarray, asked: np.ndarray, hidden: tuple[int, ...], generator: torch.Generator | None
 ) -> np.ndarray:
     """Probability of ``made`` at rows ``asked``, by a network too stiff to learn the pairs by heart."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier
+
     state = int(_uniform(1, generator) * (2**31 - 1))
     network = MLPClassifier(hidden, alpha=PENALTY, learning_rate_init=0.01, max_iter=EPOCHS, random_state=state)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), chosen_threads():  # small products: BLAS's threads would wait for each other
         warnings.filterwarnings("ignore", category=ConvergenceWarning)
         network.fit(np.concatenate([real, made]), np.repeat([0, 1], len(real)))
     return network.predict_proba(asked)[:, 1]

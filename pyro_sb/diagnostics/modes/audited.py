@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.stats import binom
 from torch import Tensor
 
 from pyro_sb.diagnostics.reports.lines import Line, as_html, as_text, worst
@@ -205,6 +204,8 @@ class ModeAudit:
 
     def _crossing_line(self) -> Line:
         """Crossings are held against what independent draws, as many as each chain is worth, would have made."""
+        from scipy.stats import binom
+
         assert self.by_chain is not None and self.chain_sizes is not None
         num, crossed = len(self.by_chain), self._crossed
         due = float((1 - self.pooled.pow(self.chain_sizes[:, None]).sum(1)).clamp(0, 1).mean())

@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.csgraph import connected_components
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from pyro_sb.infer.model.log_joint import LogJoint
+from pyro_sb.threads import chosen_threads
 
 __all__ = ["Modes", "find_modes"]
 
@@ -21,7 +19,7 @@ STEPS = 21  # points between two middles
 FULL_DIM = 30  # largest dimension in which clusters have full covariances
 LEAST = 8  # draws a cluster
 NEAREST = 16  # draws of a cluster that a pass to its neighbour is taken from
-Candidate = tuple[float, GaussianMixture, Tensor]
+Candidate = tuple[float, Any, Tensor]  # BIC, a scikit-learn GaussianMixture, scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +53,8 @@ def find_modes(log_joint: LogJoint, points: Tensor, max_modes: int, hints: Seque
         max_modes: Largest number of clusters.
         hints: Centres to start clusters from, a set each. Shape ``(K, dim)``.
     """
+    from scipy.sparse.csgraph import connected_components
+
     location, deviations = points.mean(0), points.std(0)
     deviations = torch.where(deviations > 0, deviations, 1.0)
     one = torch.full_like(deviations, float(deviations.square().mean().sqrt()))
@@ -91,6 +91,9 @@ def _fitted(points: Tensor, location: Tensor, scale: Tensor, max_modes: int) -> 
 
 def _started(points: Tensor, location: Tensor, scale: Tensor, start: int | Tensor) -> Candidate:
     """A mixture from so many clusters of k-means, or from given centres, with its BIC in the points' own units."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
     rows = ((points - location) / scale).numpy()
     means = None if isinstance(start, int) else ((start.double().cpu() - location) / scale).numpy()
     mixture = GaussianMixture(
@@ -100,7 +103,7 @@ def _started(points: Tensor, location: Tensor, scale: Tensor, start: int | Tenso
         reg_covar=1e-6,
         random_state=int(torch.randint(2**31 - 1, ())),
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), chosen_threads():  # scikit-learn's libraries may have come just now
         warnings.filterwarnings("ignore", category=ConvergenceWarning)
         score = float(mixture.fit(rows).bic(rows))
     return score + 2 * len(rows) * float(scale.log().sum()), mixture, scale

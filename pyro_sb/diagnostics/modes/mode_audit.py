@@ -16,12 +16,14 @@ from pyro_sb.diagnostics.reports.lines import Line
 from pyro_sb.infer.mcmc.record import site_diagnostics
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.population.population import Population, populate
+from pyro_sb.threads import chosen_threads
 
 __all__ = ["ModeAudit", "audit_or_why", "lines_of_audit", "mode_audit"]
 
 POOLED = 1024  # draws of each population, and of the run, that modes are looked for in
 
 
+@chosen_threads()
 def mode_audit(
     x: Any = None,
     target: Any = None,

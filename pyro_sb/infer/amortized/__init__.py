@@ -6,3 +6,7 @@ from pyro_sb.infer.amortized.posterior import Posterior
 from pyro_sb.infer.amortized.simulator import Simulations
 
 __all__ = ["AmortizedPosterior", "ImportanceDraws", "Posterior", "Simulations"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

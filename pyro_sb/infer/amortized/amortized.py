@@ -25,6 +25,7 @@ from pyro_sb.infer.amortized.paired import PairedJoint, paired_joint, plate_serv
 from pyro_sb.infer.amortized.posterior import Posterior
 from pyro_sb.infer.amortized.simulator import Simulations, Simulator, simulator
 from pyro_sb.infer.amortized.training_set import Store, TrainingSet, exchangeable_sites, training_set
+from pyro_sb.threads import chosen_threads
 from pyro_sb.training import FitHistory
 
 __all__ = ["AmortizedPosterior"]
@@ -201,9 +202,10 @@ class AmortizedPosterior:
         if kept is not None:
             rows = kept.rows
         else:
-            rows = training_set(
-                source, simulations, features, joint, num_copies=num_copies, missing=missing, held_out=held_out
-            )
+            with chosen_threads(simulations.latents):
+                rows = training_set(
+                    source, simulations, features, joint, num_copies=num_copies, missing=missing, held_out=held_out
+                )
             store.write(simulations, rows, self.exchangeable)
         options = (
             (bridge_options or {})
@@ -222,7 +224,8 @@ class AmortizedPosterior:
         """Fresh simulations; those made before Ctrl-C are kept."""
         source.plated = plate_serves(source)
         try:
-            return source.simulate(num, keep_finite=keep_finite, progress=progress)
+            with chosen_threads(*source.args, *source.kwargs.values()):
+                return source.simulate(num, keep_finite=keep_finite, progress=progress)
         except KeyboardInterrupt:
             if source.interrupted is not None:
                 self.simulations = source.interrupted

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.preprocessing import QuantileTransformer
 from torch import Tensor
 
 from pyro_sb.infer.amortized.simulator import Simulator
@@ -51,6 +50,8 @@ class Features:
 
     def fit(self, observations: Tensor) -> "Features":
         """Learn means, deviations and distribution functions. Shape ``(N, data_dim)``, NaN where missing."""
+        from sklearn.preprocessing import QuantileTransformer
+
         self.levels = {
             name: few_values(observations[:, part]) for name, part in self._slices().items() if name in self.sets
         }

@@ -63,6 +63,11 @@ class PairedJoint:
         """How a batch is evaluated: ``"plate"``, ``"vmap"`` or ``"loop"``."""
         return self._density.route
 
+    @property
+    def threads(self) -> str:
+        """Threads of an evaluation, chosen by its wall time (`pyro_sb.threads`)."""
+        return self._density.pace.describe()
+
     def value_and_grad(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Values ``(C,)`` and gradients ``(C, dim)``; not finite becomes ``-inf`` and zero."""
         value, grad = self._rows(z, y, gradient=True)
@@ -184,6 +189,11 @@ class BatchJoint:
         self.packing = Packing(shapes, self.single.dtypes, self.single.device)
         self.batch, self.evaluations = batch, Evaluations()
         self.dtype = self.single.dtype
+
+    @property
+    def threads(self) -> str:
+        """Threads of an evaluation, chosen by its wall time (`pyro_sb.threads`)."""
+        return self.rows.pairs.threads
 
     @property
     def site_shapes(self) -> dict[str, torch.Size]:

@@ -22,6 +22,7 @@ from pyro_sb.infer.mcmc.mcmc import MCMC
 from pyro_sb.infer.model.log_joint import log_joint
 from pyro_sb.infer.model.run import Run
 from pyro_sb.infer.population.tempering import NormalLaw, temper, weighted_factor
+from pyro_sb.threads import chosen_threads
 
 __all__ = ["Posterior"]
 
@@ -195,9 +196,11 @@ class Posterior:
             law = NormalLaw(u.mean(0), 1.5 * weighted_factor(u, torch.full_like(u[..., 0], 1 / len(u))))
         most = MOST_NUMBERS // (u.shape[1] * u.shape[2] * u.shape[2])  # a metric a row
         num = max(128, min(num, most))
-        particles = temper(
-            law, target, num, sweeps=8, final_sweeps=20, num_steps=6, spread=10.0, max_levels=60
-        )  # many short levels: modes of many widths, from a start that is poor
+        options = {"sweeps": 8, "final_sweeps": 20, "num_steps": 6, "spread": 10.0, "max_levels": 60}
+        with chosen_threads(u):
+            particles = temper(
+                law, target, num, **options
+            )  # many short levels: modes of many widths, from a start that is poor
         facts |= {"start": "tempered", "levels": particles.num_levels}
         warnings.warn(
             f"the bridge's weights are poor (Pareto k {facts['k_hat']:.2f}, effective share "
@@ -211,9 +214,10 @@ class Posterior:
 
     def _weighted(self, num: int) -> tuple[Tensor, Tensor, Any]:
         """Draws ``(n, B, d)``, their log weights ``(n, B)``, and the log joint."""
-        target = self._joint()
-        u, log_q = self.law.draws(num)
-        log_p = target.log_prob(u.reshape(-1, u.shape[-1])).reshape(log_q.shape)
+        with chosen_threads(self.observation.values):
+            target = self._joint()
+            u, log_q = self.law.draws(num)
+            log_p = target.log_prob(u.reshape(-1, u.shape[-1])).reshape(log_q.shape)
         log_weights = torch.where(torch.isfinite(log_p) & torch.isfinite(log_q), log_p - log_q, -torch.inf)
         return u, log_weights, target
 

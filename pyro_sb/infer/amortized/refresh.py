@@ -188,7 +188,7 @@ class BridgeRefresh(WalkingKernel):
             f"{name} {value:.3g}" if isinstance(value, float) and math.isfinite(value) else f"{name} {value}"
             for name, value in figures.items()
         ]
-        return "; ".join([*shown, *moves])
+        return "; ".join([*shown, *moves, self.log_joint.threads])
 
     def __repr__(self) -> str:
         num, dim = self.starts.shape[1:]

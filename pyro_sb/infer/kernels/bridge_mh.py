@@ -30,7 +30,7 @@ from pyro_sb.infer.kernels.checks import (
     check_unused,
     made_bridge,
 )
-from pyro_sb.infer.kernels.warmup import Pilot, ChainStart, freeze_bridge, judge, start_of_pilot, start_of_population
+from pyro_sb.infer.kernels.warmup import ChainStart, Pilot, freeze_bridge, judge, start_of_pilot, start_of_population
 from pyro_sb.infer.mcmc.kernel import ModelKernel
 from pyro_sb.infer.moves.proposals import BridgeProposals, Proposals
 from pyro_sb.infer.population.coordinates import choose_coordinates
@@ -196,14 +196,13 @@ class BridgeMH(ModelKernel):
         return "\n".join([*lines, *(f"  {line}" for line in self.describe().splitlines()[-3:])])
 
     def describe(self) -> str:
-        """Lines on the population if there is one, the bridge's weights, the coordinates, and the moves."""
+        """Lines on the population if there is one, the bridge's weights, the coordinates, moves and threads."""
         if self.pilot is None or self.frozen is None:
             return "BridgeMH before its warm-up"
         stages = [] if self.population is None else list(self.population.stages)
         weights = f"effective share {self.pilot.share:.3f}, k-hat {self.pilot.k_hat:.2f}"
-        return "\n".join(
-            [*stages, f"bridge: {weights}", f"coordinates: {self._where()}", f"moves: {self.frozen.describe()}"]
-        )
+        lines = [*stages, f"bridge: {weights}", f"coordinates: {self._where()}", f"moves: {self.frozen.describe()}"]
+        return "\n".join([*lines, self._target.threads])
 
     def _facts(self) -> dict[str, Any]:
         """Figures of the bridge's proposals as an importance sample."""

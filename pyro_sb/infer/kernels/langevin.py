@@ -154,12 +154,12 @@ class KernelLangevin(ModelKernel):
         }
 
     def describe(self) -> str:
-        """Lines on the population's stages, its evidence, the coordinates, and the moves."""
+        """Lines on the population's stages, its evidence, the coordinates, moves and threads."""
         if self.population is None or self.frozen is None:
             return "KernelLangevin before its warm-up"
         evidence = f"{self.population.log_evidence:.3f} +- {self.population.log_evidence_error:.3f}"
         lines = [*self.population.stages, f"log evidence: {evidence}", f"coordinates: {self._where()}"]
-        return "\n".join([*lines, f"moves: {self.frozen.describe()}"])
+        return "\n".join([*lines, f"moves: {self.frozen.describe()}", self._target.threads])
 
     def _prepare(self) -> None:
         """Build the population, and fit, tune and freeze the moves on it, once."""

@@ -3,3 +3,7 @@
 from pyro_sb.infer.mcmc.mcmc import MCMC
 
 __all__ = ["MCMC"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -18,6 +18,7 @@ from pyro_sb.infer.mcmc.walk import Frozen, Walk
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
 from pyro_sb.infer.population.coordinates import NonCentred
 from pyro_sb.infer.population.population import Population
+from pyro_sb.threads import chosen_threads
 
 __all__ = ["ModelKernel", "WalkingKernel"]
 
@@ -133,7 +134,8 @@ class WalkingKernel(MCMCKernel):
         if self._initial_params is not None:
             return self._initial_params
         if self._own_start is None:
-            self._prepare()
+            with chosen_threads():  # pyro.infer.MCMC opens no run
+                self._prepare()
             sites = self._sites(self._starts(1 if self.num_chains is None else self.num_chains))
             self._own_start = sites if self.num_chains is not None else {name: x[0] for name, x in sites.items()}
         return self._own_start
@@ -149,6 +151,10 @@ class WalkingKernel(MCMCKernel):
 
     def sample_block(self, params: Sites, num_steps: int) -> Block:
         """``num_steps`` transitions of every chain from ``params``: draws and statistics, steps first."""
+        with chosen_threads():
+            return self._walked(params, num_steps)
+
+    def _walked(self, params: dict[str, Tensor], num_steps: int) -> Block:
         self._prepare()
         walk = self._walk = self._walk_from(self._rows(params))
         if self._steps_left == 0:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from pyro_sb.infer.mcmc.record import Block, Record, floating, in_chunks, per_chain, site_diagnostics
 from pyro_sb.infer.model.run import Run
+from pyro_sb.threads import chosen_threads
 
 __all__ = ["MCMC"]
 
@@ -147,7 +148,7 @@ class MCMC(api.MCMC):
             ValueError: ``save_params`` names an unknown site.
         """
         record = Record(self.save_params)
-        with self._prepared_kernel():
+        with chosen_threads(*args, *kwargs.values()), self._prepared_kernel():
             try:
                 self._draw(record, args, kwargs)
             except KeyboardInterrupt as interrupt:

@@ -143,6 +143,11 @@ class LogJoint:
         return self._density.route
 
     @property
+    def threads(self) -> str:
+        """Threads of an evaluation, chosen by its wall time (`pyro_sb.threads`)."""
+        return self._density.pace.describe()
+
+    @property
     def model(self) -> Callable[..., Any] | None:
         """The Pyro model, None for a ``potential_fn``."""
         return None if self.prototype is None else self.prototype.runs.model

@@ -25,6 +25,7 @@ from torch.distributions.transforms import ComposeTransform, IndependentTransfor
 from pyro_sb.infer.model.packing import Packing
 from pyro_sb.infer.model.prototype import MAX_TRIES, Prototype
 from pyro_sb.infer.model.runs import ModelRuns, Row, close
+from pyro_sb.threads import Pace
 
 __all__ = [
     "CheckedDensity",
@@ -271,6 +272,7 @@ class CheckedDensity:
         self.oracle = oracle
         self.objections: list[str] = []
         self.sizes_checked: set[int] = set()
+        self.pace = Pace()
         self._settle()
 
     @property
@@ -282,7 +284,8 @@ class CheckedDensity:
         """Values ``(C,)`` and, if asked, gradients ``(C, dim)``, as the route in use gives them, NaN included."""
         if not len(z):
             return z.new_zeros(0), torch.zeros_like(z)
-        value, grad = self._attempt(z, gradient)
+        with self.pace.call(len(z), kind=gradient, device=z.device):
+            value, grad = self._attempt(z, gradient)
         if self.route != "plate" or len(z) in self.sizes_checked:
             return value, grad
         if self._confirmed(z, value):

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_sb.infer.model.sites import Site, base_of, is_deterministic, is_sample, plate_nesting
+from pyro_sb.threads import Pace
 
 __all__ = ["Found", "ModelRuns", "PlainSampling", "Row", "close", "unknown_site"]
 
@@ -156,6 +157,7 @@ class ModelRuns:
     numel: int
     event_dims: dict[str, int] = field(default_factory=dict)
     returned: Callable[[Any], Sites] | None = None
+    pace: Pace = field(default_factory=Pace, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -261,7 +263,8 @@ class ModelRuns:
         left, done = list(routes), 0
         while len(left) > 1 and done < num:
             size = min(self._batch_size(), num - done)
-            found = self._served(left[0], slice_rows(rows, done, size), size, wanted, left[0] in checked)
+            with self.pace.call(size, kind=left[0]):
+                found = self._served(left[0], slice_rows(rows, done, size), size, wanted, left[0] in checked)
             if found is None:
                 left.pop(0)
             else:
@@ -270,7 +273,9 @@ class ModelRuns:
         with tqdm(total=num, initial=done, desc="Run one by one", disable=not progress or done >= num) as bar:
             while done < num:
                 size = min(BLOCK, num - done)
-                yield self._loop(slice_rows(rows, done, size), size, wanted, bar.update)
+                with self.pace.call(size, kind="loop"):
+                    found = self._loop(slice_rows(rows, done, size), size, wanted, bar.update)
+                yield found
                 done += size
 
     def _batch_size(self) -> int:

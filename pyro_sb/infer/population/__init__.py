@@ -3,3 +3,7 @@
 from pyro_sb.infer.population.population import Population, populate
 
 __all__ = ["Population", "populate"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -4,10 +4,10 @@ import itertools
 from typing import NamedTuple
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from pyro_sb.ops.student_mixture import StudentMixture, em_fit, kernel_start, weighted_covariance
+from pyro_sb.threads import chosen_threads
 from pyro_sb.weights import systematic_resample
 
 TAILS = (5.0, 15.0, float("inf"))
@@ -93,10 +93,13 @@ def cluster_start(points: Tensor, weights: Tensor, num: int) -> StudentMixture:
     """
     if num == 1:
         return kernel_start((weights @ points)[None], weighted_covariance(points, weights)[None])
+    from sklearn.cluster import KMeans
+
     scale = torch.linalg.cholesky(weighted_covariance(points, weights))
     chosen = points[systematic_resample(weights, min(len(points), 1024))]
     white = torch.linalg.solve_triangular(scale, chosen.T, upper=False).T.cpu().numpy()
-    model = KMeans(num, n_init=2, max_iter=30, random_state=int(torch.randint(2**31 - 1, ()))).fit(white)
+    with chosen_threads():  # scikit-learn's libraries may have come just now
+        model = KMeans(num, n_init=2, max_iter=30, random_state=int(torch.randint(2**31 - 1, ()))).fit(white)
     centres = torch.as_tensor(model.cluster_centers_, dtype=points.dtype, device=points.device) @ scale.T
     residual = chosen - centres[torch.as_tensor(model.labels_, dtype=torch.long, device=points.device)]
     uniform = torch.full_like(residual[:, 0], 1.0 / len(residual))

@@ -1,0 +1,262 @@
+r"""Threads of a run: one, or as many as were found where the run's own calls are faster with them.
+
+Threads of one operation wait for each other. On a core that another process uses, the last of them is late by a time
+slice of the scheduler: a product of 1,024 x 7 by 7 x 7 that takes 46 microseconds with one thread was seen to take 9
+milliseconds with two. Large operations do gain. So a run, opened by `chosen_threads`, holds torch and the BLAS and
+OpenMP libraries to one thread, and the calls that carry its work, such as an update of a fit or an evaluation of a log
+joint, are timed where they happen: the first three with one thread, then up to three with as many as were found. A
+`Pace` keeps the better. Nothing is computed for the timing's sake, and no random number is drawn for it.
+
+Sums of long tensors may round otherwise with another number of threads. After ``torch.set_num_threads(1)`` nothing is
+timed, and a seed fixes every bit.
+"""
+
+import sys
+import threading
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Pace", "chosen_threads"]
+
+TRIES = 3  # calls timed with either number, or two that took so many seconds together
+LONG = 0.2
+LEAST = 1e-4  # seconds of a call below which there is nothing to share
+GAIN = 1.1  # factor by which many threads must be faster than one
+HOPELESS = 2.0  # factor by which one call may be slower before the trial of many ends
+AGAIN = 10.0  # seconds until the choice is made again: another process may have come or gone
+SHARE = 0.02  # of the time that trials of the worse number may cost: where they cost more, the next comes later
+CPU = torch.device("cpu")
+Item = TypeVar("Item")
+
+
+class Own(threading.local):
+    """State of each Python thread: runs that are open in it, the number at present, the call that is being timed."""
+
+    depth, now = 0, 1
+    call: "tuple[Pace, Trial, int, int, float] | None" = None
+
+
+class Counts:
+    """Thread counts of torch and of the loaded BLAS and OpenMP libraries, lowered while a run lasts.
+
+    OpenMP keeps a number for each Python thread, BLAS one for the process. So the first run of all Python threads notes
+    what it finds, each thread puts its own number back, and the last one those of the process.
+
+    Attributes:
+        most: What torch was set to before the run: an upper bound.
+        own: State of the present Python thread.
+    """
+
+    def __init__(self) -> None:
+        self.most, self.own = 1, Own()
+        self._lock, self._num_open = threading.RLock(), 0
+        self._libraries: list[Any] = []
+        self._found: dict[str, int] = {}
+        self._num_modules = 0
+
+    def open(self) -> None:
+        """One thread from here on; libraries that were loaded since the run began are held to its number too."""
+        with self._lock:
+            if self._num_open == 0:
+                self.most, self._found = torch.get_num_threads(), {}
+            if self.own.depth == 0:
+                self._num_open += 1
+                self.own.now = self.most
+            self.own.depth += 1
+            self._find()
+            if self.own.depth == 1:
+                self.set(1)
+
+    def close(self) -> None:
+        """Put back what was found, where no other run is open."""
+        with self._lock:
+            self.own.depth -= 1
+            if self.own.depth == 0:
+                self._num_open -= 1
+                self.own.call = None
+                for library in self._libraries:
+                    if self._num_open == 0 or library.user_api == "openmp":
+                        library.set_num_threads(self._found.get(library.filepath, self.most))
+                torch.set_num_threads(self.most)
+
+    def set(self, num: int) -> None:
+        """So many threads, in each library at most as many as it was found with."""
+        if num != self.own.now:
+            self.own.now = num
+            for library in self._libraries:
+                library.set_num_threads(min(num, self._found.get(library.filepath, num)))
+            torch.set_num_threads(num)
+
+    def _find(self) -> None:
+        """Note the libraries that are new, and hold them to the present number."""
+        if len(sys.modules) != self._num_modules:  # a library comes with a module, and looking for it takes 4 ms
+            from threadpoolctl import ThreadpoolController
+
+            self._num_modules = len(sys.modules)
+            self._libraries = ThreadpoolController().lib_controllers
+        for library in self._libraries:
+            if library.filepath not in self._found:
+                self._found[library.filepath] = library.num_threads
+                library.set_num_threads(min(library.num_threads, self.own.now))
+
+
+COUNTS = Counts()
+
+
+@contextmanager
+def chosen_threads(*values: Any) -> Iterator[None]:
+    r"""A run: one thread, but for calls that a `Pace` finds faster with more. Runs inside it are part of it.
+
+    What torch is set to before is an upper bound. At the end, also after an error, torch and the libraries have the
+    numbers that they had. Where the work lies on another device than the CPU, all is left as found.
+
+    Args:
+        *values: The run's arguments. One tensor on another device, or such a default device, leaves all as found.
+
+    Example:
+        >>> before = torch.get_num_threads()
+        >>> with chosen_threads():
+        ...     torch.get_num_threads()
+        1
+        >>> torch.get_num_threads() == before
+        True
+    """
+    devices = [torch.get_default_device(), *(value.device for value in values if isinstance(value, Tensor))]
+    if any(device.type != "cpu" for device in devices):
+        yield
+        return
+    COUNTS.open()
+    try:
+        yield
+    finally:
+        COUNTS.close()
+
+
+class Trial:
+    """Times of the calls of one kind, and the number of threads that is better for them.
+
+    Attributes:
+        num_calls: Calls so far.
+        verdict: The number chosen, with the seconds that a call takes with it and with the other; empty before.
+    """
+
+    def __init__(self) -> None:
+        self.num_calls, self.verdict = 0, ""
+        self._one, self._many = list[float](), list[float]()  # seconds over size
+        self._choice, self._until, self._size = 0, 0.0, 1
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to choose."""
+        return perf_counter() > self._until
+
+    def next(self, most: int) -> int:
+        """The number for the next call."""
+        if self._choice and self.due:
+            self._one, self._many, self._choice = [], [], 0
+        return min(self._choice, most) or (most if self._enough(self._one) else 1)
+
+    def note(self, num: int, most: int, seconds: float, size: int) -> None:
+        """Take the time of a call in, and choose when there are enough.
+
+        The wall time counts, and not that of the processors: threads that wait for each other spin, which costs
+        nothing on cores that are idle, and is seen in the wall time on cores that are not. Against the best of one
+        thread stands the mean of many: a single stall speaks against them.
+        """
+        self.num_calls, self._size = self.num_calls + 1, size
+        if self._choice:
+            return
+        (self._one if num == 1 else self._many).append(seconds / size)
+        if not self._enough(self._one):
+            return
+        one = min(self._one) * size
+        if not self._many and one < LEAST:
+            self._choose(1, 0.0, f"1 of {most} ({_time(one)} a call)")
+        elif self._enough(self._many) or (self._many and self._many[-1] * size > HOPELESS * one):
+            many = sum(self._many) / len(self._many) * size
+            better, own, other = (num, many, one) if GAIN * many < one else (1, one, many)
+            lost = (other - own) * len(self._one if better > 1 else self._many)
+            self._choose(better, lost, f"{better} of {most} ({_time(own)} for {_time(other)} a call)")
+
+    def _enough(self, times: list[float]) -> bool:
+        return len(times) >= TRIES or (len(times) == 2 and sum(times) * self._size > LONG)
+
+    def _choose(self, num: int, lost: float, verdict: str) -> None:
+        self._choice, self.verdict = num, verdict
+        self._until = perf_counter() + max(AGAIN, lost / SHARE)
+
+
+class Pace:
+    r"""The faster number of threads for one kind of work: 1, or as many as were found.
+
+    Calls are timed as they come, within `chosen_threads` alone. Calls of one kind whose sizes lie within a factor of
+    two are compared by their time over their size.
+
+    Example:
+        >>> pace = Pace()
+        >>> with chosen_threads():
+        ...     for _ in pace.each(range(10)):
+        ...         product = torch.ones(8, 8) @ torch.ones(8, 8)
+        >>> pace.describe()[:9]
+        'threads: '
+    """
+
+    def __init__(self) -> None:
+        self._trials: dict[Hashable, Trial] = {}
+
+    def start(self, size: int = 1, kind: Hashable = None, device: torch.device = CPU) -> bool:
+        """A call begins, of so many rows; whether it is timed, which it is not outside a run or within a timed call."""
+        own = COUNTS.own
+        if not own.depth or COUNTS.most == 1 or own.call is not None or device.type != "cpu":
+            return False
+        trial = self._trials.setdefault((kind, size.bit_length()), Trial())
+        num = trial.next(COUNTS.most)
+        COUNTS.set(num)
+        own.call = self, trial, num, size, perf_counter()
+        return True
+
+    def stop(self) -> None:
+        """The call ends, if one has begun here."""
+        call = COUNTS.own.call
+        if call is not None and call[0] is self:
+            _, trial, num, size, begun = call
+            trial.note(num, COUNTS.most, perf_counter() - begun, size)
+            COUNTS.own.call = None
+            COUNTS.set(1)
+
+    def lap(self, device: torch.device = CPU) -> None:
+        """A call ends, if one has begun here, and the next begins."""
+        self.stop()
+        self.start(device=device)
+
+    @contextmanager
+    def call(self, size: int = 1, kind: Hashable = None, device: torch.device = CPU) -> Iterator[None]:
+        """One call, of so many rows."""
+        timed = self.start(size, kind, device)
+        try:
+            yield
+        finally:
+            if timed:
+                self.stop()
+
+    def each(self, items: Iterable[Item], device: torch.device = CPU) -> Iterator[Item]:
+        """The same items; what is done with one of them is a call."""
+        for item in items:
+            with self.call(device=device):
+                yield item
+
+    def describe(self) -> str:
+        """The number of threads, and the time of a call with it and with the other, for the most frequent kind."""
+        trials = sorted(self._trials.values(), key=lambda trial: (trial.verdict != "", trial.num_calls))
+        if not trials:
+            return f"threads: {torch.get_num_threads()}"
+        return f"threads: {trials[-1].verdict or '1 (too few calls to compare)'}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
