@@ -52,7 +52,7 @@ class Pilot:
 
 @dataclass(frozen=True)
 class ChainStart:
-    """ChainStart of the chains and of tuning: weighted points ``(n, d)``, ``(n,)``, and a mixture with their metrics."""
+    """Start of the chains and of tuning: weighted points ``(n, d)``, ``(n,)``, and a mixture with their metrics."""
 
     points: Tensor
     weights: Tensor
