@@ -420,7 +420,9 @@ def test_a_fit_of_another_codec_is_not_gone_on_from(tmp_path, monkeypatch):
     refused(weights=torch.arange(200).flip(0) + 1)
     refused(PCACodec(2, whiten=False))
     refused(AutoencoderCodec(2))
-    refused(codec_options={"num_updates": 3})
+    path.with_name("bridge.pt.codec").unlink()
+    goes_on(AutoencoderCodec(2, hidden=(4,)), codec_options={"num_updates": 2})
+    refused(AutoencoderCodec(2, hidden=(4,)), codec_options={"num_updates": 3})
     path.with_name("bridge.pt.codec").unlink()
     codecs = [PCACodec(2), PCACodec(2)]
     for codec, rows in zip(codecs, (x, x + 1)):
