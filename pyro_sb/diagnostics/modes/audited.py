@@ -204,7 +204,7 @@ class ModeAudit:
         return float((self.by_chain.max(1).values < 1).double().mean())
 
     def _crossing_line(self) -> Line:
-        """Crossings are held against what independent draws, as many as each chain is worth, would have made."""
+        """Crossings, held against those of independent draws, as many as each chain's effective size."""
         assert self.by_chain is not None and self.chain_sizes is not None
         num, crossed = len(self.by_chain), self._crossed
         due = float((1 - self.pooled.pow(self.chain_sizes[:, None]).sum(1)).clamp(0, 1).mean())
