@@ -1,4 +1,4 @@
-"""What every picture needs: axes, and numbers for them."""
+"""Axes of pictures, and numbers for them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -28,6 +28,13 @@ class Bands(NamedTuple):
     level: float
     pointwise: float
 
+    def __repr__(self) -> str:
+        widest = float((self.upper - self.lower).max())
+        return (
+            f"Bands: {len(self.points)} points, {self.level:.0%} of uniform samples within at all of them "
+            f"({self.pointwise:.2%} at each), at most {widest:.3f} wide"
+        )
+
 
 def ecdf_bands(num: int, *, level: float = 0.95, num_points: int = POINTS, num_simulations: int = SIMULATIONS) -> Bands:
     r"""Bands for the ECDF of ``num`` uniform numbers, simultaneous over a grid.
@@ -69,7 +76,7 @@ def ecdf_bands(num: int, *, level: float = 0.95, num_points: int = POINTS, num_s
 
 
 def ecdf_p_values(uniforms: Tensor, *, num_points: int = POINTS, num_simulations: int = SIMULATIONS) -> Tensor:
-    r"""How rare the largest departure of each column's ECDF from the diagonal is among uniform samples.
+    r"""p-value of the largest departure of each column's ECDF from the diagonal, among uniform samples.
 
     The departure at a point is the two-sided probability of its binomial count; the statistic is the smallest over the
     grid, so that a column's p is under 1 - level just where it leaves the bands of that level. Tails count as much as
@@ -118,7 +125,7 @@ def _binomial(num: int, points: Tensor) -> Any:
 
 
 def _counts(rows: Tensor, num_points: int) -> Tensor:
-    """How many of each row's numbers lie below each point. ``(M, N)`` to ``(M, num_points)``."""
+    """Number of each row's numbers below each point. ``(M, N)`` to ``(M, num_points)``."""
     cells = (rows * (num_points + 1)).long().clamp_(0, num_points)
     offset = torch.arange(len(rows))[:, None] * (num_points + 1)
     counts = torch.bincount((cells + offset).flatten(), minlength=len(rows) * (num_points + 1))

@@ -1,7 +1,8 @@
-"""Simulation-based calibration: do a posterior's draws know as much as they claim, over data sets of the prior?"""
+"""Simulation-based calibration: ranks of true parameters among posterior draws, over data sets of the prior."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from pyro_sb.infer.amortized.amortized import AmortizedPosterior
 __all__ = ["Calibration", "Regions", "coverage", "sbc", "sbc_ranks", "tarp"]
 
 LEVELS = (0.5, 0.9)
-SHOWN = 12  # parameters in the repr
+SHOWN = 7  # parameters in the repr
 LOOK, BAD = 0.05, 0.01  # smallest p of all parameters, corrected for their number
 
 
@@ -110,6 +111,9 @@ class Calibration:
         if len(self.names) > SHOWN:
             lines.append(f"... and {len(self.names) - SHOWN} more")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
 
 
 class Regions(Calibration):

@@ -1,4 +1,4 @@
-"""Local classifier two-sample test: is an amortised posterior right at this observation?"""
+"""Local classifier two-sample test, E[(d(theta, y) - 1/2)^2], of an amortised posterior at one observation."""
 
 import warnings
 from dataclasses import dataclass

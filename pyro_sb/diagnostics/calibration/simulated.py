@@ -1,4 +1,4 @@
-"""Truths, observations and posterior draws, drawn from a model: what every check by simulation starts from."""
+"""Truths, observations and posterior draws of a model, (theta, y, theta_1 ... theta_L): the start of every check."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +38,13 @@ class JointDraws(NamedTuple):
     draws: Tensor
     observations: Tensor
     names: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(self.names[:8]) + (f" and {len(self.names) - 8} more" if len(self.names) > 8 else "")
+        return (
+            f"JointDraws: {len(self.truths)} data sets of {self.observations.shape[1]} numbers, {len(self.draws)} "
+            f"posterior draws for each, of {shown}"
+        )
 
 
 def calibration_draws(
@@ -238,4 +245,4 @@ def _flat(sites: Sites, lead: int) -> Tensor:
 
 def _check_least(name: str, value: int, least: int) -> None:
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}: fewer tell nothing of a law.")
+        raise ValueError(f"{name} must be at least {least}, got {value}: fewer show nothing of a law.")

@@ -84,7 +84,7 @@ class ChainFigures(NamedTuple):
         ess_tail: Tail effective sample size: the smaller of those of the 5 % and the 95 % quantile.
         num_chains: Chains.
         num_draws: Draws a chain.
-        diverging: Divergent draws; None where the container does not tell.
+        diverging: Divergent draws; None where the container has no such statistic.
         not_finite: Draws of each number that are NaN or infinite.
         constant: Whether a number has one finite value in all chains.
     """

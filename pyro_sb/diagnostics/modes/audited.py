@@ -203,7 +203,7 @@ class ModeAudit:
         return float((self.by_chain.max(1).values < 1).double().mean())
 
     def _crossing_line(self) -> Line:
-        """Crossings are held against what independent draws, as many as each chain is worth, would have made."""
+        """Crossings, held against those of independent draws, as many as each chain's effective size."""
         from scipy.stats import binom
 
         assert self.by_chain is not None and self.chain_sizes is not None

@@ -35,7 +35,7 @@ def bridge_report(
     context: Any = None,
     num_draws: int = 2000,
 ) -> Report:
-    r"""How far a fitted bridge is from what it promises, a line for each promise; those not made are named as such.
+    r"""Distance of a fitted bridge from its promises, a line for each; those that it does not make are named.
 
     - **marginal residual**: its draws against the target's: the largest gap between means (in standard deviations) or
       deviations (relative), and the sliced Wasserstein distance with its floor.
@@ -284,7 +284,7 @@ def _inside(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def paths_line(bridge: Bridge, context: Tensor | None, num: int) -> Line:
-    """What the weights of paths cost an importance sample."""
+    """Cost of the weights of paths to an importance sample."""
     name = "path-weight ESS"
     if bridge.density != "path":
         why = "its density is that of the draw" if bridge.density else "it has no density"

@@ -106,7 +106,7 @@ def _divergences(figures: ChainFigures, kernel: Any) -> Line:
     total = figures.num_chains * figures.num_draws
     share, spared = figures.diverging / total, 0.0
     cure = "smaller steps, or another parametrisation (non-centred)"
-    if isinstance(kernel, WalkingKernel):  # it has no step size to set, and a single one tells nothing
+    if isinstance(kernel, WalkingKernel):  # it has no step size to set, and a single one says nothing
         spared = max(SPARE, 1 / total)
         cure = kernel.divergence_cure
     verdict = graded(share, spared, 0.01)

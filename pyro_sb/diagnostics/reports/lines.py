@@ -1,4 +1,4 @@
-"""What every report is made of: lines with a verdict in words, and the table that shows them.
+"""Lines of a report, each with a verdict in words, and the table that shows them.
 
 Needs the standard library alone, so that it can be used on a Python that has no torch.
 """
@@ -97,7 +97,7 @@ class Panel(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Report:
-    r"""What was looked at, a verdict in words on each line, and what to do about one that is not ok.
+    r"""Lines with a verdict in words each, and a cure where it is not ok.
 
     Attributes:
         title: What the report is of.

@@ -1,4 +1,4 @@
-"""Pareto-smoothed importance sampling: whether importance weights can be believed, in words."""
+"""Pareto-smoothed importance sampling: k-hat of importance weights, their smoothed logarithms, and a reading."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ WORDS = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PSIS:
-    r"""Pareto-smoothed importance weights and what they are worth.
+    r"""Pareto-smoothed importance weights, their tail and their effective size.
 
     Attributes:
         log_weights: As given: log target less log proposal, not normalised. Shape ``(S,)``.

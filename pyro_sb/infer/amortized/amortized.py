@@ -144,7 +144,7 @@ class AmortizedPosterior:
 
         Args:
             *model_args: The model's positional arguments, the same for every observation: covariates, sizes.
-            num_simulations: Runs of the model, at least 1; fits worth having need some hundreds.
+            num_simulations: Runs of the model, at least 1; a useful fit needs some hundreds.
             simulations: Earlier `simulations`, instead of new ones.
             keep_finite: Learn from the finite simulations where others are not, instead of an error.
             num_copies: Rejuvenated copies of each simulation. None: up to 100,000 rows in all where the model has a

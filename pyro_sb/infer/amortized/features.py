@@ -84,7 +84,7 @@ class Features:
         return torch.cat(parts, -1).nan_to_num(0.0)
 
     def context(self, y: Tensor) -> Tensor:
-        """What the bridge sees of observations ``(B, data_dim)``: the regressors; raw entries for an embedding."""
+        """Context of the bridge at observations ``(B, data_dim)``: the regressors; raw entries for an embedding."""
         if not self.raw:
             return self.design(y)
         standard = ((y - self.raw_location) / self.raw_scale).nan_to_num(0.0)

@@ -57,7 +57,7 @@ class ImportanceDraws:
         return {name: value[index, column] for name, value in self.sites.items()}
 
     def as_run(self) -> Run:
-        """One chain of equally weighted draws, as many as the weights are worth: as exports and audits read them."""
+        """One chain of equally weighted draws, as many as the effective size: as exports and audits read them."""
         num = max(1, round(float(torch.as_tensor(self.ess_share).min()) * len(self.log_weights)))
         return Run(lambda: {name: value[None] for name, value in self.resample(num).items()})
 

@@ -60,7 +60,7 @@ class PairedJoint:
 
     @property
     def route(self) -> str:
-        """How a batch is evaluated: ``"plate"``, ``"vmap"`` or ``"loop"``."""
+        """Route by which a batch is evaluated: ``"plate"``, ``"vmap"`` or ``"loop"``."""
         return self._density.route
 
     @property

@@ -73,7 +73,7 @@ class Posterior:
         )
 
     def _corrections(self) -> str:
-        """Which corrections there are, in words."""
+        """Corrections that there are, in words."""
         if not self.simulator.has_density and (self.simulator.returned or self.simulator.hidden):
             return "there are no corrections: the model has no density"
         return "importance() and mcmc() are corrected by the model"
@@ -190,7 +190,7 @@ class Posterior:
     def _tempered(
         self, u: Tensor, target: Any, num: int, facts: dict[str, Any], num_poor: int
     ) -> tuple[Tensor, Tensor]:
-        """Starts by tempering, and the log evidence; the user is told."""
+        """Starts by tempering, and the log evidence; a warning says so."""
         law: Any = self.law
         if not self.law.marginal:
             law = NormalLaw(u.mean(0), 1.5 * weighted_factor(u, torch.full_like(u[..., 0], 1 / len(u))))

@@ -268,7 +268,7 @@ def simulator(
 
 
 def refuse_other_data(sites: dict[str, Any], observed: tuple[str, ...]) -> None:
-    """What is in a model's density and not in its simulations would make pairs of another law than its joint."""
+    """Refuse what is in a model's density and not in its simulations: pairs would have another law than its joint."""
     for name, site in sites.items():
         if site_is_factor(site):
             raise NotImplementedError(

@@ -143,7 +143,7 @@ def proposal_factor(pairs: Simulations, features: Features) -> Tensor:
 
 
 def bounded_axes(simulator: Simulator) -> Tensor:
-    """Which unconstrained coordinates are logits of an interval. Shape ``(dim,)``."""
+    """Mask of the unconstrained coordinates that are logits of an interval. Shape ``(dim,)``."""
     packing = simulator.prototype.packing
     transforms = simulator.prototype.transforms
     marks = [torch.full((shape.numel(),), is_logit(transforms[name])) for name, shape in packing.shapes.items()]
@@ -166,7 +166,7 @@ def exchangeable_sites(simulator: Simulator, pairs: Simulations, joint: PairedJo
     """Observed sites whose items may be permuted without a change of the log joint, with their number of items.
 
     Items run along all dimensions but those of a joint event, or along the first alone. Simulations that a permutation
-    leaves as they are tell nothing: a site without any other is not found.
+    leaves as they are show nothing: a site without any other is not found.
     """
     y = pairs.observations[:4096].to(pairs.latents)
     z = pairs.latents[: len(y)]

@@ -139,7 +139,7 @@ class LogJoint:
 
     @property
     def route(self) -> str:
-        """How a batch is evaluated: ``"plate"``, ``"vmap"``, ``"loop"``, or ``"batched"`` (:meth:`from_batched`)."""
+        """Route of a batch: ``"plate"``, ``"vmap"``, ``"loop"``, or ``"batched"`` (:meth:`from_batched`)."""
         return self._density.route
 
     @property

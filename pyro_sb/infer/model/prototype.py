@@ -208,7 +208,7 @@ def model_starts(prototype: Prototype) -> Iterator[Tensor]:
 
 
 def explain_no_start(prototype: Prototype) -> str:
-    """Which sites keep the log joint from being finite, read off one run of the model."""
+    """Error message with the sites that keep the log joint from being finite, read off one run of the model."""
     trace = prototype.trace()
     with torch.no_grad(), pyro.validation_enabled(False):
         trace.compute_log_prob()

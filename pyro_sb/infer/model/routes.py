@@ -1,4 +1,4 @@
-r"""Routes to a batched log joint, ``(C, dim)`` to ``(C,)``, and which of them is right.
+r"""Routes to a batched log joint, ``(C, dim)`` to ``(C,)``, and their test against a single row's log joint.
 
 - :class:`Plate`: one run of the model with the rows as an outermost batch dimension. Fastest; asks that the model's
   own tensor code broadcasts from the left.

@@ -14,7 +14,7 @@ Sites = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Run:
-    r"""What reports, exports and audits read, whatever made it: `MCMC`, Pyro's, a conditioned posterior, or your own.
+    r"""Draws of a model's sites by chain, as reports, exports and audits read them, whatever made them.
 
     Whoever has an ``as_run()`` that gives one can be read.
 
