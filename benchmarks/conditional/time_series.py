@@ -218,7 +218,7 @@ def contenders(short: bool) -> dict[str, Callable[[Fold], Tensor]]:
         bridge = VSDM(
             target.shape[1],
             context_dim=context_dim,
-            covariance="analytic",
+            step_covariance="analytic",
             hidden=(64, 64),
             embedding=narrow(context_dim),
         )

@@ -24,7 +24,7 @@ EPSILON, ITERATIONS, NUM_DRAWS, STEPS, GOAL = 1.0, 6, 20_000, 20, 0.06
 DIMS, SEEDS = (5, 20, 50), 3
 TRIAL: dict[str, Any] = {"num_updates": 500, "batch_size": 256, "num_pairs": 4096}
 SETTINGS: dict[str, dict[str, Any]] = {"defaults": {}, "trial": TRIAL}
-SHAPES: dict[str, dict[str, Any]] = {"defaults": {}, "trial": {"hidden": (128, 128), "chain_steps": STEPS}}
+SHAPES: dict[str, dict[str, Any]] = {"defaults": {}, "trial": {"hidden": (128, 128), "num_steps": STEPS}}
 PUBLISHED = {"DSBM-IPF": "8.75 +- 0.87", "DSBM-IMF": "9.76 +- 1.67", "DSB": "32.8 +- 1.3", "SB-CFM": "49.4 +- 3.9"}
 F64 = torch.float64
 
@@ -107,7 +107,7 @@ def coupling_gaps(oracle: GaussianBridge, x0: Tensor, x1: Tensor) -> dict[str, f
 
 
 def scores(bridge: DSB, oracle: GaussianBridge) -> dict[str, float]:
-    times, states = bridge.paths(NUM_DRAWS, bridge.chain_steps)
+    times, states = bridge.paths(NUM_DRAWS, bridge.num_steps)
     means, covs = (torch.stack(parts) for parts in zip(*(moments(x) for x in states), strict=True))
     return marginal_gaps(oracle, times, means, covs) | coupling_gaps(oracle, states[0], states[-1])
 

@@ -122,7 +122,7 @@ class Conditional:
         row: dict[str, Any] = {"seconds": cpu_seconds(bridge.fit, theta, context=y, progress=False, **self.options)}
         for kind in ["coarse", "fine"] if self.method == "imf" else ["coarse"]:
             if self.method == "imf":
-                bridge.chain_steps, bridge.schedule = CHAIN[kind]
+                bridge.num_steps, bridge.schedule = CHAIN[kind]
             torch.manual_seed(100 + seed)
             draws = bridge(OBSERVED).draws((NUM_DRAWS,))
             row[kind] = weighed(draws.value.reshape(-1, 2), draws.log_q.reshape(-1))

@@ -70,7 +70,7 @@ class Method:
         """IMF may take many uneven steps, as they are no part of what it learns; IPF learns its own."""
         torch.manual_seed(seed)
         steps, schedule = (FINE, "triangular") if self.method == "imf" else (STEPS, "constant")
-        shape: dict[str, Any] = {"chain_steps": steps, "schedule": schedule, "variance": self.variance}
+        shape: dict[str, Any] = {"num_steps": steps, "schedule": schedule, "variance": self.variance}
         bridge = DSB(2, epsilon=pair.epsilon, method=self.method, **shape)
         return bridge, timed(bridge.fit, pair.target, pair.source, **(FIT | self.options))[1]
 
@@ -133,11 +133,11 @@ def scores(pair: Pair, method: Method, seed: int, store: Store) -> dict[str, Any
     cloud, _ = clouds(pair, seed)
     row |= {"w2": exact_distance(x1[:EXACT], cloud), "sliced": sliced(pair, x1)}
     if method.method == "imf":
-        fine = bridge.chain_steps, bridge.schedule
-        bridge.chain_steps, bridge.schedule = STEPS, "constant"
+        fine = bridge.num_steps, bridge.schedule
+        bridge.num_steps, bridge.schedule = STEPS, "constant"
         coarse = bridge.coupling(DRAWS)[1]
         row |= {"w2 coarse": exact_distance(coarse[:EXACT], cloud), "sliced coarse": sliced(pair, coarse)}
-        bridge.chain_steps, bridge.schedule = fine
+        bridge.num_steps, bridge.schedule = fine
     torch.manual_seed(3000 + seed)
     row |= both_ways(bridge, pair)
     if isinstance(pair.target, EightGaussians) and not isinstance(pair.source, Moons):

@@ -237,7 +237,7 @@ def pca() -> PCACodec:
 LIGHT: dict[str, object] = {"num_updates": 400}
 NET: dict[str, object] = {"num_updates": 400}
 CASES: dict[str, Case] = {
-    "LightSB": Case(light(LightSB), {"solver": "em"}, {"num_updates": 1}),
+    "LightSB": Case(light(LightSB), {"solver": "moments"}, {"num_updates": 1}),
     "LightSB, Gaussian source": Case(light(LightSB), LIGHT | {"source": SOURCE}, {"num_updates": 1, "source": SOURCE}),
     "LightSBM": Case(light(LightSBM), LIGHT, {"num_updates": 1}),
     "LightSBBM": Case(light(LightSBBM, beta=10.0), {"num_updates": 150}, {"num_updates": 1}),
@@ -249,19 +249,19 @@ CASES: dict[str, Case] = {
         {"num_updates": 5, "num_iterations": 1},
     ),
     "DSB, IPF": Case(
-        lambda: DSB(2, hidden=(64, 64), method="ipf", chain_steps=6),
+        lambda: DSB(2, hidden=(64, 64), method="ipf", num_steps=6),
         {"num_updates": 150, "num_iterations": 2, "num_pairs": 2000},
         {"num_updates": 5, "num_iterations": 1, "num_pairs": 500},
     ),
     "Smoothed": Case(lambda: SmoothedBridge(2, hidden=(64, 64), path_steps=6), NET, {"num_updates": 5}),
     "KernelLangevin, plain": Case(lambda: KernelLangevinBridge(2, scheme="plain", num_steps=5), {}, {}),
-    "Latent, LightSB": Case(latent(light(LightSB), pca), {"solver": "em"}, {"num_updates": 1}),
-    "Latent, LightSB, sinh": Case(latent(light(LightSB), stretched), {"solver": "em"}, {"num_updates": 1}),
+    "Latent, LightSB": Case(latent(light(LightSB), pca), {"solver": "moments"}, {"num_updates": 1}),
+    "Latent, LightSB, sinh": Case(latent(light(LightSB), stretched), {"solver": "moments"}, {"num_updates": 1}),
     "Latent, VSDM": Case(latent(few_steps(VSDM), pca), NET, {"num_updates": 5}),
     "Latent, VSDM, sinh": Case(latent(few_steps(VSDM), stretched), NET, {"num_updates": 5}),
-    "More: LightSB, 4 tries": Case(light(LightSB), {"solver": "em"}, {"num_updates": 1}, {"num_proposals": 4}),
+    "More: LightSB, 4 tries": Case(light(LightSB), {"solver": "moments"}, {"num_updates": 1}, {"num_proposals": 4}),
     "More: VSDM, 3 paths": Case(few_steps(VSDM), NET, {"num_updates": 5}, {"num_paths": 3}),
-    "More: TailMatched": Case(lambda: TailMatched(light(LightSB)()), {"solver": "em"}, {"num_updates": 1}),
+    "More: TailMatched": Case(lambda: TailMatched(light(LightSB)()), {"solver": "moments"}, {"num_updates": 1}),
 }
 
 

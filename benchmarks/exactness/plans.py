@@ -146,7 +146,7 @@ def jobs(trial: Trial) -> dict[str, Callable[[], Figures]]:
     if trial.epsilon == 1 and trial.dim in (16, 64):
         fits["LightSB, diagonal"] = ("LightSB", "diagonal", trial.options("LightSB"))
     if trial.epsilon == 1 and trial.dim <= 16:
-        fits["LightSB, full, EM"] = ("LightSB", "full", {"solver": "em", **steps})
+        fits["LightSB, full, EM"] = ("LightSB", "full", {"solver": "moments", **steps})
     bound = {name: lambda fit=fit: trial.measure(*fit[:2], **fit[2]) for name, fit in fits.items()}
     return {"references": trial.references, **bound}
 
@@ -207,7 +207,7 @@ def report(rows_of: dict[str, Figures], asked: list[Trial]) -> str:
             f"{COMPONENTS} components, learning rate 5e-3 falling to 2 %. CPU seconds are of fit, without",
             "making the draws. A tenth of the draws is held out; the parameters of the lowest held-out loss are kept.",
             table(["d", "epsilon", "draws a side", "batch size", *updates, "dtype", "goal %"], budget_rows()),
-            f'\nEM: solver="em" on {EM_DRAWS} draws, at most {EM_STEPS} steps.',
+            f'\nEM: solver="moments" on {EM_DRAWS} draws, at most {EM_STEPS} steps.',
             f"cBW2-UVP: of the model's closed-form conditional moments at {POINTS} source points (floor 0). KL: the",
             f"mean of log pi*(x1|x0) - log pi(x1|x0) over {PAIRS} pairs of the true plan, with its standard error:",
             f"it sees the whole law. BW2-UVP: two moments of {DRAWS} draws against those of as many of the target.",

@@ -61,7 +61,7 @@ class Diffusion:
     def fit(self, x: Tensor) -> "FittedDiffusion":
         centre = x.mean(0) if self.whiten else torch.zeros(2)
         root = torch.linalg.cholesky(x.T.cov()) if self.whiten else torch.eye(2)
-        bridge = self.make(2, covariance="analytic", **self.arguments)
+        bridge = self.make(2, step_covariance="analytic", **self.arguments)
         inner = torch.linalg.solve_triangular(root, (x - centre).T, upper=False).T
         options = {"num_updates": NUM_STEPS, "batch_size": BATCH, "progress": False}
         bridge.fit(inner.contiguous(), **(options | self.options))
@@ -157,8 +157,8 @@ class FittedFlow:
 # The stochastic rule trains for half as many steps again while A moves: two thirds keep the budget.
 STOCHASTIC = {"num_updates": NUM_STEPS * 2 // 3, "num_stages": 30}
 CLOSED = Diffusion("VSDM, closed-form D", VSDM)
-TOLERANCE = Diffusion("VSDM, tolerance D", VSDM, {"drift": "tolerance"})
-ADAPTED = Diffusion("VSDM, stochastic D", VSDM, {"drift": "stochastic"}, STOCHASTIC)
+TOLERANCE = Diffusion("VSDM, tolerance D", VSDM, {"drift_matrix": "tolerance"})
+ADAPTED = Diffusion("VSDM, stochastic D", VSDM, {"drift_matrix": "stochastic"}, STOCHASTIC)
 SGM10 = Diffusion("SGM, b_max 10", SGM, {"preconditioning": "scalar"})
 SGM20 = Diffusion("SGM, b_max 20", SGM, {"preconditioning": "scalar", "b_max": 20.0})
 WHITENED = Diffusion("SGM, whitened data", SGM, {"preconditioning": "scalar"}, whiten=True)

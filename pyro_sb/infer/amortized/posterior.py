@@ -196,12 +196,8 @@ class Posterior:
             law = NormalLaw(u.mean(0), 1.5 * weighted_factor(u, torch.full_like(u[..., 0], 1 / len(u))))
         most = MOST_NUMBERS // (u.shape[1] * u.shape[2] * u.shape[2])  # a metric a row
         num = max(128, min(num, most))
-        # many short levels: modes of many widths, from a start that is poor
-        options = {"sweeps": 8, "final_sweeps": 20, "num_steps": 6, "spread": 10.0, "max_levels": 60}
-        with chosen_threads(u):
-            particles = temper(
-                law, target, num, **options
-            )  # many short levels: modes of many widths, from a start that is poor
+        with chosen_threads(u):  # many short levels: modes of many widths, from a start that is poor
+            particles = temper(law, target, num, sweeps=8, final_sweeps=20, num_steps=6, spread=10.0, max_levels=60)
         facts |= {"start": "tempered", "levels": particles.num_levels}
         warnings.warn(
             f"the bridge's weights are poor (Pareto k {facts['k_hat']:.2f}, effective share "

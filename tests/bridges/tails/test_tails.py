@@ -43,7 +43,9 @@ class GaussianEnd(Bridge):
             self.register_buffer(name, torch.empty(0))
         self.targets = []
 
-    def fit(self, target, source=None, *, context=None, weights=None, progress=True, checkpoint=None, num_draws=4000):
+    def fit(
+        self, target, source=None, *, context=None, weights=None, progress=True, checkpoint=None, num_law_draws=4000
+    ):
         self.targets.append(target)
         points = as_draws("target", target, self.dim, num_draws=num_draws)
         weights = as_weights(weights, points)
@@ -315,7 +317,7 @@ def test_given_a_context():
 
 def test_a_target_distribution_reaches_the_inner_bridge_as_one():
     bridge, law = TailMatched(GaussianEnd(2)), Independent(StudentT(torch.full((2,), 3.0)), 1)
-    bridge.fit(law, num_draws=500)
+    bridge.fit(law, num_law_draws=500)
     (inner,) = bridge.bridge.targets
     assert isinstance(inner, torch.distributions.Distribution)
     z = inner.sample((7,))

@@ -48,7 +48,7 @@ def refreshed(y: torch.Tensor) -> WalkingKernel:
 
 def marginal() -> LightSB:
     bridge = LightSB(1, num_components=1)
-    bridge.fit(0.5 + 0.4 * torch.randn(200, 1), solver="em", progress=False)
+    bridge.fit(0.5 + 0.4 * torch.randn(200, 1), solver="moments", progress=False)
     return bridge
 
 
