@@ -132,7 +132,7 @@ def main() -> None:
     names = ["solver", "s2", "beta", "Var X1", "Cov(X0, X1)", "error of Var", "of Cov", "updates", "CPU s"]
     lines = [
         header(f"Schrödinger-Bass bridges N(0, 1) -> N(0, s2) against the exact solution, epsilon {EPSILON:g}", SEED),
-        f'LightSBBM, one component, solver="moments" on {NUM} quantiles of exact moments a side: relative errors of the',
+        f'LightSBBM, one component, solver="moments" on {NUM} exact quantiles a side: relative errors of the',
         "closed-form law. Evaluations of G include those of the start, up to 30 steps up the dual of 2,048 draws.",
         "Exact alternation: iterations that the paper's alternation of bridge and Bass map needs to hold Var X1 within",
         f"{GOAL:g}, every inner problem solved exactly in closed form (no learning); it is given {ALTERNATIONS}.",

@@ -47,7 +47,7 @@ class GaussianEnd(Bridge):
         self, target, source=None, *, context=None, weights=None, progress=True, checkpoint=None, num_law_draws=4000
     ):
         self.targets.append(target)
-        points = as_draws("target", target, self.dim, num_draws=num_draws)
+        points = as_draws("target", target, self.dim, num_draws=num_law_draws)
         weights = as_weights(weights, points)
         self.mean, slope = weights @ points, points.new_zeros(self.context_dim, self.dim)
         residual = points - self.mean
@@ -59,7 +59,7 @@ class GaussianEnd(Bridge):
         self.slope, self.factor = slope, torch.linalg.cholesky((weights[:, None] * residual).mT @ residual)
         self.start = points.new_zeros(self.dim)
         if source is not None:
-            self.start = as_draws("source", source, self.dim, num_draws=num_draws, like=points).mean(0)
+            self.start = as_draws("source", source, self.dim, num_draws=num_law_draws, like=points).mean(0)
         return FitHistory(iterations=1, seconds=1e-3, converged=True)
 
     def like(self):
