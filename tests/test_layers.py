@@ -11,7 +11,8 @@ LAYERS = [
     {"nn", "training", "threads", "weights", "distributions", "files"},
     {"bridges"},
     {"infer"},
-    {"diagnostics", "metrics", "plots", "datasets"},
+    {"metrics", "plots", "datasets"},
+    {"diagnostics"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 OPS_MAY_IMPORT = {

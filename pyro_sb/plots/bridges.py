@@ -43,7 +43,7 @@ def plot_paths(
         TypeError: ``bridge`` is none.
         ValueError: A coordinate that the bridge has not; a batch of contexts.
     """
-    check_is("bridge", bridge, Bridge, "bridge.fit(draws), then plot_paths(bridge)")
+    check_is("bridge", bridge, "Bridge", "bridge.fit(draws), then plot_paths(bridge)")
     axis = ((0, 1) if bridge.dim > 1 else 0) if axis is None else axis
     pair = [axis] if isinstance(axis, int) else list(axis)
     if len(pair) > 2:
@@ -79,7 +79,7 @@ def plot_history(history: FitHistory, *, ax: Any = None, figsize: Size = None, *
         figsize: Of the new figure, in inches.
         **kwargs: Of the losses, for ``ax.plot``.
     """
-    check_is("history", history, FitHistory, "plot_history(bridge.fit(draws))")
+    check_is("history", history, "FitHistory", "plot_history(bridge.fit(draws))")
     curves = [("training loss", history.losses, OURS), ("held-out loss", history.validation_losses, SOURCE)]
     curves = [curve for curve in curves if curve[1]]
     if not curves and not history.residuals:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from pyro_sb.diagnostics.calibration.calibration import Calibration, Regions
 from pyro_sb.plots.axes import OURS, WARN, Size, array, check_is, one_axes, styled
 
 __all__ = ["plot_coverage", "plot_sbc"]
@@ -16,7 +15,7 @@ REDS, DASHES = (WARN, "#7f0000", "#ff7f0e"), ("-", "--", ":", "-.")
 
 
 def plot_sbc(
-    calibration: Calibration,
+    calibration: Any,
     *,
     level: float = 0.95,
     names: Sequence[str] | None = None,
@@ -30,14 +29,14 @@ def plot_sbc(
     that leave the bands have reds and dashes of their own; the legend names the five that leave the diagonal most.
 
     Args:
-        calibration: Of `sbc`, `tarp` or `Calibration.of`.
+        calibration: A Calibration, of `sbc`, `tarp` or `Calibration.of`.
         level: Of the bands, for one parameter.
         names: Which parameters. Omitted: all.
         ax: Matplotlib axes. Omitted: new ones.
         figsize: Of the new figure, in inches.
         **kwargs: Of the lines, for ``ax.plot``.
     """
-    check_is("calibration", calibration, Calibration, "sbc(amortized)")
+    check_is("calibration", calibration, "Calibration", "sbc(amortized)")
     ax = one_axes(ax, figsize)
     bands = calibration.bands(level)
     found = calibration.ecdf_difference(bands.points)
@@ -67,9 +66,7 @@ def plot_sbc(
     return ax
 
 
-def plot_coverage(
-    *calibrations: Calibration, level: float = 0.95, ax: Any = None, figsize: Size = None, **kwargs: Any
-) -> Any:
+def plot_coverage(*calibrations: Any, level: float = 0.95, ax: Any = None, figsize: Size = None, **kwargs: Any) -> Any:
     r"""Expected coverage by level of the region, with simultaneous bands.
 
     Of intervals, a line above the diagonal is too wide, below it too narrow, or biased. Balls of TARP grow from a
@@ -87,7 +84,7 @@ def plot_coverage(
     if not calibrations:
         raise ValueError("plot_coverage needs at least one Calibration, got none. Write plot_coverage(sbc(...)).")
     for calibration in calibrations:
-        check_is("calibrations", calibration, Calibration, "plot_coverage(sbc(amortized))")
+        check_is("calibrations", calibration, "Calibration", "plot_coverage(sbc(amortized))")
     ax = one_axes(ax, figsize)
     sizes = sorted({len(one.uniforms): one for one in calibrations}.items())
     for i, (size, one) in enumerate(sizes):
@@ -99,7 +96,7 @@ def plot_coverage(
     for calibration in calibrations:
         ordered = np.sort(array(calibration.credibility), axis=0)
         share = np.arange(1, len(ordered) + 1) / len(ordered)
-        num, balls = ordered.shape[1], isinstance(calibration, Regions)
+        num, balls = ordered.shape[1], calibration.jointly
         name = "all together (TARP)" if balls else "intervals of a parameter"
         name += f" (the {MOST} worst of {num})" if num > MOST else ""
         name += f", {len(ordered)} data sets" if len(sizes) > 1 else ""

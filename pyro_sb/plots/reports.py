@@ -6,10 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from pyro_sb.diagnostics.export.container import ChainFigures
-from pyro_sb.diagnostics.modes.mode_audit import ModeAudit
-from pyro_sb.diagnostics.reports.lines import COLOURS, Report
-from pyro_sb.diagnostics.reports.psis import PSIS
 from pyro_sb.plots.axes import OURS, WARN, Size, array, check_is, one_axes, row_of_axes, styled
 
 __all__ = ["plot_chains", "plot_modes", "plot_report", "plot_weights"]
@@ -19,16 +15,16 @@ MOST = 6  # modes whose places have room below the axis
 LETTERS = 14  # of small type to an inch
 
 
-def plot_modes(audit: ModeAudit, *, ax: Any = None, figsize: Size = None, **kwargs: Any) -> Any:
+def plot_modes(audit: Any, *, ax: Any = None, figsize: Size = None, **kwargs: Any) -> Any:
     r"""Shares of the modes among two populations and the draws, with two standard errors.
 
     Args:
-        audit: Of `mode_audit`.
+        audit: A ModeAudit, of `mode_audit`.
         ax: Matplotlib axes. Omitted: new ones.
         figsize: Of the new figure, in inches.
         **kwargs: Of the bars, for ``ax.bar``.
     """
-    check_is("audit", audit, ModeAudit, "mode_audit(draws, model, args=(y,))")
+    check_is("audit", audit, "ModeAudit", "mode_audit(draws, model, args=(y,))")
     ax = one_axes(ax, figsize)
     series = [
         ("population 1", audit.shares[0], audit.errors[0], "0.55"),
@@ -56,18 +52,18 @@ def plot_modes(audit: ModeAudit, *, ax: Any = None, figsize: Size = None, **kwar
     return ax
 
 
-def plot_weights(result: PSIS, *, ax: Any = None, figsize: Size = None, **kwargs: Any) -> Any:
+def plot_weights(result: Any, *, ax: Any = None, figsize: Size = None, **kwargs: Any) -> Any:
     r"""The tail of importance weights: how many draws have a larger weight, on logarithmic axes.
 
     A line of slope -1/k is a Pareto tail of that k; steeper is better.
 
     Args:
-        result: Of `psis`.
+        result: A PSIS, of `psis`.
         ax: Matplotlib axes. Omitted: new ones.
         figsize: Of the new figure, in inches.
         **kwargs: Of the smoothed weights' line, for ``ax.plot``.
     """
-    check_is("result", result, PSIS, "psis(log_weights)")
+    check_is("result", result, "PSIS", "psis(log_weights)")
     ax = one_axes(ax, figsize)
     for values, style in (
         (result.log_weights, {"color": "0.6", "marker": ".", "ls": "", "label": "raw"}),
@@ -86,16 +82,16 @@ def plot_weights(result: PSIS, *, ax: Any = None, figsize: Size = None, **kwargs
     return ax
 
 
-def plot_chains(figures: ChainFigures, *, ax: Any = None, figsize: Size = None, **kwargs: Any) -> Any:
+def plot_chains(figures: Any, *, ax: Any = None, figsize: Size = None, **kwargs: Any) -> Any:
     r"""R-hat against effective sizes, a point a number of the model; the good corner is the lower right.
 
     Args:
-        figures: Of `pyro_sb.diagnostics.export.container.chain_figures`.
+        figures: ChainFigures, of `pyro_sb.diagnostics.export.container.chain_figures`.
         ax: Matplotlib axes. Omitted: new ones.
         figsize: Of the new figure, in inches.
         **kwargs: Of the points, for ``ax.scatter``.
     """
-    check_is("figures", figures, ChainFigures, "chain_figures(to_arviz(mcmc))")
+    check_is("figures", figures, "ChainFigures", "chain_figures(to_arviz(mcmc))")
     ax = one_axes(ax, figsize)
     for name, ess, marker in (("bulk", figures.ess_bulk, "o"), ("tail", figures.ess_tail, "x")):
         style = styled(kwargs, "points", color=OURS, alpha=0.8, label=f"{name} ESS")
@@ -133,18 +129,18 @@ def _name_point(ax: Any, name: str, x: float, y: float) -> None:
     ax.annotate(name, (x, y), textcoords="offset points", annotation_clip=True, **side)
 
 
-def plot_report(report: Report, *, axes: Any = None, figsize: Size = None) -> Any:
+def plot_report(report: Any, *, axes: Any = None, figsize: Size = None) -> Any:
     r"""A report's pictures side by side, its verdicts as the headline.
 
     Args:
-        report: Of `report`, `bridge_report`.
+        report: A Report, of `report`, `bridge_report`.
         axes: Axes, one a panel. Omitted: a row of new ones.
         figsize: Of the new figure, in inches.
 
     Returns:
         An array of axes.
     """
-    check_is("report", report, Report, "report(mcmc)")
+    check_is("report", report, "Report", "report(mcmc)")
     if not report.panels:
         raise ValueError("the report has no pictures, only lines: print it.")
     made = axes is None
@@ -155,7 +151,7 @@ def plot_report(report: Report, *, axes: Any = None, figsize: Size = None) -> An
             ax.set_title(panel.title)
     if made:
         figure = axes[0].figure
-        figure.suptitle(f"{report.title}: {report.verdict}", color=COLOURS[report.verdict], fontsize="medium")
+        figure.suptitle(f"{report.title}: {report.verdict}", color=report.colour, fontsize="medium")
         trouble = [f"{x.verdict}: {x.name} {x.value}; {x.note}" for x in report.lines if x.verdict in ("look", "bad")]
         if trouble:
             wide = int(LETTERS * figure.get_size_inches()[0])

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class Calibration:
     names: tuple[str, ...]
     num_draws: int
     uniforms: Tensor
+    jointly: ClassVar[bool] = False  # whether one region holds all parameters, not an interval each
 
     @classmethod
     def of(cls, latents: Tensor, draws: Tensor, names: Sequence[str] | None = None) -> "Calibration":
@@ -118,6 +119,8 @@ class Calibration:
 
 class Regions(Calibration):
     """Calibration of credible regions that grow from one side: a rank is the share of draws that a region holds."""
+
+    jointly = True
 
     def coverage(self, levels: Sequence[float] = LEVELS) -> Tensor:
         """Share of truths in the region of each level. Shape ``(levels, quantities)``."""

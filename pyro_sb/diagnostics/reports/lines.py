@@ -123,6 +123,11 @@ class Report:
         """The worst of the lines: "ok", "look" or "bad"."""
         return worst(self.lines)
 
+    @property
+    def colour(self) -> str:
+        """Colour of the verdict."""
+        return COLOURS[self.verdict]
+
     def __getitem__(self, name: str) -> Line:
         """The line of this name."""
         for line in self.lines:
