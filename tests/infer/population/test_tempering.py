@@ -317,6 +317,14 @@ def test_many_targets_at_once_are_each_alone_in_law(options):
         assert 0.4 < float(alone[:, 0].std() / together[:, b, 0].std()) < 2.5  # neither is noisier than the other
 
 
+def test_each_column_moves_in_its_own_metric():
+    widths = torch.tensor([1e-3, 1e3])[:, None, None] * torch.eye(2)
+    target = Gaussians(torch.zeros(2, 2), widths, torch.zeros(2))
+    run = temper(NormalLaw(torch.zeros(2, 2), 1.2 * widths), target, 200, final_sweeps=20)
+    assert run.acceptance.min() > 0.6  # in the other's metric a particle stands still, or is thrown out
+    assert all(len(run.points[:, b].unique(dim=0)) == 200 for b in range(2))
+
+
 @pytest.mark.parametrize("kind", ["normal", "mixture"])
 @pytest.mark.parametrize("column", [1, 2])
 def test_one_target_starts_from_either_kind_of_law(kind, column):
