@@ -1,5 +1,7 @@
 """The laws that every bridge must pass, over one registry: a new bridge costs one line in `BRIDGES`."""
 
+import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -48,7 +50,7 @@ class QuickVSDM(VSDM):
     """The same."""
 
     def fit(self, *args, **options):
-        return super().fit(*args, **({"num_updates": 20, "learning_rate": 5e-4} | options))
+        return super().fit(*args, **({"num_updates": 20, "learning_rate": 5e-4, "num_stages": 3} | options))
 
 
 class QuickSGM(SGM):
@@ -114,8 +116,15 @@ def training_draws(dtype: torch.dtype, num: int = 60) -> tuple[Tensor, Tensor]:
 
 
 def fitted(make: Callable[..., Bridge], conditional: bool, dtype: torch.dtype = torch.float64) -> Bridge:
-    """A bridge of the registry, fitted without a bar."""
-    target, context = training_draws(dtype)
-    bridge = make(context_dim=CONTEXT_DIM) if conditional else make()
-    bridge.fit(target, context=context if conditional else None, progress=False)
+    """A bridge of the registry, fitted without a bar: a copy of one fit that all laws share."""
+    return copy.deepcopy(_fitted(make, conditional, dtype))
+
+
+@functools.cache
+def _fitted(make: Callable[..., Bridge], conditional: bool, dtype: torch.dtype) -> Bridge:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        target, context = training_draws(dtype)
+        bridge = make(context_dim=CONTEXT_DIM) if conditional else make()
+        bridge.fit(target, context=context if conditional else None, progress=False)
     return bridge

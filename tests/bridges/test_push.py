@@ -104,6 +104,7 @@ def test_a_latent_bridge_decodes_what_its_inner_bridge_makes(codec):
     assert bool((slope[1:] == 0).all())
 
 
+@pytest.mark.slow
 def test_the_posterior_of_a_pushed_prior_is_that_of_its_weighted_draws():
     """Many prior draws, weighted by the likelihood, are the oracle: no density of the prior enters either."""
     bridge = fitted("VSDM")

@@ -107,6 +107,7 @@ def test_the_noised_gaussian_is_near_the_schroedinger_bridge():
         assert (ours - theirs).norm() / theirs.norm() < (1e-9 if tau == 1.0 else 0.06)
 
 
+@pytest.mark.slow
 def test_the_stochastic_approximation_finds_the_closed_form():
     # Gaussian target, exact score, zeta 1, source N(0, I): sheet 1.6
     variances = torch.tensor([0.05, 4.37, 50.0], **F64)
