@@ -286,7 +286,7 @@ class ModelRuns:
             with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
                 found = self._plate(rows, num, asked) if route == "plate" else self._vmap(rows, num, asked)
                 if not checked or all(self._agrees(found, i, rows.present) for i in {0, num // 2, num - 1}):
-                    return Found(*(pick(sites, names) for sites, names in zip(found, wanted)))
+                    return Found(pick(found.values, wanted.values), pick(found.log_probs, wanted.log_probs))
             reason = "it disagrees with a single run"
         except Exception as error:  # whatever the user's model raises when it meets a batch
             reason = f"{type(error).__name__}: {error}"
