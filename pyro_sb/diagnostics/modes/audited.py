@@ -17,7 +17,7 @@ FAR = 99  # standard errors, beyond which a figure says no more
 VAGUE = 0.1  # standard error of a share of the draws above which it says nothing
 LEAST_SHARE = 1e-3  # of a population in a mode that chains are asked for
 UNLIKELY = 0.01  # probability of so few crossings below which they are called too few
-SHOWN = 3  # modes in the repr
+SHOWN = 2  # modes in the repr
 MORE = "raise num_particles"  # what a report says in other words
 GLOBAL = "use a global move"
 
@@ -107,7 +107,7 @@ class ModeAudit:
 
     def table(self, most: int | None = None) -> str:
         """Shares of every mode, or of the ``most`` largest, a row each."""
-        shown = self.num_modes if most is None else min(most, self.num_modes)
+        shown = self.num_modes if most is None or self.num_modes <= most + 1 else most  # not one line for one left
         header = ["mode", "population 1", "population 2", "z"]
         header += [] if self.chain_shares is None else ["draws", "z"]
         rows = [[*header, "where"]]

@@ -101,6 +101,13 @@ def test_more_draws_are_no_cure_for_chains_that_do_not_cross():
     assert crossing.note.endswith("draw more")
 
 
+@pytest.mark.parametrize("num", [1, 2, 3, 12])
+def test_an_audit_prints_itself_in_ten_lines(num):
+    text = repr(audited([1 / num] * num, [[1 / num] * num] * 4))
+    assert len(text.splitlines()) <= 10 and (num <= 3) == ("more: see table()" not in text)
+    assert len(audited([1 / num] * num).table().splitlines()) == 1 + num
+
+
 def test_shares_are_named():
     found = line(audited([0.712, 0.288], [[1.0, 0.0]] * 2 + [[0.9, 0.1]] * 2), "draws")
     assert found.value.startswith("mode 0: share 0.950, populations 0.712, z ")
