@@ -1,4 +1,4 @@
-"""How far draws are from a target: each metric returns a `Score`, which carries what a perfect sampler would score."""
+"""Distances from draws to a target: each metric returns a `Score`, which carries the score of a perfect sampler."""
 
 from pyro_sb.metrics.affinity import mmd
 from pyro_sb.metrics.bures import Moments, bw2_uvp, cbw2_uvp

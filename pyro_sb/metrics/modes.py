@@ -1,4 +1,4 @@
-"""Which share of the draws each mode has."""
+"""Shares of the draws in each mode."""
 
 import math
 from typing import Any

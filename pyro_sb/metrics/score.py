@@ -95,7 +95,7 @@ def finite(name: str, value: Tensor) -> Tensor:
     if bad:
         raise ValueError(
             f"{name} must be finite, got {bad} entries of {value.numel()} that are not. "
-            "Mend the sampler: a score of the other draws alone would hide them."
+            "Correct the sampler: a score of the other draws alone would hide them."
         )
     return value
 

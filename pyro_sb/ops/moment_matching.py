@@ -71,7 +71,7 @@ def moment_step(
         source: Points at time 0, in the bridge's space.
         target: Points at time 1, in the bridge's space.
         floor: Smallest eigenvalue that S may have, positive.
-        min_count: A component with less than this many points' worth of mass on a side keeps its r and S; for full
+        min_count: A component with less than the mass of this many points on a side keeps its r and S; for full
             matrices so many for every axis.
 
     Example:

@@ -1,4 +1,4 @@
-"""From a bridge on draws of the prior to one on the posterior, given a likelihood."""
+"""Posterior weights and scores: a bridge on draws of the prior, tilted by a likelihood."""
 
 import math
 import warnings
