@@ -89,6 +89,11 @@ class DrawsEnd:
         """How many draws are learnt from."""
         return len(self._train)
 
+    @property
+    def num_draws(self) -> int:
+        """How many draws there are, held-out ones among them."""
+        return len(self._points)
+
     def batch(self, num: int) -> Batch:
         """Draws to learn from, each once a round."""
         while len(self._queue) < num:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+
+from pyro_sb.files import read_file
 
 __all__ = ["Reference", "read_posterior", "read_simulator"]
 
@@ -139,7 +140,7 @@ def _packaged(files: Path) -> dict[str, np.ndarray]:
         "reference": draws[:, ::_THIN],
         "reference_mean": draws.mean(1),
         "reference_sd": draws.std(1, ddof=1),
-    } | ({"design_matrix": torch.load(design, weights_only=True).numpy()} if design.is_file() else {})
+    } | ({"design_matrix": read_file(design).numpy()} if design.is_file() else {})
 
 
 def _table(path: Path) -> np.ndarray:

@@ -134,7 +134,7 @@ class MixtureBridge(Bridge):
                 self.load_state_dict(before[0])
                 self.source = before[1]
             raise
-        data = f"{ends.target.num_train} draws" if isinstance(ends.target, DrawsEnd) else "a distribution"
+        data = f"{ends.target.num_draws} draws" if isinstance(ends.target, DrawsEnd) else "a distribution"
         start = {"point": "a point", "draws": "draws", "law": "a distribution"}[self._source_kind]
         way = f'{history.iterations} updates of solver "{solver.name}"'
         self.fitted_to = f"{data} from {start}, by {way}"

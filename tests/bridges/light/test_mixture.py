@@ -229,7 +229,7 @@ def test_a_bridge_says_what_it_is_and_what_it_was_fitted_on(tmp_path):
     bridge = LightSBBM(2, num_components=3, epsilon=0.5, beta=5.0, context_dim=1)
     assert repr(bridge) == "LightSBBM(dim=2, context_dim=1)\n  3 diagonal components, epsilon 0.5, beta 5\n  not fitted"
     quick(bridge, context=torch.randn(300, 1, **F64), num_updates=5)
-    assert repr(bridge).endswith('\n  fitted to 270 draws from a point, by 5 updates of solver "dual"')
+    assert repr(bridge).endswith('\n  fitted to 300 draws from a point, by 5 updates of solver "dual"')
     bridge.save(tmp_path / "bridge.pt")
     assert repr(Bridge.load(tmp_path / "bridge.pt")) == repr(bridge)
     on_a_law = quick(
