@@ -62,6 +62,8 @@ CLAIMS = (
     Claim("dsb-digits", "Even digits carried to odd ones", "dsb.digits", 80, "3", "dsb_digits"),
     Claim("latent", "Latent bridges against data space at equal time", "latent.digits", 60, "3", "latent_digits"),
     Claim("attention", "Faster and smaller than distances and a softmax", "speed.attention", 1, "7 runs", "attention"),
+    Claim("threads", "A run chooses the better number of threads", "speed.threads", 25, "3 runs", "threads"),
+    Claim("imports", "Importing pyro_sb costs little beside Pyro", "speed.imports", 1, "7 runs", "imports"),
     # amortised posteriors
     Claim("amortised", "Amortised posteriors on sbibm's tasks", "amortised.sbibm", 60, "1, 3 or 5 data", "amortised"),
     Claim("peers", "sbi on the same tasks", "amortised.sbi_peers", 90, "1, 3 or 5 data", "sbi_peers", peers=True),

@@ -1,6 +1,6 @@
 """Chains and fits with one thread, with all, and with those that the run chooses, idle and beside busy processes.
 
-Run as `python -m benchmarks.threads.chains_and_fits [--only WORD] [--repeats 3] [--busy 0 2]`. Every run has a process
+Run as `python -m benchmarks.speed.threads [--only WORD] [--repeats 3] [--busy 0 2]`. Every run has a process
 of its own, and the settings take turns:
 
 - ``one``: ``OMP_NUM_THREADS=1``;
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import pyro_sb.threads as threads
+from benchmarks.lib.report import header, table, write
 from pyro_sb import MCMC, VSDM, AmortizedPosterior, KernelLangevin, LightSB
 
 CLAIM = 1.2
@@ -102,7 +103,7 @@ def started(task: str, setting: str) -> dict[str, Any]:
     """One run in a process of its own."""
     env = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     env |= {"OMP_NUM_THREADS": "1"} if setting == "one" else {}
-    command = [sys.executable, "-m", "benchmarks.threads.chains_and_fits", "--run", task, setting]
+    command = [sys.executable, "-m", "benchmarks.speed.threads", "--run", task, setting]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{task} with {setting} threads failed: {done.stderr}")
@@ -121,8 +122,8 @@ def busy(num: int) -> Iterator[None]:
             other.wait()
 
 
-def compare(task: str, num_busy: int, repeats: int) -> float:
-    """Print a row a setting, medians of the repeats, and give the ratio of the claim."""
+def compare(task: str, num_busy: int, repeats: int) -> list[list[object]]:
+    """A row a setting, medians of the repeats; the ratio to the better of one and all stands last but one."""
     found: dict[str, list[dict[str, Any]]] = {setting: [] for setting in SETTINGS}
     with busy(num_busy):
         for _ in range(repeats):
@@ -130,11 +131,11 @@ def compare(task: str, num_busy: int, repeats: int) -> float:
                 found[setting].append(started(task, setting))
     middle = {s: {key: median(run[key] for run in runs) for key in ("wall", "cpu")} for s, runs in found.items()}
     best = min(middle["one"]["wall"], middle["all"]["wall"])
-    for setting in SETTINGS:
-        wall, cpu = middle[setting]["wall"], middle[setting]["cpu"]
-        said = found[setting][-1]["said"].removeprefix("threads: ") if setting == "chosen" else ""
-        print(f"| {task} | {num_busy} | {setting} | {wall:.2f} | {cpu:.2f} | {wall / best:.2f} | {said} |", flush=True)
-    return middle["chosen"]["wall"] / best
+    said = found["chosen"][-1]["said"].removeprefix("threads: ")
+    return [
+        [task, num_busy, s, *middle[s].values(), middle[s]["wall"] / best, said if s == "chosen" else ""]
+        for s in SETTINGS
+    ]
 
 
 def main() -> None:
@@ -148,13 +149,22 @@ def main() -> None:
     if args.run:
         print(json.dumps(measured(*args.run)))
         return
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {args.repeats} repeats, medians\n")
-    print("| task | busy processes | threads | wall s | CPU s | wall / better of one and all | chosen |")
-    print("|---|---|---|---|---|---|---|")
-    ratios = {(t, n): compare(t, n, args.repeats) for n in args.busy for t in TASKS if args.only in t}
-    worst = max(ratios, key=lambda key: ratios[key])
-    verdict = "holds" if ratios[worst] <= CLAIM else "does not hold"
-    print(f"\nLargest ratio {ratios[worst]:.2f} ({worst[0]}, {worst[1]} busy): the claim of {CLAIM} {verdict}.")
+    rows: list[list[object]] = []
+    for num_busy in args.busy:
+        for task in TASKS:
+            if args.only in task:
+                rows += compare(task, num_busy, args.repeats)
+                print(table([""] * 7, rows[-3:]), flush=True)
+    worst = max((row for row in rows if row[2] == "chosen"), key=lambda row: float(str(row[5])))
+    verdict = "holds" if float(str(worst[5])) <= CLAIM else "does not hold"
+    columns = ["task", "busy beside", "threads", "wall s", "CPU s", "wall / better", "what was chosen"]
+    lines = [
+        header("Threads of a run: one, all, or chosen by the run", 0),
+        f"Medians of {args.repeats} runs, each in a process of its own; {os.cpu_count()} cores.",
+        table(columns, rows),
+        f"\nLargest ratio of the chosen {worst[5]:.2f} ({worst[0]}, {worst[1]} busy): the claim of {CLAIM} {verdict}.",
+    ]
+    write("threads", "\n".join(lines), keep=not args.only)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """CPU seconds and memory of `import pyro_sb` against `import pyro`, in fresh processes that take turns.
 
-Run as `python -m benchmarks.threads.import_time [--repeats 7]`. The claim: at most 1.25 times the CPU.
+Run as `python -m benchmarks.speed.imports [--repeats 7]`. The claim: at most 1.25 times the CPU.
 """
 
 import argparse
 import subprocess
 import sys
 from statistics import median
+
+from benchmarks.lib.report import header, table, write
 
 MODULES = ("pyro", "pyro_sb")
 CLAIM = 1.25
@@ -38,11 +40,14 @@ def main() -> None:
         for module in MODULES:
             found[module].append(cost(module))
     middle = {m: [median(column) for column in zip(*runs, strict=True)] for m, runs in found.items()}
-    print("| import | CPU s | MB |\n|---|---|---|")
-    for module, (seconds, memory) in middle.items():
-        print(f"| {module} | {seconds:.2f} | {memory:.0f} |")
     ratio = middle["pyro_sb"][0] / middle["pyro"][0]
-    print(f"\nRatio {ratio:.2f}: the claim of {CLAIM} {'holds' if ratio <= CLAIM else 'does not hold'}.")
+    lines = [
+        header("Cost of an import", 0),
+        f"Medians of {repeats} fresh processes each, which take turns.",
+        table(["import", "CPU s", "MB"], [[name, *figures] for name, figures in middle.items()]),
+        f"\nRatio {ratio:.2f}: the claim of {CLAIM} {'holds' if ratio <= CLAIM else 'does not hold'}.",
+    ]
+    write("imports", "\n".join(lines))
 
 
 if __name__ == "__main__":
