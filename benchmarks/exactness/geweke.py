@@ -277,7 +277,7 @@ def fitted(case: Case, fit: str) -> Bridge:
         inner = bridge.bridge if isinstance(bridge, LatentBridge) else bridge
         with torch.no_grad():
             for parameter in bridge.parameters():
-                parameter += (0.3 if isinstance(inner, LightSB) else 0.07) * torch.randn_like(parameter)
+                parameter += (0.3 if isinstance(inner, LightSB | LightSBBM) else 0.07) * torch.randn_like(parameter)
     return bridge
 
 

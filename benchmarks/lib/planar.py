@@ -98,7 +98,7 @@ def exact_twin(bridge: LightSB, pair: Pair) -> LightSBBM:
     twin.set_extra_state(twin.get_extra_state() | {"source_kind": "law"})
     twin.source = pair.source
     if getattr(bridge, "learned_map", None) is not None:
-        twin.parameters_of.set(twin.parameters_of(None, twin._epsilon), twin._floor)
+        twin.process.take(twin.process.potential())
     return twin
 
 
