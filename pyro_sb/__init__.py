@@ -83,4 +83,4 @@ def __getattr__(name: str) -> ModuleType:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *MODULES])
+    return sorted([*__all__, *MODULES, "__version__"])

@@ -7,6 +7,17 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
 
+__all__ = [
+    "BridgeDistribution",
+    "Draws",
+    "Law",
+    "PathLaw",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 class Draws(NamedTuple):
     r"""Draws with the log density that corrects them.

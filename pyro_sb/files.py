@@ -9,6 +9,10 @@ import torch
 __all__ = ["read_file", "write_file"]
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def write_file(value: Any, path: str | Path) -> None:
     """Write tensors and plain values to a file; whatever stops it, the file that was there before stays whole.
 

@@ -10,6 +10,21 @@ from torch.func import functional_call
 
 from pyro_sb.threads import Pace
 
+__all__ = [
+    "ContextNet",
+    "ResidualNet",
+    "SetEmbedding",
+    "TimeNet",
+    "embedding_config",
+    "embedding_from_config",
+    "embedding_size",
+    "with_constant_parameters",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 class ContextNet(nn.Module):
     """Network from a context to a vector, zero before it is trained; layers as wide as the one before are residual.

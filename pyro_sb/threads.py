@@ -23,6 +23,11 @@ from torch import Tensor
 
 __all__ = ["Pace", "chosen_threads"]
 
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 TRIES = 3  # calls timed with either number, or two that took so many seconds together
 LONG = 0.2
 LEAST = 1e-4  # seconds of a call below which there is nothing to share

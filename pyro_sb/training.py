@@ -15,6 +15,23 @@ from tqdm.auto import tqdm
 
 from pyro_sb.threads import Pace, chosen_threads
 
+__all__ = [
+    "Average",
+    "Best",
+    "EarlyChecks",
+    "FitHistory",
+    "cosine",
+    "interruptible",
+    "random_state",
+    "set_random_state",
+    "train",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 SHARES = (2, 4, 8, 16)  # of the way to the loop's first check that `EarlyChecks` looks at
 TOLERANCE = 0.05  # nats
 

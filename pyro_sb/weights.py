@@ -7,6 +7,20 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
+__all__ = [
+    "ParetoTail",
+    "effective_sample_size",
+    "log_evidence",
+    "normalise",
+    "pareto_k",
+    "pareto_tail",
+    "systematic_resample",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 def normalise(log_weights: Tensor) -> Tensor:
     """Weights that sum to one. Shape ``(N,)``; entries of ``-inf`` become zero."""

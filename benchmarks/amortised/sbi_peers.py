@@ -156,7 +156,7 @@ def draw(posterior: object, task: SBITask, num_observations: int) -> tuple[list[
                 draws = take((num,), x=y)
             except RuntimeError as error:  # not one accepted, or a partial answer of the wrong shape
                 print(f"    observation {k + 1}: {error}", flush=True)
-                draws = torch.empty(0, task.reference.shape[-1])
+                draws = torch.empty(0, task.reference_draws.shape[-1])
         seconds = time.process_time() - began
         draws = draws[torch.isfinite(draws).all(-1)]
         if k == 0:
@@ -181,7 +181,7 @@ def cell(name: str, method: str, simulations: int) -> dict:
     posterior, trained = train(task, method, simulations)
     print(f"  {name}, {method}, {simulations}: {trained}", flush=True)
     draws, drawn = draw(posterior, task, NUM_OBSERVATIONS[simulations])
-    scores = [score(some, reference) for some, reference in zip(draws, task.reference)]
+    scores = [score(some, reference) for some, reference in zip(draws, task.reference_draws)]
     return {"task": name, "method": method, "simulations": simulations, **trained, **drawn, "c2st": scores}
 
 

@@ -57,7 +57,7 @@ def run_cell(store: Store, name: str, method: str, budget: int) -> None:
     task = sbi_task(name)
     for key, (cell, draws) in zip(keys, made(task, method, budget), strict=True):
         scores = []
-        for some, reference in zip(draws, task.reference):
+        for some, reference in zip(draws, task.reference_draws):
             pyro.set_rng_seed(SEED)
             scores.append(round(float(c2st(some, reference)), 4))
         store.put(key, cell | {"c2st": scores})

@@ -99,7 +99,7 @@ def floors(pair: Pair, seed: int) -> dict[str, float]:
 def sliced(pair: Pair, x: Tensor) -> float:
     torch.manual_seed(4000)
     y = published_cloud(pair.target, 200_000)
-    return float(sliced_wasserstein2(x, y, reference=y[:2]))
+    return float(sliced_wasserstein2(x, y, floor_draws=y[:2]))
 
 
 def both_ways(bridge: DSB, pair: Pair) -> dict[str, float]:

@@ -74,7 +74,7 @@ class Judge:
         return bridge().sample((self.num,))
 
     def of_draws(self, x: Tensor) -> dict[str, float]:
-        scores = {"sliced": float(sliced_wasserstein2(x[:SLICED], self.large, reference=self.large[:2]))}
+        scores = {"sliced": float(sliced_wasserstein2(x[:SLICED], self.large, floor_draws=self.large[:2]))}
         target = self.pair.target
         return scores | ({"tv": float(mode_share_tv(x, target.centres))} if isinstance(target, EightGaussians) else {})
 
@@ -104,4 +104,4 @@ def exact_twin(bridge: LightSB, pair: Pair) -> LightSBBM:
 
 def exact_distance(x: Tensor, y: Tensor) -> float:
     """W2 alone: its floor is measured once a seed."""
-    return float(wasserstein2(x, y, reference=y[:2]))
+    return float(wasserstein2(x, y, floor_draws=y[:2]))

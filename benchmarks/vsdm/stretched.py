@@ -177,10 +177,10 @@ class Judge:
 
     def exact(self, x: Tensor) -> float:
         y = self.cloud[:NUM_EXACT]
-        return float(wasserstein2(x[:NUM_EXACT], y, reference=y[:2]))  # the floor has a row of its own
+        return float(wasserstein2(x[:NUM_EXACT], y, floor_draws=y[:2]))  # the floor has a row of its own
 
     def sliced(self, x: Tensor) -> float:
-        return float(sliced_wasserstein2(x, self.cloud, reference=self.cloud[:2]))
+        return float(sliced_wasserstein2(x, self.cloud, floor_draws=self.cloud[:2]))
 
     def floors(self) -> dict[str, float]:
         return {"w2": self.exact(self.other), "sliced": self.sliced(self.other)}

@@ -30,7 +30,7 @@ class SBITask:
         model: The Pyro model, called without arguments: latent site ``"theta"``, data site ``"y"``.
         observations: Values of ``"y"`` in the model's shape. Shape ``(5, *y_shape)``.
         true_parameters: The theta that each was simulated at. Shape ``(5, d)``.
-        reference: Every fifth of the 10,000 reference draws of each posterior. Shape ``(5, 2000, d)``.
+        reference_draws: Every fifth of the 10,000 reference draws of each posterior. Shape ``(5, 2000, d)``.
         reference_mean: Posterior means from all 10,000 draws. Shape ``(5, d)``.
         reference_sd: Posterior standard deviations from all 10,000 draws. Shape ``(5, d)``.
     """
@@ -39,7 +39,7 @@ class SBITask:
     model: Callable[[], None]
     observations: Tensor
     true_parameters: Tensor
-    reference: Tensor
+    reference_draws: Tensor
     reference_mean: Tensor
     reference_sd: Tensor
 
@@ -52,9 +52,9 @@ def sbi_task(name: str, *, root: str | Path | None = None) -> SBITask:
 
     Args:
         name: One of `SBI_TASKS`.
-        root: The folder of the package ``sbibm``, or a folder of ``NAME.npz`` (keys: the tensors of `SBITask`, and of
-            bernoulli_glm ``design_matrix``). Omitted: the environment variable ``PYRO_SB_SBIBM`` names it, or else it
-            is the installed package's, which is not imported.
+        root: The folder of the package ``sbibm``, or a folder of ``NAME.npz`` (keys: the tensors of `SBITask`, the
+            draws as ``reference``, and of bernoulli_glm ``design_matrix``). Omitted: the environment variable
+            ``PYRO_SB_SBIBM`` names it, or else it is the installed package's, which is not imported.
 
     Returns:
         The task, in torch's default dtype.
@@ -78,8 +78,8 @@ def sbi_task(name: str, *, root: str | Path | None = None) -> SBITask:
     if design is not None:
         model = functools.partial(bernoulli_glm, design=design.double())
     stored = {key: value.to(torch.get_default_dtype()) for key, value in read.items()}
-    y = stored.pop("observations")
-    return SBITask(name, model, y.unflatten(-1, (4, 2)) if name == "slcp" else y, **stored)
+    y, draws = stored.pop("observations"), stored.pop("reference")
+    return SBITask(name, model, y.unflatten(-1, (4, 2)) if name == "slcp" else y, reference_draws=draws, **stored)
 
 
 def two_moons() -> None:

@@ -11,7 +11,7 @@ _BLOCK = 1024  # rows of an affinity matrix held at a time
 _MEDIAN_OF = 2000  # draws whose distances give the bandwidth
 
 
-def mmd(x: Any, y: Any, *, reference: Any = None) -> Score:
+def mmd(x: Any, y: Any, *, floor_draws: Any = None) -> Score:
     r"""Squared maximum mean discrepancy under a Gaussian affinity, by its unbiased estimate.
 
     .. math:: \mathrm{MMD}^2 = \frac{\sum_{i \ne j} k(x_i, x_j)}{n (n - 1)}
@@ -26,9 +26,9 @@ def mmd(x: Any, y: Any, *, reference: Any = None) -> Score:
     Args:
         x: Draws of the model. Shape ``(n, d)``.
         y: Draws of the target, shape ``(m, d)``, or a distribution, of which n are drawn.
-        reference: For the floor, which is the metric between ``y`` and ``reference``: independent draws of the target,
-            or a distribution. Omitted: fresh draws if ``y`` is a distribution; else the floor is that between random
-            halves of ``y``, whose noise is that of half the size.
+        floor_draws: For the floor, which is the metric between ``y`` and ``floor_draws``: independent draws of the
+            target, or a distribution. Omitted: fresh draws if ``y`` is a distribution; else the floor is that between
+            random halves of ``y``, whose noise is that of half the size.
 
     Returns:
         The squared discrepancy, without unit and at most 2, with its floor.
@@ -44,7 +44,7 @@ def mmd(x: Any, y: Any, *, reference: Any = None) -> Score:
         >>> bool(mmd(x + 1, y) > 20 * abs(mmd(x, y)))
         True
     """
-    x, y, y0, y1 = clouds(x, y, reference)
+    x, y, y0, y1 = clouds(x, y, floor_draws)
     bandwidth, centre = _median_distance(y), y.mean(0)
     x, y, y0, y1 = ((draws - centre) / bandwidth for draws in (x, y, y0, y1))
     return Score(_unbiased(x, y), floor=_unbiased(y0, y1))

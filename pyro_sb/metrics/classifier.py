@@ -47,7 +47,7 @@ def c2st(x: Any, y: Any, *, num_folds: int = 5, generator: torch.Generator | Non
     from sklearn.model_selection import KFold, cross_val_score
     from sklearn.neural_network import MLPClassifier
 
-    x, y, _, _ = clouds(x, y, x)  # x as the reference: the floor is known, and needs no further draws
+    x, y, _, _ = clouds(x, y, x)  # x as the floor's draws: the floor is known, and needs no further draws
     if len(x) != len(y):
         small, name = min((len(x), "y"), (len(y), "x"))
         raise ValueError(

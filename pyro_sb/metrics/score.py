@@ -53,26 +53,27 @@ class Clouds(NamedTuple):
     y1: Tensor
 
 
-def clouds(x: Any, y: Any, reference: Any = None) -> Clouds:
+def clouds(x: Any, y: Any, floor_draws: Any = None) -> Clouds:
     r"""The model's draws, the target's, and two independent clouds of the target.
 
     Args:
         x: Draws of the model. Shape ``(n, d)``.
         y: Draws of the target, shape ``(m, d)``, or a distribution, of which n are drawn.
-        reference: Further draws of the target, or a distribution, of which n are drawn. Omitted: n fresh draws if ``y``
-            is a distribution, else ``y`` is split into random halves.
+        floor_draws: Further draws of the target, or a distribution, of which n are drawn. Omitted: n fresh draws if
+            ``y`` is a distribution, else ``y`` is split into random halves.
     """
     model = cloud("x", x)
     target = _like("y", y, model)
-    if reference is None and not isinstance(y, Distribution):
+    if floor_draws is None and not isinstance(y, Distribution):
         half = len(target) // 2
         if half < 2:
             raise ValueError(
-                f"y must hold at least 4 draws to be halved for the floor, got {len(target)}. Pass more, or reference."
+                f"y must hold at least 4 draws to be halved for the floor, got {len(target)}. "
+                "Pass more, or floor_draws."
             )
         order = torch.randperm(len(target)).to(target.device)
         return Clouds(model, target, target[order[:half]], target[order[half:]])
-    return Clouds(model, target, target, _like("reference", y if reference is None else reference, model))
+    return Clouds(model, target, target, _like("floor_draws", y if floor_draws is None else floor_draws, model))
 
 
 def cloud(name: str, draws: Any, ndim: int = 2) -> Tensor:

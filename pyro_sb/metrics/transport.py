@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_sb.metrics.score import Score, clouds
 
 
-def wasserstein2(x: Any, y: Any, *, reference: Any = None) -> Score:
+def wasserstein2(x: Any, y: Any, *, floor_draws: Any = None) -> Score:
     r"""Exact Wasserstein distance of order 2 between two clouds.
 
     .. math:: W_2(x, y) = \Big(\min_{P} \sum_{ij} P_{ij} |x_i - y_j|^2\Big)^{1/2}
@@ -22,9 +22,9 @@ def wasserstein2(x: Any, y: Any, *, reference: Any = None) -> Score:
     Args:
         x: Draws of the model. Shape ``(n, d)``.
         y: Draws of the target, shape ``(m, d)``, or a distribution, of which n are drawn.
-        reference: For the floor, which is the metric between ``y`` and ``reference``: independent draws of the target,
-            or a distribution. Omitted: fresh draws if ``y`` is a distribution; else the floor is that between random
-            halves of ``y``, of half the size and so an upper bound.
+        floor_draws: For the floor, which is the metric between ``y`` and ``floor_draws``: independent draws of the
+            target, or a distribution. Omitted: fresh draws if ``y`` is a distribution; else the floor is that between
+            random halves of ``y``, of half the size and so an upper bound.
 
     Returns:
         The distance, in units of ``x``, with its floor.
@@ -41,12 +41,12 @@ def wasserstein2(x: Any, y: Any, *, reference: Any = None) -> Score:
         >>> round(wasserstein2(x, x + torch.tensor([3.0, 4.0])), 4)
         5.0
     """
-    x, y, y0, y1 = clouds(x, y, reference)
+    x, y, y0, y1 = clouds(x, y, floor_draws)
     return Score(_exact(x, y), floor=_exact(y0, y1))
 
 
 def sliced_wasserstein2(
-    x: Any, y: Any, *, num_projections: int = 64, reference: Any = None, generator: torch.Generator | None = None
+    x: Any, y: Any, *, num_projections: int = 64, floor_draws: Any = None, generator: torch.Generator | None = None
 ) -> Score:
     r"""Sliced Wasserstein distance of order 2: the root mean square of that between projections to lines.
 
@@ -61,7 +61,7 @@ def sliced_wasserstein2(
         y: Draws of the target, shape ``(m, d)``, or a distribution, of which n are drawn.
         num_projections: K, at least 1. In the plane the directions are equispaced over the half circle, from the first
             axis on; on the line there is one; else they are random.
-        reference: For the floor, as in `wasserstein2`. The floor is taken over the same directions.
+        floor_draws: For the floor, as in `wasserstein2`. The floor is taken over the same directions.
         generator: Makes the random directions. Omitted: torch's global generator.
 
     Returns:
@@ -78,7 +78,7 @@ def sliced_wasserstein2(
     """
     if num_projections < 1:
         raise ValueError(f"num_projections must be at least 1, got {num_projections}. The default is 64.")
-    x, y, y0, y1 = clouds(x, y, reference)
+    x, y, y0, y1 = clouds(x, y, floor_draws)
     directions = _directions(x.shape[-1], num_projections, generator).to(x.device)
     return Score(_sliced(x, y, directions), floor=_sliced(y0, y1, directions))
 

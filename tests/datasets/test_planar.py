@@ -147,7 +147,7 @@ def test_equal_counts_are_equal_and_in_random_order(n):
 
 def test_equal_counts_leave_only_the_shapes_of_the_modes_to_w2():
     law = EightGaussians()
-    equal = wasserstein2(law.equal_counts(400), law.equal_counts(400), reference=law.equal_counts(400))
+    equal = wasserstein2(law.equal_counts(400), law.equal_counts(400), floor_draws=law.equal_counts(400))
     modes = [wasserstein2(0.1**0.25 * torch.randn(50, 2), 0.1**0.25 * torch.randn(50, 2)) for _ in range(40)]
     one_mode = np.sqrt(np.mean(np.square(modes)))
     assert equal == pytest.approx(one_mode, rel=0.15)  # rms over 8 modes of +- 20 %, over the root of 8
@@ -259,7 +259,7 @@ def test_counts_that_do_not_divide_are_refused_with_the_next_that_do(sampler, n)
 def test_sources_are_as_far_from_targets_as_in_the_method_sheet(source, target, published):
     n = 1000
     distances = [
-        wasserstein2(source.sample((n,)), target.sample((n,)), reference=target.sample((4,))) for _ in range(4)
+        wasserstein2(source.sample((n,)), target.sample((n,)), floor_draws=target.sample((4,))) for _ in range(4)
     ]
     # theirs is one pair at n = 2000: its deviation is that of ours over the root of two
     assert abs(np.mean(distances) - published) < 4 * np.std(distances, ddof=1) * (1 / 4 + 1 / 2) ** 0.5

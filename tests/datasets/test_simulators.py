@@ -31,7 +31,7 @@ def simulated(name):
     task.true_parameters, y, _ = run(task, 5)
     task.observations = y if name == "slcp" else y[:, 0]
     if name in POSTERIOR:
-        task.reference = torch.stack([POSTERIOR[name](y) for y in task.observations])
+        task.reference_draws = torch.stack([POSTERIOR[name](y) for y in task.observations])
     return task
 
 
@@ -121,7 +121,7 @@ def test_shapes_and_dtype(task):
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_sbibms_reference_draws_agree_with_their_moments(name):
     task, n = in_double(name, "sbibm"), 2000
-    draws = task.reference
+    draws = task.reference_draws
     assert draws.shape == (5, n, DIM[name])
     assert task.reference_mean.shape == task.reference_sd.shape == (5, DIM[name])
     share = (1 / n - 1 / 10_000) ** 0.5  # 2,000 of the 10,000
@@ -170,7 +170,7 @@ def test_a_folder_gives_back_what_was_written(tmp_path, arrays, write, monkeypat
     task = sbi_task("bernoulli_glm", root=tmp_path)  # root comes before the variable
     np.testing.assert_array_equal(task.observations, arrays["observations"])
     np.testing.assert_array_equal(task.true_parameters, arrays["true_parameters"])
-    np.testing.assert_array_equal(task.reference, arrays["draws"][:, ::5])
+    np.testing.assert_array_equal(task.reference_draws, arrays["draws"][:, ::5])
     np.testing.assert_allclose(task.reference_mean, arrays["draws"].mean(1), rtol=0, atol=1e-15)
     np.testing.assert_allclose(task.reference_sd, arrays["draws"].std(1, ddof=1), rtol=1e-14)
     law = poutine.trace(task.model).get_trace().nodes["y"]["fn"]
@@ -327,7 +327,7 @@ def test_simulated_pairs_meet_steins_identities(name):
 @pytest.mark.parametrize("name", [name for name in ORIGINALS if name != "two_moons"])  # its support moves with theta
 def test_sbibms_reference_draws_meet_steins_identities(name):
     task = in_double(name, "sbibm")
-    for y, draws in zip(task.observations, task.reference):
+    for y, draws in zip(task.observations, task.reference_draws):
         assert z_scores(stein(task, draws, y.expand(len(draws), *y.shape), 0.0)).abs().max() < 4.5
 
 
@@ -342,7 +342,7 @@ def test_two_moons_on_a_grid_is_its_reference(source):
         return torch.cat([theta, theta.square(), theta.prod(-1, keepdim=True), radius], -1)
 
     pooled = []
-    for y, draws in zip(task.observations, task.reference):
+    for y, draws in zip(task.observations, task.reference_draws):
         weights = log_joint(task, grid, y.expand(len(grid), 2)).softmax(0)
         near = weights > 0
         exact = weights[near] @ statistics(grid[near], y)
@@ -354,7 +354,7 @@ def test_two_moons_on_a_grid_is_its_reference(source):
 
 def test_gaussian_mixture_on_a_grid_is_its_reference(source):
     task = in_double("gaussian_mixture", source)
-    for y, draws in zip(task.observations, task.reference):
+    for y, draws in zip(task.observations, task.reference_draws):
         axes = [torch.linspace(max(-10.0, float(c) - 6), min(10.0, float(c) + 6), 801)[:-1] for c in y]
         steps = [a[1] - a[0] for a in axes]
         grid = torch.cartesian_prod(*(a + s / 2 for a, s in zip(axes, steps)))
@@ -369,7 +369,7 @@ def test_gaussian_mixture_on_a_grid_is_its_reference(source):
 
 def test_gaussian_linear_is_conjugate(source):
     task = in_double("gaussian_linear", source)
-    for y, draws in zip(task.observations, task.reference):
+    for y, draws in zip(task.observations, task.reference_draws):
         exact = torch.distributions.Normal(y / 2, 0.05**0.5)
         ours, theirs = log_joint(task, draws[:9], y.expand(9, 10)), exact.log_prob(draws[:9]).sum(-1)
         torch.testing.assert_close(ours.diff(), theirs.diff(), rtol=0, atol=1e-9)
@@ -379,7 +379,7 @@ def test_gaussian_linear_is_conjugate(source):
 def test_gaussian_linear_uniform_is_a_truncated_normal(source):
     task = in_double("gaussian_linear_uniform", source)
     sd = 0.1**0.5
-    for y, draws in zip(task.observations.numpy(), task.reference.numpy()):
+    for y, draws in zip(task.observations.numpy(), task.reference_draws.numpy()):
         exact = stats.truncnorm((-1 - y) / sd, (1 - y) / sd, y, sd)
         ours = log_joint(task, torch.tensor(draws[:9]), torch.tensor(y).expand(9, 10)).numpy()
         np.testing.assert_allclose(np.diff(ours), np.diff(exact.logpdf(draws[:9]).sum(-1)), rtol=0, atol=1e-8)

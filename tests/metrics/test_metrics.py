@@ -105,7 +105,7 @@ def test_random_directions_see_a_share_of_one_over_d_of_a_translation():
 def test_the_generator_makes_the_directions():
     x, y = torch.randn(30, 5), torch.randn(30, 5)
     one, again, other = (
-        sliced_wasserstein2(x, y, reference=x, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        sliced_wasserstein2(x, y, floor_draws=x, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
     assert (one, one.floor) == (again, again.floor)
     assert one != other
@@ -147,7 +147,7 @@ def test_metrics_ignore_the_order_of_draws_and_a_common_shift(metric):
 @pytest.mark.parametrize("metric", CLOUD_METRICS, ids=by_name)
 def test_distances_scale_with_the_unit_and_mmd_does_not_see_it(metric):
     x, y, y1 = torch.randn(60, 2, **F64), 2 * torch.randn(60, 2, **F64), 2 * torch.randn(60, 2, **F64)
-    one, scaled = metric(x, y, reference=y1), metric(7 * x, 7 * y, reference=7 * y1)
+    one, scaled = metric(x, y, floor_draws=y1), metric(7 * x, 7 * y, floor_draws=7 * y1)
     factor = 1 if metric is mmd else 7
     assert scaled == pytest.approx(factor * one, rel=1e-9)
     assert scaled.floor == pytest.approx(factor * one.floor, rel=1e-9)
@@ -163,7 +163,7 @@ def test_distances_are_symmetric_and_zero_from_a_cloud_to_itself(metric):
 @pytest.mark.parametrize("metric", CLOUD_METRICS, ids=by_name)
 def test_the_floor_is_the_metric_between_the_target_and_the_reference(metric):
     x, y, other = torch.randn(30, 2) + 5, torch.randn(40, 2), torch.randn(50, 2)
-    score = metric(x, y, reference=other)
+    score = metric(x, y, floor_draws=other)
     assert score.floor == pytest.approx(metric(other, y), rel=1e-9)
     assert score.excess == score - score.floor
 
@@ -176,7 +176,7 @@ def test_a_distribution_is_drawn_afresh_for_score_and_floor(metric):
     score = metric(x, law)
     torch.manual_seed(3)
     y, y1 = law.sample((25,)), law.sample((25,))
-    by_hand = metric(x, y, reference=y1)
+    by_hand = metric(x, y, floor_draws=y1)
     assert (score, score.floor) == (by_hand, by_hand.floor)
 
 
@@ -191,13 +191,13 @@ def test_draws_alone_give_a_floor_at_half_the_size(metric):
     if metric is not mmd:  # its bandwidth is that of all of y
         assert score.floor == pytest.approx(metric(first, second), rel=1e-12)
     assert math.isfinite(score.floor)
-    assert score == metric(x, y, reference=x)
+    assert score == metric(x, y, floor_draws=x)
 
 
 @pytest.mark.parametrize("metric", CLOUD_METRICS, ids=by_name)
 def test_arrays_and_float32_are_taken(metric):
     x, y = torch.randn(30, 2), torch.randn(30, 2, requires_grad=True)
-    assert metric(x.numpy(), y.detach().numpy(), reference=x) == metric(x, y, reference=x)
+    assert metric(x.numpy(), y.detach().numpy(), floor_draws=x) == metric(x, y, floor_draws=x)
 
 
 # --- mmd -----------------------------------------------------------------------------------------------------------
@@ -359,11 +359,11 @@ def test_unfit_clouds_are_refused(metric):
         metric(x[:, 0], x)
     with pytest.raises(ValueError, match="x and y must have one dimension, got 2 and 3"):
         metric(x, torch.randn(10, 3))
-    with pytest.raises(ValueError, match="x and reference must have one dimension, got 2 and 1"):
-        metric(x, x, reference=x[:, :1])
+    with pytest.raises(ValueError, match="x and floor_draws must have one dimension, got 2 and 1"):
+        metric(x, x, floor_draws=x[:, :1])
     with pytest.raises(ValueError, match="y must be finite, got 1 entries of 20"):
         metric(x, torch.where(x == x[3, 1], math.nan, x))
-    with pytest.raises(ValueError, match="at least 4 draws to be halved for the floor, got 3. Pass more, or reference"):
+    with pytest.raises(ValueError, match="at least 4 draws to be halved for the floor, got 3. Pass more, or floor"):
         metric(x, x[:3])
     with pytest.raises(TypeError, match=r"x must be draws of shape \(n, d\), got a distribution. Write x.sample"):
         metric(dist.Normal(0.0, 1.0), x)

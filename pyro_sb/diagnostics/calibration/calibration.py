@@ -259,7 +259,7 @@ def coverage(draws: Tensor, truths: Tensor, levels: Sequence[float] = LEVELS) ->
 
 
 def tarp(
-    draws: Tensor, truths: Tensor, *, references: Tensor | None = None, generator: torch.Generator | None = None
+    draws: Tensor, truths: Tensor, *, centres: Tensor | None = None, generator: torch.Generator | None = None
 ) -> Regions:
     r"""Tests of accuracy with random points: expected coverage of balls in the space of all parameters.
 
@@ -271,17 +271,17 @@ def tarp(
     is uniform. Unlike intervals of one parameter after the other, balls see wrong correlations.
 
     Distances are taken in units of each parameter's standard deviation over the truths. As with SBC, points that do
-    not depend on the data cannot tell the prior from the posterior: pass ``references`` that do.
+    not depend on the data cannot tell the prior from the posterior: pass ``centres`` that do.
 
     Args:
         draws: L posterior draws for each of S data sets. Shape ``(L, S, parameters)``; as `calibration_draws` gives.
         truths: Shape ``(S, parameters)``.
-        references: Points, one a data set. Shape ``(S, parameters)``. Omitted: uniform in the box that holds all
+        centres: Points, one a data set. Shape ``(S, parameters)``. Omitted: uniform in the box that holds all
             truths.
         generator: For those.
 
     Returns:
-        A `Calibration` of the one quantity ``"tarp"``, whose regions grow from the reference.
+        A `Calibration` of the one quantity ``"tarp"``, whose regions grow from the centres.
 
     References:
         Sampling-Based Accuracy Testing of Posterior Estimators for General Inference (Lemos et al., 2023), algorithm 2,
@@ -297,19 +297,17 @@ def tarp(
             "draws must have the shape (L, S, parameters) for truths of shape (S, parameters), got "
             f"{tuple(draws.shape)} and {tuple(truths.shape)}."
         )
-    if references is not None and references.shape != truths.shape:
-        raise ValueError(
-            f"references must be one point a data set, {tuple(truths.shape)}, got {tuple(references.shape)}."
-        )
+    if centres is not None and centres.shape != truths.shape:
+        raise ValueError(f"centres must be one point a data set, {tuple(truths.shape)}, got {tuple(centres.shape)}.")
     truths, draws = truths.double(), draws.double()
     unit = truths.std(0)
     unit = torch.where(unit > 0, unit, 1.0)
-    if references is None:
+    if centres is None:
         low, high = truths.amin(0), truths.amax(0)
         device = truths.device if generator is None else generator.device
         share = torch.rand(truths.shape, dtype=truths.dtype, device=device, generator=generator)
-        references = low + share.to(truths.device) * (high - low)
-    far = [((points - references) / unit).norm(dim=-1)[..., None] for points in (truths, draws)]
+        centres = low + share.to(truths.device) * (high - low)
+    far = [((points - centres) / unit).norm(dim=-1)[..., None] for points in (truths, draws)]
     made = Calibration.of(far[0], far[1], ("tarp",))
     return Regions(made.ranks, made.names, made.num_draws, made.uniforms)
 

@@ -214,7 +214,7 @@ class AmortizedPosterior:
         )
         history = self._fit_candidates(rows, len(simulations.latents), checkpoint, options)
         self._source, self._features, self._rows = source, features, rows.residuals
-        self._reference = Simulations(*(x[:256] for x in simulations))
+        self._fitted_on = Simulations(*(x[:256] for x in simulations))
         if not history.interrupted:
             store.clear()
         history.seconds = time.perf_counter() - begun
@@ -257,7 +257,7 @@ class AmortizedPosterior:
             simulator=self._source,
             features=self._features,
             observation=observation,
-            reference=self._reference,
+            fitted_on=self._fitted_on,
         )
 
     @property

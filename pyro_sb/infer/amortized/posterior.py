@@ -51,12 +51,12 @@ class Posterior:
         simulator: Simulator,
         features: Features,
         observation: Observation,
-        reference: Simulations,
+        fitted_on: Simulations,
     ) -> None:
         self.bridge, self.simulator, self.observation = bridge, simulator, observation
         values = observation.values
         self.law = LatentLaw(bridge, residuals, features.context(values), features.design(values))
-        self._reference = reference
+        self._fitted_on = fitted_on
         self._target: Any = None
         self._cached: Sites | None = None
 
@@ -223,12 +223,12 @@ class Posterior:
         if self._target is None:
             source, observation = self.simulator, self.observation
             if source.returned or observation.batched or observation.missing:
-                pairs = paired_joint(source, self._reference, masked=observation.missing)
+                pairs = paired_joint(source, self._fitted_on, masked=observation.missing)
                 values, batch = observation.values, torch.Size([len(observation.values)] if observation.batched else [])
                 if observation.missing:
                     present = ~torch.isnan(values)
                     refuse_split_events(source, present)
-                    fill = self._reference.observations[:1].to(values)
+                    fill = self._fitted_on.observations[:1].to(values)
                     values = torch.cat([torch.where(present, values, fill), present.to(values)], -1)
                 self._target = BatchJoint(pairs, values, source, batch)
             else:

@@ -164,8 +164,8 @@ def test_points_that_know_the_data_see_a_posterior_that_ignores_them():
     theta, y = conjugate(dim=1, num=1000)
     prior = torch.randn(L, 1000, 1, dtype=F64)
     assert Calibration.of(theta, prior).verdict == "ok" and tarp(prior, theta).verdict == "ok"
-    assert tarp(prior, theta, references=y).verdict == "bad"
-    assert tarp(posterior_draws(y), theta, references=y).verdict == "ok"
+    assert tarp(prior, theta, centres=y).verdict == "bad"
+    assert tarp(posterior_draws(y), theta, centres=y).verdict == "ok"
 
 
 def test_the_unit_of_a_parameter_is_no_matter():
@@ -399,4 +399,4 @@ def test_bad_input_is_refused(fitted):
     with pytest.raises(ValueError, match=r"shape \(L, S, parameters\)"):
         tarp(torch.zeros(5, 4), torch.zeros(4))
     with pytest.raises(ValueError, match="one point a data set"):
-        tarp(torch.zeros(5, 4, 1), torch.zeros(4, 1), references=torch.zeros(1))
+        tarp(torch.zeros(5, 4, 1), torch.zeros(4, 1), centres=torch.zeros(1))
