@@ -230,10 +230,10 @@ class Failing(dist.Normal):
 
 BRIDGES = {
     "LightSB": (lambda: LightSB(2, num_components=3), {"num_updates": 30}),
-    "LightSB em": (lambda: LightSB(2, num_components=3), {"num_updates": 12, "solver": "moments"}),
+    "LightSB moments": (lambda: LightSB(2, num_components=3), {"num_updates": 12, "solver": "moments"}),
     "LightSBM": (lambda: LightSBM(2, num_components=3), {"num_updates": 30}),
     "LightSBBM": (lambda: LightSBBM(2, num_components=3), {"num_updates": 30}),
-    "LightSBBM batch": (lambda: LightSBBM(2, num_components=3), {"num_updates": 12, "solver": "moments"}),
+    "LightSBBM moments": (lambda: LightSBBM(2, num_components=3), {"num_updates": 12, "solver": "moments"}),
     "LightSBBM alternating": (lambda: LightSBBM(2, num_components=3), {"num_updates": 100, "solver": "alternating"}),
     "VSDM": (lambda: VSDM(2), {"num_updates": 30}),
     "SmoothedBridge": (lambda: SmoothedBridge(2), {"num_updates": 30}),

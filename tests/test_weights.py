@@ -163,7 +163,7 @@ def test_a_very_heavy_tail_keeps_its_k():
 
 @pytest.mark.parametrize("raised", [1, 3, 4, 6])
 def test_rounding_above_equal_weights_is_no_tail(raised):
-    """Weights equal but for a thousandth are worth all their draws: whatever k is, it is not bad."""
+    """Weights equal but for a thousandth count as all their draws: whatever k is, it is not bad."""
     log_weights = torch.zeros(1000, dtype=torch.float64)
     log_weights[:raised] = 1e-3
     assert pareto_k(log_weights) < 0.0

@@ -187,7 +187,7 @@ def published_table(store: Store) -> str:
             own = f"{np.mean(cell['c2st']):.3f}" if cell.get("c2st") else "-"
             best = [best_of(task, budget, kind) for kind in KINDS]
             lines.append((task, budget, own, *best))
-    return table(("task", "simulations", "light", "amortised", "told the graph", "by MCMC", "sequential"), lines)
+    return table(("task", "simulations", "light", "amortised", "given the graph", "by MCMC", "sequential"), lines)
 
 
 if __name__ == "__main__":

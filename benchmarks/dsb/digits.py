@@ -201,7 +201,7 @@ fit).
   odd, %, P(odd)   by a classifier of the ten digits trained on the real training images ({accuracy:.3f} right on
                    held-out real ones): share read as odd, mean probability
   C2ST             accuracy of a fresh classifier between carried and held-out real odd digits, five folds: a network of
-                   64 units, and a logistic regression; .5 is not to be told apart; floor: real training images
+                   64 units, and a logistic regression; .5 is chance; floor: real training images
   moved            mean squared displacement of an image; "independent": between all evens and all ends, as if paired at
                    random; "optimal": the optimal pairing of the same evens and ends
   back: even       share of held-out odds, carried back, that is read as even"""

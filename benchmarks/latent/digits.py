@@ -309,7 +309,7 @@ LightSB of 20 full components. Equal training time: updates are set from short t
 the CPU seconds named, one thread; an autoencoder gets half of them. A fit stops early where its held-out loss no
 longer falls, and latent bridges and codecs make 3,000 updates at most, so the seconds spent are fewer.
   C2ST        the package's c2st: two hidden layers of 640 units, Adam until its loss no longer falls, five folds,
-              pixels standardised; .5 is not to be told apart (half a minute each, so not everywhere)
+              pixels standardised; .5 is chance (half a minute each, so not everywhere)
   C2ST small  the same with one hidden layer of 64 units and a penalty of 1
   MMD^2       unbiased, Gaussian affinity, median bandwidth
   Frechet     squared, in the 16 units of the last hidden layer of a digit classifier ({accuracy:.1f} % right on the

@@ -183,7 +183,7 @@ def test_an_installed_sbibm_is_read_and_never_imported(tmp_path, arrays, monkeyp
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     write_package(tmp_path, arrays)
-    assert sbi_task("bernoulli_glm").reference.shape == (5, 10, 10)
+    assert sbi_task("bernoulli_glm").reference_draws.shape == (5, 10, 10)
     assert "sbibm" not in sys.modules
 
 

@@ -265,7 +265,7 @@ def test_where_diffusion_is_free_the_drift_is_least():
 
 def test_commuting_covariances_are_solved_axis_by_axis():
     basis = rotation(4)
-    # repeated eigenvalues on both sides, told apart by the pair alone
+    # repeated eigenvalues on both sides, distinguished by the pair alone
     v0, s2 = real([1.0, 1.0, 0.0, 0.0]), real([2.0, 0.1, 0.1, 1.0])
     cov0, cov1 = (basis * v @ basis.T for v in (v0, s2))
     bridge = commuting_bass_bridge(cov0, cov1, 0.8, 3.0)

@@ -368,10 +368,10 @@ def test_ctrl_c_keeps_what_was_learnt():
 
 
 def test_iterations_are_told_and_measured():
-    told = []
+    heard = []
     bridge = DSB(2, hidden=(8,), num_steps=3)
-    history = bridge.fit(torch.randn(100, 2), **(QUICK | {"num_iterations": 3}), on_iteration=told.append)
-    assert told == [1, 2, 3] and len(history.residuals) == 3
+    history = bridge.fit(torch.randn(100, 2), **(QUICK | {"num_iterations": 3}), on_iteration=heard.append)
+    assert heard == [1, 2, 3] and len(history.residuals) == 3
 
 
 def test_draws_to_draws_has_no_density_and_says_so():

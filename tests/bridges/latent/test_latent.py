@@ -179,7 +179,7 @@ def test_by_default_all_is_chosen_and_goes_through_a_file(tmp_path):
         torch.manual_seed(1)
         draws.append(each().sample((3,)))
     assert torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
-    fitted(loaded, torch.randn(300, 4, **F64), refit_codec=True, num_updates=3)  # other sizes: all is made anew
+    fitted(loaded, torch.randn(300, 4, **F64), refit_codec=True, num_updates=3)  # other sizes: all is made again
     assert loaded.dim == 4 and loaded.bridge.dim == loaded.codec.latent_dim == 4
 
 

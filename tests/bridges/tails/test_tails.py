@@ -143,7 +143,7 @@ def test_the_pareto_shape_is_that_of_pyro_and_near_scipys(xi):
     y = torch.as_tensor(stats.genpareto.rvs(xi, size=500, random_state=1)).sort().values
     shape = generalised_pareto_shape(y, torch.ones(500))
     theirs = pyro.ops.stats.fit_generalized_pareto(y)[0]
-    assert abs((shape * 500 + 5) / 510 - theirs) < 1e-9  # theirs is pulled towards 1/2 by ten draws' worth
+    assert abs((shape * 500 + 5) / 510 - theirs) < 1e-9  # theirs is pulled towards 1/2 as by ten draws
     assert abs(shape - stats.genpareto.fit(y.numpy(), floc=0)[0]) < 0.03
 
 

@@ -1,4 +1,4 @@
-"""Observations as they are asked for: shapes and batches read, and what a user may get wrong told by message."""
+"""Observations as they are asked for: shapes and batches read, and what a user may get wrong named by message."""
 
 import math
 import re

@@ -91,7 +91,7 @@ def test_a_bridge_that_is_not_fitted_is_fitted_to_the_population(which: str) -> 
     assert kernel.population is not None and kernel.frozen.acceptance["bridge"] > 0.6
     assert not template.fitted  # a copy was fitted
     first = kernel.proposals.bridge
-    mcmc.run(Y + 3.0)  # other data: fitted anew
+    mcmc.run(Y + 3.0)  # other data: fitted again
     assert kernel.proposals.bridge is not first
     assert abs(float(mcmc.get_samples()["mu"].mean()) - posterior()[0] - 12 / 4.25) < 0.1
 
