@@ -55,6 +55,20 @@ def run(names: list[str], folder: Path | None, arguments: list[str]) -> int:
     return 0
 
 
+def forgotten(folder: Path) -> Iterator[str]:
+    """Scripts that no claim names; a module that others import, and that cannot be run, is a helper."""
+    texts = {path: path.read_text() for path in sorted(folder.rglob("*.py"))}
+    claimed = {claim.script for claim in CLAIMS}
+    for path, text in texts.items():
+        place = path.relative_to(folder).with_suffix("")
+        name = ".".join(place.parts)
+        if len(place.parts) < 2 or place.parts[0] == "lib" or path.stem == "__init__" or name in claimed:
+            continue
+        imported = any(f"from benchmarks.{name} import" in other for other in texts.values())
+        if "__main__" in text or not imported:
+            yield f"benchmarks/{place.as_posix()}.py must be the script of a claim, or be imported by one"
+
+
 def problems() -> Iterator[str]:
     """Faults between claims, scripts, results and documents."""
     texts, stems = documents(), [stem for claim in CLAIMS for stem in claim.results.split()]
@@ -75,6 +89,7 @@ def problems() -> Iterator[str]:
         for named in sorted(set(re.findall(r"benchmarks/[\w/]+\.\w+", text))):
             if not (ROOT / named).exists():
                 yield f"{name}: {named} must exist"
+    yield from forgotten(ROOT / "benchmarks")
     for quote in QUOTES:
         yield from quote.missing()
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from benchmarks.__main__ import problems
+from benchmarks.__main__ import forgotten, problems
 from benchmarks.claims import QUOTES
 from benchmarks.lib import quotes
 from benchmarks.lib.quotes import Quote, numbers, parsed, rounds_to
@@ -12,6 +12,24 @@ from benchmarks.lib.quotes import Quote, numbers, parsed, rounds_to
 
 def test_quoted_figures_stand_in_the_result_files():
     assert list(problems()) == []
+
+
+def test_scripts_that_no_claim_names_are_found(tmp_path):
+    run = 'if __name__ == "__main__":\n    main()\n'
+    files = {
+        "light/planar.py": f"from benchmarks.light.helper import row\nfrom benchmarks.light.other import line\n{run}",
+        "light/helper.py": "row = 1\n",
+        "light/other.py": f"line = 2\n{run}",
+        "light/unused.py": "value = 3\n",
+        "lib/unused.py": "value = 4\n",
+        "light/__init__.py": "",
+        "__main__.py": run,
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = [line.split()[0] for line in forgotten(tmp_path)]
+    assert found == ["benchmarks/light/other.py", "benchmarks/light/unused.py"]
 
 
 @pytest.mark.parametrize(

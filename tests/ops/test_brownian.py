@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_sb.ops.brownian import SCHEDULES, pinned, step_times, step_towards
+from pyro_sb.ops.brownian import SCHEDULES, bridge_gain, pinned, step_times, step_towards
 
 F64 = {"dtype": torch.float64}
 
@@ -62,3 +62,16 @@ def test_a_grid_without_steps_is_refused():
         step_times(0)
     with pytest.raises(ValueError, match="schedule must be one of .* 'linear'"):
         step_times(3, "linear")
+
+
+def test_a_gain_carries_the_source_s_covariance_to_the_target_s_though_either_is_singular():
+    root = torch.randn(3, 3, **F64)
+    full, flat, zero = root @ root.T + 0.1 * torch.eye(3, **F64), torch.diag(torch.tensor([2.0, 0, 0], **F64)), root * 0
+    for cov0, cov1 in ((zero, full), (flat, full), (full, flat), (full, full + flat)):
+        slope = bridge_gain(cov0, cov1, 0.7)
+        torch.testing.assert_close(slope @ cov0 @ slope + 0.7 * slope, cov1, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gain_without_a_positive_variance_is_refused():
+    with pytest.raises(ValueError, match="epsilon must be positive"):
+        bridge_gain(torch.eye(2), torch.eye(2), 0.0)

@@ -238,7 +238,7 @@ def test_a_poisson_regression_with_covariates():
 # ---- missing entries ----
 
 
-@pytest.mark.filterwarnings("ignore:.*Pareto k")  # of weights with an effective size of .95 of their number: a tail by chance
+@pytest.mark.filterwarnings("ignore:.*Pareto k")  # effective size .95 of the number: a tail by chance
 def test_a_part_of_the_observation():
     part = Y.clone()
     part[1], part[4] = torch.nan, torch.nan
