@@ -219,7 +219,7 @@ class Bridge(Fitted):
         return cls(**config)
 
     def contents(self) -> dict[str, Any]:
-        """What `save` writes: tensors and plain values; an error where something fitted is neither."""
+        """Contents of a file: tensors and plain values; an error where something fitted is neither."""
         state = {key: v.detach().clone() if isinstance(v, Tensor) else v for key, v in self.state_dict().items()}
         about = {"format": FORMAT, "class": type(self).__name__, "fitted_to": self.fitted_to}
         return about | {"config": self.config(), "state": state}

@@ -125,8 +125,8 @@ class VSDM(DiffusionBridge):
 class SGM(DiffusionBridge):
     """Score-based generative model: `VSDM` with A = 0, so that D = I whatever the data.
 
-    Its arguments are `VSDM`'s, but for those of D. On data of unit scale or whitened it is the same; on stretched data it needs a
-    larger ``b_max``, or VSDM's D.
+    Its arguments are `VSDM`'s, but for those of D. On data of unit scale or whitened it is the same; on
+    stretched data it needs a larger ``b_max``, or VSDM's D.
 
     Example:
         >>> import torch

@@ -213,10 +213,10 @@ def test_transport_is_the_flow_and_the_sampler_is_saved(tmp_path):
     assert torch.equal(bridge.transport(x0), bridge.transport(x0))
     bridge.sampler = Sampler(num_steps=3, solver="heun", path_steps=5)
     bridge.save(tmp_path / "vsdm.pt")
-    assert Bridge.load(tmp_path / "vsdm.pt").sampler == Sampler(3, "heun", 5)
+    assert Bridge.load(tmp_path / "vsdm.pt").sampler == Sampler(num_steps=3, solver="heun", path_steps=5)
     ends = []
     for solver, num_steps in (("multistep", 200), ("heun", 60), ("euler", 2000)):
-        bridge.sampler = Sampler(num_steps, solver)
+        bridge.sampler = Sampler(num_steps=num_steps, solver=solver)
         ends.append(bridge.transport(x0))
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(ends[2], ends[1], rtol=5e-2, atol=5e-2)
