@@ -43,7 +43,7 @@ def write_file(value: Any, path: str | Path) -> None:
 
 
 def read_file(path: str | Path, map_location: Any = None) -> Any:
-    """What `write_file` wrote, with ``weights_only=True``: no code in the file is run.
+    """Contents of a file that `write_file` wrote, with ``weights_only=True``: no code in the file is run.
 
     Args:
         path: The file.

@@ -42,7 +42,7 @@ class ContextNet(nn.Module):
     """
 
     def __init__(
-        self, context_dim: int, out_dim: int, hidden: tuple[int, ...] = (64, 64), dropout: float = 0.0
+        self, context_dim: int, out_dim: int, *, hidden: tuple[int, ...] = (64, 64), dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.dropout, self.noisy = dropout, False
@@ -93,7 +93,7 @@ class TimeNet(nn.Module):
         torch.Size([3, 2])
     """
 
-    def __init__(self, dim: int, hidden: tuple[int, ...] = (32, 32)) -> None:
+    def __init__(self, dim: int, *, hidden: tuple[int, ...] = (32, 32)) -> None:
         from zuko.nn import MLP
 
         super().__init__()
@@ -126,6 +126,7 @@ class ResidualNet(nn.Module):
         self,
         dim: int,
         out_dim: int,
+        *,
         context_dim: int = 0,
         hidden: tuple[int, ...] = (128, 128, 128),
         num_frequencies: int = 16,
@@ -182,7 +183,7 @@ class SetEmbedding(nn.Module):
         True
     """
 
-    def __init__(self, item_dim: int, out_dim: int, hidden: tuple[int, ...] = (64, 64)) -> None:
+    def __init__(self, item_dim: int, out_dim: int, *, hidden: tuple[int, ...] = (64, 64)) -> None:
         from zuko.nn import MLP
 
         super().__init__()

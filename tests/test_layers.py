@@ -119,7 +119,7 @@ def test_names_of_classes_are_unique():
     assert not {name: paths for name, paths in places.items() if len(paths) > 1}
 
 
-def test_private_names_stay_in_their_folder():
+def test_private_names_stay_in_their_module():
     theirs = {
         "_asdict",
         "_replace",
@@ -133,7 +133,7 @@ def test_private_names_stay_in_their_folder():
     defined: dict[Path, set[str]] = {}
     trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
     for path, tree in trees.items():
-        names = defined.setdefault(path.parent, set())
+        names = defined.setdefault(path, set())
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 names.add(node.name)
@@ -150,7 +150,7 @@ def test_private_names_stay_in_their_folder():
             elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
                 own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
                 above = isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "super"
-                inside = node.attr in defined[path.parent] | theirs
+                inside = node.attr in defined[path] | theirs
                 used = [] if own or above or inside else [node.attr]
             else:
                 continue

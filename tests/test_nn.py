@@ -16,7 +16,7 @@ from pyro_sb.nn import (
 
 
 def test_a_context_net_says_nothing_before_it_is_trained_and_after_a_reset():
-    net, context = ContextNet(3, 5, (8, 8)), torch.randn(4, 2, 3)
+    net, context = ContextNet(3, 5, hidden=(8, 8)), torch.randn(4, 2, 3)
     assert net(context).shape == (4, 2, 5) and net(context).abs().max() == 0
     before = [p.detach().clone() for p in net.layers.parameters()]
     with torch.no_grad():
@@ -29,7 +29,7 @@ def test_a_context_net_says_nothing_before_it_is_trained_and_after_a_reset():
 
 def test_a_context_net_can_learn_at_once():
     # A head of zeros on a random body: the head's slope is not zero, or nothing would ever move
-    net, context = ContextNet(1, 1, (8,)), torch.linspace(-1, 1, 9)[:, None]
+    net, context = ContextNet(1, 1, hidden=(8,)), torch.linspace(-1, 1, 9)[:, None]
     (net(context) - context).square().mean().backward()
     assert net.head.weight.grad.abs().max() > 0
 
@@ -53,7 +53,7 @@ def test_a_time_net_broadcasts_times_and_follows_the_dtype_of_points():
 
 
 def test_a_residual_net_says_nothing_before_it_is_trained_and_can_learn_at_once():
-    net, x = ResidualNet(2, 3, 4, hidden=(8, 8, 5)), torch.randn(6, 2)
+    net, x = ResidualNet(2, 3, context_dim=4, hidden=(8, 8, 5)), torch.randn(6, 2)
     context, t = torch.randn(6, 4), torch.rand(6)
     assert torch.equal(net(t, x, context), torch.zeros(6, 3))
     net(t, x, context).sub(1).square().sum().backward()

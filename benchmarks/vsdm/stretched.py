@@ -79,7 +79,7 @@ class FittedDiffusion:
         return [float(rate) for rate in self.bridge.rates]
 
     def draws(self, num: int, evaluations: int, start: str) -> Tensor:
-        self.bridge.start, self.bridge.sampler = start, Sampler(evaluations)
+        self.bridge.start, self.bridge.sampler = start, Sampler(num_steps=evaluations)
         return self.centre + self.bridge().sample((num,)) @ self.root.T
 
     def paths(self, num: int, start: str) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """A bridge: fitted on draws, called on a context, it is a Pyro distribution."""
 
+from collections.abc import Iterable
 from operator import index
 from pathlib import Path
 from typing import Any, ClassVar
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.options import keyword_names
+from pyro_sb.bridges.options import check_names, keyword_names
 from pyro_sb.distributions import BridgeDistribution, Draws, PathLaw
 from pyro_sb.files import read_file, write_file
 from pyro_sb.nn import embedding_from_config
@@ -218,7 +219,7 @@ class Bridge(Fitted):
         return cls(**config)
 
     def contents(self) -> dict[str, Any]:
-        """What `save` writes: tensors and plain values; an error where something fitted is neither."""
+        """Contents of a file: tensors and plain values; an error where something fitted is neither."""
         state = {key: v.detach().clone() if isinstance(v, Tensor) else v for key, v in self.state_dict().items()}
         about = {"format": FORMAT, "class": type(self).__name__, "fitted_to": self.fitted_to}
         return about | {"config": self.config(), "state": state}
@@ -359,3 +360,19 @@ def as_weights(weights: Any, like: Tensor) -> Tensor:
             "Use draws that overlap the target, or temper the weights: weights ** 0.1."
         )
     return weights
+
+
+def check_fit_options(call: str, bridge: Bridge | type[Bridge], options: Iterable[str], given: Iterable[str]) -> None:
+    """Refuse options of a bridge's ``fit`` that it does not have, or that the caller gives itself.
+
+    Args:
+        call: Name of the argument that brings the options, for messages.
+        bridge: A bridge, or its class.
+        options: Their names.
+        given: Names that the caller gives itself.
+    """
+    kind = bridge if isinstance(bridge, type) else type(bridge)
+    known = keyword_names(kind, "fit") if isinstance(bridge, type) else bridge.fit_options()
+    if isinstance(bridge, type) and kind.fit_options is not Bridge.fit_options:
+        known |= set(options)  # of an inner bridge not known yet: its own fit refuses them
+    check_names(f"{kind.__name__}.fit ({call})", options, known, given)

@@ -54,7 +54,7 @@ class LawEnd:
         return Batch(self._judge.points[:num])
 
     def position(self) -> Tensor | None:
-        """What was set aside, if anything: all that a fit needs to go on."""
+        """The draws set aside, if any: all that a fit needs to go on."""
         return None if self._judge is None else self._judge.points
 
     def seek(self, position: Tensor | None) -> None:
@@ -86,12 +86,12 @@ class DrawsEnd:
 
     @property
     def num_train(self) -> int:
-        """How many draws are learnt from."""
+        """Number of draws that are learnt from."""
         return len(self._train)
 
     @property
     def num_draws(self) -> int:
-        """How many draws there are, held-out ones among them."""
+        """Number of draws, held-out ones among them."""
         return len(self._points)
 
     def batch(self, num: int) -> Batch:
@@ -114,7 +114,7 @@ class DrawsEnd:
         return self._rows(self._train), weights / weights.sum()
 
     def held_out(self, num: int) -> Batch:
-        """What was held out, with its weights; all draws where nothing was."""
+        """The draws held out, with their weights; all draws where nothing was."""
         rows = self._test[:num] if len(self._test) else self._train
         weights = None if self._weights is None else self._weights[rows] / self._weights[rows].sum()
         return self._rows(rows)._replace(weights=weights)

@@ -83,16 +83,19 @@ def keyword_names(kind: type, method: str) -> frozenset[str]:
     return frozenset(names)
 
 
-def check_names(call: str, options: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse options that are not known, by name, with the nearest that is.
+def check_names(call: str, options: Iterable[str], known: Iterable[str], given: Iterable[str] = ()) -> None:
+    """Refuse options that are not known, by name, with the nearest that is; or that the caller gives itself.
 
     Example:
         >>> check_names("VSDM.fit", ["num_update"], ["num_updates", "ema"])
         Traceback (most recent call last):
         TypeError: VSDM.fit has no option 'num_update'. Did you mean 'num_updates'? It takes ema, num_updates.
     """
-    known = sorted(known)
+    given = set(given)
+    known = sorted(set(known) - given)
     for name in options:
+        if name in given:
+            raise TypeError(f"{call} is given {name!r} by its caller, got it as an option. Leave it out.")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""

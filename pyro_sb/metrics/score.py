@@ -45,7 +45,7 @@ class Score(float):
 
 
 class Clouds(NamedTuple):
-    """What a metric between clouds looks at, in float64: x against y, and for the floor y0 against y1."""
+    """Clouds that a metric compares, in float64: x against y, and for the floor y0 against y1."""
 
     x: Tensor
     y: Tensor

@@ -154,7 +154,7 @@ class BassMap(NamedTuple):
 
 
 class NewtonModel(NamedTuple):
-    """What a Newton step is made from: the objective over beta, ``X(y) - x``, and the direction to subtract."""
+    """Parts of a Newton step: the objective over beta, ``X(y) - x``, and the direction to subtract."""
 
     value: Tensor
     offset: Tensor

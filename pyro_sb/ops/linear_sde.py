@@ -222,7 +222,7 @@ def tolerance_rates(deviations: Tensor, total: float, tolerance: float = 0.05, s
 
 
 class Preconditioning(NamedTuple):
-    r"""How a denoiser is made of a network N per direction: :math:`c_{skip} x + c_{out} N(c_{in} x)`.
+    r"""Coefficients of a denoiser by a network N, for each direction: :math:`c_{skip} x + c_{out} N(c_{in} x)`.
 
     With :math:`V = m^2 v + s^2`: :math:`c_{skip} = m v / V`, :math:`c_{out} = s \sqrt{v / V}`,
     :math:`c_{in} = V^{-1/2}`. For a target of variance v the network's input and its goal have unit variance, and

@@ -12,7 +12,7 @@ STRIP_ELEMENTS = 2**22
 
 
 class SymmetricScaling(NamedTuple):
-    r"""What `symmetric_sinkhorn` returns.
+    r"""Result of `symmetric_sinkhorn`.
 
     Attributes:
         log_v: Logarithm of the scaling; ``-inf`` where the weight is zero. Shape ``(M,)``.
@@ -30,7 +30,7 @@ class SymmetricScaling(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    r"""What `sinkhorn` returns: the plan is :math:`\exp(\log u_i + \log T_{ij} + \log v_j)`.
+    r"""Result of `sinkhorn`: the plan is :math:`\exp(\log u_i + \log T_{ij} + \log v_j)`.
 
     Attributes:
         log_u: Logarithm of the rows' scaling. Shape ``(N,)``.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Independent, MultivariateNormal, Normal
 
-from pyro_sb.bridges import DSB, SGM, VSDM, AutoencoderCodec, Bridge, LatentBridge, LightSB, PCACodec, TailMatched
+from pyro_sb.bridges import DSB, VSDM, AutoencoderCodec, Bridge, LatentBridge, LightSB, PCACodec, TailMatched
 from pyro_sb.bridges.ends import read_source, read_target
 from pyro_sb.bridges.options import FitOptions, keyword_names
 from pyro_sb.files import read_file, write_file
@@ -91,7 +91,6 @@ def test_options_that_no_fit_can_use_are_refused(change, message):
 
 
 MISSPELT = {
-    "constructor": (lambda: SGM(2, hiden=(8,)), "SGM has no option 'hiden'. Did you mean 'hidden'"),
     "latent": (lambda: LatentBridge(VSDM(2)).fit(torch.randn(9, 2), num_update=1), "Did you mean 'num_updates'"),
     "own": (lambda: LatentBridge(VSDM(2)).fit(torch.randn(9, 2), refit=True), "no option 'refit'.*refit_codec"),
     "default": (lambda: LatentBridge().fit(torch.randn(9, 2), batchsize=1), "Did you mean 'batch_size'"),

@@ -31,7 +31,7 @@ class Codec(Fitted):
     location: Tensor
     affine = False  # whether decoding is an affine map
 
-    def __init__(self, latent_dim: int | None = None, data_dim: int | None = None) -> None:
+    def __init__(self, latent_dim: int | None = None, *, data_dim: int | None = None) -> None:
         super().__init__()
         for name, size in (("latent_dim", latent_dim), ("data_dim", data_dim)):
             if size is not None and size < 1:
@@ -85,7 +85,7 @@ class Codec(Fitted):
         raise NotImplementedError(f"{self.describe()} is lossy: no density passes through it. {self.cure()}")
 
     def cure(self) -> str:
-        """What to use instead where a density is asked for, for messages."""
+        """Advice where a density is asked for, for messages."""
         size = self.data_dim or "data_dim"
         return f"Use sample(), or a codec that keeps all dimensions: PCACodec({size})."
 

@@ -41,7 +41,7 @@ class PairCodec(Codec):
         bijective: bool = False,
         log_abs_det: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        super().__init__(latent_dim, data_dim)
+        super().__init__(latent_dim, data_dim=data_dim)
         if latent_dim > data_dim:
             raise ValueError(
                 f"latent_dim must be at most the data's rank, which is at most data_dim, got {latent_dim} and "
@@ -95,7 +95,7 @@ class PairCodec(Codec):
         )
 
     def _answer(self, name: str, function: Callable[[Tensor], Tensor], x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """What the function makes of the rows of ``x``, each of this shape."""
+        """Images of the rows of ``x`` under the function, each of this shape."""
         pair = f"encode is to map (n, {self.data_dim}) to (n, {self.latent_dim}), and decode back"
         if next(self.parameters(), None) is not None:
             x = x.to(self.location)

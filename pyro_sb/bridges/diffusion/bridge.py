@@ -39,7 +39,7 @@ SOLVERS = (*FLOW_SOLVERS, "euler-maruyama", "ancestral")
 CHUNK = 2**22  # numbers of a batch of covariances at once
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Sampler:
     """Solver and numbers of steps of a diffusion's draws; assign a new one to ``bridge.sampler`` at any time.
 
@@ -244,7 +244,7 @@ class DiffusionBridge(Bridge):
         rows = None if context is None else context.expand(num_paths, *context.shape).reshape(-1, self.context_dim)
         with torch.no_grad():
             mean, features = self._features(rows)
-            times = self._times(num_steps)
+            times = self.times(num_steps)
             z = self._start(num_paths * math.prod(batch), mean)
             states = self._solve(z, features, times, solver)
             out = torch.stack([self._outward(z, mean, tau) for z, tau in zip(states, times)])
@@ -267,7 +267,7 @@ class DiffusionBridge(Bridge):
     def sample_rows(self, num: int, context: Tensor | None) -> Tensor:
         """Draws by the sampler's solver. Shape ``(num, dim)``."""
         mean, features = self._features(context)
-        times = self._times(self.sampler.num_steps)
+        times = self.times(self.sampler.num_steps)
         z = self._solve(self._start(num, mean), features, times, self.sampler.solver)[-1]
         return self._outward(z, mean, times[-1])
 
@@ -296,7 +296,7 @@ class DiffusionBridge(Bridge):
         x, rows, shape = self.flat_rows(x, context)
         with torch.no_grad():
             mean, features = self._features(rows)
-            z, times = self._inward(x, mean, torch.zeros_like(self.first_time)), self._times(self.sampler.path_steps)
+            z, times = self._inward(x, mean, torch.zeros_like(self.first_time)), self.times(self.sampler.path_steps)
             total = torch.stack([self._path_bound(z, mean, features, times) for _ in range(num_paths)])
         return (total.logsumexp(0) - math.log(num_paths)).reshape(shape[:-1])
 
@@ -317,15 +317,15 @@ class DiffusionBridge(Bridge):
             )
         with torch.no_grad():
             mean, features = self._features(context)
-            times = self._times(max(20, 2 * self.sampler.num_steps))[:-1].flip(0)
+            times = self.times(max(20, 2 * self.sampler.num_steps))[:-1].flip(0)
             z = self._inward(x.to(mean), mean, torch.zeros_like(times[0]))
-            goal = partial(self._goal, features=features)
+            goal = partial(self.goal, features=features)
             end, change = flow_change(goal, Flow(self.sde, self.spread), times, z, self.probes)
             return self._start_log_prob(end, mean) + change
 
     # The process, taken from what was read
 
-    def _adopt(self, read: PairsReading) -> None:
+    def adopt(self, read: PairsReading) -> None:
         """Take the units, the process and new networks."""
         self.to(read.affine.location)
         self.location, self.slope = read.affine
@@ -337,13 +337,13 @@ class DiffusionBridge(Bridge):
         self.log_errors = self.location.new_zeros(NUM_KNOTS)
         self.probes = torch.randint(0, 2, (NUM_PROBES, self.dim), device=self.location.device).to(self.location) * 2 - 1
         self.rates_history = self.location.new_empty(0)
-        self._turn(basis, rates, vectors @ values.diag() @ vectors.T)
+        self.turn(basis, rates, vectors @ values.diag() @ vectors.T)
 
     def _axes(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenvectors and eigenvalues of D, of those of the target's covariance."""
         return axes_of(self.drift_rule, values, vectors, self.schedule.total)
 
-    def _turn(self, basis: Tensor, rates: Tensor, covariance: Tensor) -> None:
+    def turn(self, basis: Tensor, rates: Tensor, covariance: Tensor) -> None:
         """Take a new D; the target's covariance is in the user's axes."""
         like, basis = self.location, basis.double()
         inner = basis.T @ covariance.double() @ basis
@@ -357,40 +357,42 @@ class DiffusionBridge(Bridge):
 
     # The denoiser, in the eigenbasis and less the mean
 
-    def _times(self, num_steps: int) -> Tensor:
+    def times(self, num_steps: int) -> Tensor:
+        """Noising times of a path, uniform in mean log-SNR to the first, then 0. Shape ``(num_steps + 1,)``."""
         return self.sde.grid(num_steps, self.first_time)
 
-    def _place(self, tau: Tensor) -> Tensor:
-        """Where a time lies on the mean log-SNR scale: 0 at the source, 1 at the first time."""
+    def place(self, tau: Tensor) -> Tensor:
+        """Place of a time on the mean log-SNR scale: 0 at the source, 1 at the first time."""
         first = self.first_time
         ends = self.sde.log_snr(torch.stack([torch.ones_like(first), first])).mean(-1)
         return (self.sde.log_snr(tau).mean(-1) - ends[0]) / (ends[1] - ends[0])
 
-    def _goal(self, tau: Tensor, w: Tensor, features: Tensor | None) -> Tensor:
-        return self.net.goal(self._place(tau), w, self.basis, features)
+    def goal(self, tau: Tensor, w: Tensor, features: Tensor | None) -> Tensor:
+        """The denoiser's answer at normalised states. Shape ``(n, dim)``."""
+        return self.net.goal(self.place(tau), w, self.basis, features)
 
     def _denoise(self, tau: Tensor, z: Tensor, features: Tensor | None) -> Tensor:
         """Mean of the target given a state. Shape ``(n, dim)``."""
         flow = Flow(self.sde, self.spread)
         angle, w = flow.angle(tau), z * flow.inner(tau)
-        return self.spread.sqrt() * (angle.cos() * w + angle.sin() * self._goal(tau, w, features))
+        return self.spread.sqrt() * (angle.cos() * w + angle.sin() * self.goal(tau, w, features))
 
     def _model(self, tau: Tensor, z: Tensor, features: Tensor | None) -> Conditional:
         """Mean and covariance of the target given a state; tau is one time."""
         if self.step_covariance == "analytic":
-            return self._analytic(tau, z, features)
-        flow, place = Flow(self.sde, self.spread), self._place(tau)
-        mean, variances = self._analytic(tau, z, features)
+            return self.analytic(tau, z, features)
+        flow, place = Flow(self.sde, self.spread), self.place(tau)
+        mean, variances = self.analytic(tau, z, features)
         factor = self.net.precision_factor(place, z * flow.inner(tau), self.basis, features)
         return Conditional(mean, factor_covariance(factor, variances[0].sqrt()))
 
-    def _analytic(self, tau: Tensor, z: Tensor, features: Tensor | None) -> Conditional:
+    def analytic(self, tau: Tensor, z: Tensor, features: Tensor | None) -> Conditional:
         """The same with one number a noise level for the covariance."""
         angle = Flow(self.sde, self.spread).angle(tau)
-        variances = self.spread * angle.sin().square() * self._log_error(self._place(tau)).exp()
+        variances = self.spread * angle.sin().square() * self.log_error(self.place(tau)).exp()
         return Conditional(self._denoise(tau, z, features), variances.expand_as(z))
 
-    def _log_error(self, place: Tensor) -> Tensor:
+    def log_error(self, place: Tensor) -> Tensor:
         """Log of the analytic variance in units of the Gaussian one, between the knots it was measured at."""
         position = (place.clamp(0, 1) * (NUM_KNOTS - 1)).to(self.log_errors)
         low = position.floor().clamp_max(NUM_KNOTS - 2)
@@ -428,7 +430,7 @@ class DiffusionBridge(Bridge):
         """Standard normals to draws. Shape ``(num, dim)``."""
         mean, features = self._features(rows)
         location, factor = self._start_law(mean)
-        times = self._times(self.sampler.num_steps)
+        times = self.times(self.sampler.num_steps)
         z = self._solve(location + noise @ factor.T, features, times, self.sampler.solver)[-1]
         return self._outward(z, mean, times[-1])
 
@@ -439,7 +441,7 @@ class DiffusionBridge(Bridge):
             mean, features = self._features(rows)
             one = torch.ones_like(self.first_time)
             z = self._inward(x0, mean, one)
-            z = self._solve(z, features, self._times(num_steps), solver)[-1]
+            z = self._solve(z, features, self.times(num_steps), solver)[-1]
             return self._outward(z, mean, 0 * one).reshape(shape)
 
     def _solve(self, z: Tensor, features: Tensor | None, times: Tensor, solver: str) -> list[Tensor]:
@@ -469,7 +471,7 @@ class DiffusionBridge(Bridge):
 
     def _draws(self, num: int, context: Tensor | None) -> Draws:
         mean, features = self._features(context)
-        times, z = self._times(self.sampler.path_steps), self._start(num, mean)
+        times, z = self.times(self.sampler.path_steps), self._start(num, mean)
         path = ancestral(partial(self._model, features=features), self.sde, times, z)
         value = self._outward(path.states[-1], mean, times[-1])
         return Draws(value, self._start_log_prob(z, mean) + path.log_ratio)

@@ -65,7 +65,7 @@ def fit_diffusion(
     read = read_pairs(data, bridge.net.embedding)
     name = fingerprint(type(bridge).__name__, bridge.config(), options, read, adaptation)
     check_same(saved, name, options)
-    bridge._adopt(read)
+    bridge.adopt(read)
     bridge.fitted_to = read.data
     fit = DiffusionFit(bridge, options, adaptation, read, random, name)
     if saved is not None:
@@ -122,7 +122,7 @@ class DiffusionFit:
         )
 
     def residuals(self) -> list[float]:
-        """How far the rates moved in each stage of the adaptation."""
+        """Largest change of a rate in each stage of the adaptation."""
         rates = self.bridge.rates_history
         return [float(step.abs().max()) for step in rates.diff(dim=0)] if rates.dim() == 2 else []
 
@@ -216,8 +216,8 @@ class DiffusionFit:
         net, bridge = self.bridge.net, self.bridge
         with torch.no_grad():
             w, goal, answer = self._answers(rows)
-            features, place = net.features(rows.context), bridge._place(rows.tau)
-            missed = (goal - answer) * (-0.5 * bridge._log_error(place)).exp()[:, None]
+            features, place = net.features(rows.context), bridge.place(rows.tau)
+            missed = (goal - answer) * (-0.5 * bridge.log_error(place)).exp()[:, None]
         return weighted(factor_loss(net.precision_factor(place, w, bridge.basis, features), missed), rows.weights)
 
     def _answers(self, rows: Noised) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,7 +228,7 @@ class DiffusionFit:
         clean = rows.clean @ bridge.basis / bridge.spread.sqrt()
         w = cos * clean + sin * rows.noise
         goal = sin * clean - cos * rows.noise
-        return w, goal, bridge._goal(rows.tau, w, bridge.net.features(rows.context))
+        return w, goal, bridge.goal(rows.tau, w, bridge.net.features(rows.context))
 
     @torch.no_grad()
     def _measure_errors(self, num: int = HELD_OUT) -> None:
@@ -253,16 +253,16 @@ class DiffusionFit:
         x = torch.randn(NUM_PARTICLES, bridge.dim, dtype=like.dtype, device=like.device)
         self._measure_errors(NUM_JUDGES)
         best = best_matrix(
-            lambda tau, z: bridge._analytic(tau, z, features),
+            lambda tau, z: bridge.analytic(tau, z, features),
             bridge.sde,
-            bridge._times(NUM_GRID),
+            bridge.times(NUM_GRID),
             x,
             self.adaptation.zeta,
         )
         best = bridge.basis @ best @ bridge.basis.T
         present = 0.5 * (torch.eye(bridge.dim).to(like) - bridge.drift_matrix)
         basis, rates = project(torch.lerp(present, best, step_size(stage)))
-        bridge._turn(basis, rates, self.covariance)
+        bridge.turn(basis, rates, self.covariance)
         bridge.rates_history = torch.cat([bridge.rates_history, bridge.rates[None]])
         self.table = self._time_table()
 
@@ -300,7 +300,7 @@ class DiffusionFit:
 
     def _time_table(self) -> Tensor:
         """Times uniform in mean log-SNR, from the source to the first time."""
-        return self.bridge._times(NUM_TIMES)[:-1]
+        return self.bridge.times(NUM_TIMES)[:-1]
 
     # Checkpoints
 

@@ -35,9 +35,9 @@ class DiffusionNet(nn.Module):
         self.dim, self.full = dim, dim <= FULL_UP_TO
         self.embedding = embedding
         num_features = context_dim if embedding is None else embedding_size(embedding, context_dim)
-        self.mean = ResidualNet(dim, dim, num_features, hidden)
+        self.mean = ResidualNet(dim, dim, context_dim=num_features, hidden=hidden)
         below = dim * (dim - 1) // 2 if self.full else 0
-        self.covariance = ResidualNet(dim, dim + below, num_features, covariance_hidden)
+        self.covariance = ResidualNet(dim, dim + below, context_dim=num_features, hidden=covariance_hidden)
 
     def reset(self) -> None:
         """New networks; the embedding stays as the user made it."""

@@ -126,7 +126,7 @@ class SmoothedBridge(DiffusionBridge):
         )
         self.given_epsilon, self.source_law = epsilon, source_law
         self.epsilon = epsilon
-        self.sampler = Sampler(num_steps, "multistep", path_steps)
+        self.sampler = Sampler(num_steps=num_steps, path_steps=path_steps)
         self.register_buffer("rows", torch.empty(0))
         self.register_buffer("log_weights", torch.empty(0))
 
@@ -229,10 +229,11 @@ class SmoothedBridge(DiffusionBridge):
         """Take a saved sampler and epsilon."""
         self.sampler, self.epsilon = Sampler(**state["sampler"]), state["epsilon"]
 
-    def _adopt(self, read: PairsReading) -> None:
+    def adopt(self, read: PairsReading) -> None:
+        """As `DiffusionBridge`'s, with epsilon by its rule."""
         variance = float(read.covariance.diagonal().double().mean())
         self.epsilon = RATIO * variance if self.given_epsilon is None else float(self.given_epsilon)
-        super()._adopt(read)
+        super().adopt(read)
         self.rows, self.log_weights = read.covariance.new_empty(0), read.covariance.new_empty(0)
         if self.keeps_rows:
             points, weights = start_rows(read)

@@ -4,10 +4,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.diffusion.adapt import Adaptation
 from pyro_sb.bridges.diffusion.bridge import DiffusionBridge
 from pyro_sb.bridges.diffusion.fit import fit_diffusion
-from pyro_sb.bridges.options import FitOptions, check_names, keyword_names
+from pyro_sb.bridges.options import FitOptions
 from pyro_sb.threads import chosen_threads
 from pyro_sb.training import FitHistory
 
@@ -115,24 +118,15 @@ class VSDM(DiffusionBridge):
             Losses of the denoiser (half the mean square of a unit-variance goal); as residuals, how far A moved in each
             stage.
         """
-        if source is not None:
-            raise ValueError(
-                f"{type(self).__name__}'s source must be None, got {type(source).__name__}: it is the Gaussian that "
-                "the noising ends in. Omit it, or take a bridge with two free ends, as LightSB."
-            )
-        begun = time.perf_counter()
         options = FitOptions(num_updates, batch_size, learning_rate, ema, num_law_draws, progress, checkpoint)
-        with chosen_threads(target):
-            history = fit_diffusion(self, options, target, context, weights, held_out, Adaptation(num_stages, zeta))
-        history.seconds = max(history.seconds, time.perf_counter() - begun)
-        return history
+        return learn(self, options, target, source, context, weights, held_out, Adaptation(num_stages, zeta))
 
 
-class SGM(VSDM):
+class SGM(DiffusionBridge):
     """Score-based generative model: `VSDM` with A = 0, so that D = I whatever the data.
 
-    Its other arguments are `VSDM`'s. On data of unit scale or whitened it is the same; on stretched data it needs a
-    larger ``b_max``, or VSDM's D.
+    Its arguments are `VSDM`'s, but for those of D. On data of unit scale or whitened it is the same; on
+    stretched data it needs a larger ``b_max``, or VSDM's D.
 
     Example:
         >>> import torch
@@ -142,9 +136,84 @@ class SGM(VSDM):
         tensor([[1.]])
     """
 
-    def __init__(self, dim: int, *, context_dim: int = 0, **options: Any) -> None:
-        check_names("SGM", options, keyword_names(VSDM, "__init__"))
-        rule = options.pop("drift_matrix", "identity")
-        if not isinstance(rule, str) or rule != "identity":
-            raise ValueError("SGM has D = I, got a drift_matrix. Write VSDM(dim, drift_matrix=...) for another.")
-        super().__init__(dim, context_dim=context_dim, drift_matrix="identity", **options)
+    def __init__(
+        self,
+        dim: int,
+        *,
+        context_dim: int = 0,
+        b_max: float = 10.0,
+        b_min: float = 0.1,
+        power: float = 1.7,
+        source_law: str = "moment",
+        preconditioning: str = "direction",
+        step_covariance: str = "learnt",
+        hidden: tuple[int, ...] = (128, 128, 128),
+        covariance_hidden: tuple[int, ...] = (96, 96),
+        embedding: nn.Module | None = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            context_dim=context_dim,
+            b_max=b_max,
+            b_min=b_min,
+            power=power,
+            drift_matrix="identity",
+            source_law=source_law,
+            preconditioning=preconditioning,
+            step_covariance=step_covariance,
+            hidden=hidden,
+            covariance_hidden=covariance_hidden,
+            embedding=embedding,
+        )
+
+    def fit(
+        self,
+        target: Any,
+        source: Any = None,
+        *,
+        context: Any = None,
+        weights: Any = None,
+        progress: bool = True,
+        checkpoint: str | Path | None = None,
+        num_updates: int = 4000,
+        batch_size: int = 512,
+        learning_rate: float = 2e-3,
+        ema: float | None = 0.999,
+        held_out: Any = 0.1,
+        num_law_draws: int = 20_000,
+    ) -> FitHistory:
+        """Fit the regression, then the denoiser, then its covariance head; arguments as of `VSDM.fit`."""
+        options = FitOptions(num_updates, batch_size, learning_rate, ema, num_law_draws, progress, checkpoint)
+        return learn(self, options, target, source, context, weights, held_out)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {name: value for name, value in super().config().items() if name != "drift_matrix"}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Bridge:
+        """Build the bridge that `config` describes; an earlier file names D too."""
+        return super().from_config({n: v for n, v in config.items() if n not in ("drift", "drift_matrix")})
+
+
+def learn(
+    bridge: DiffusionBridge,
+    options: FitOptions,
+    target: Any,
+    source: Any,
+    context: Any,
+    weights: Any,
+    held_out: Any,
+    adaptation: Adaptation | None = None,
+) -> FitHistory:
+    """The way of both fits: refuse a source, and learn in phases."""
+    if source is not None:
+        raise ValueError(
+            f"{type(bridge).__name__}'s source must be None, got {type(source).__name__}: it is the Gaussian that "
+            "the noising ends in. Omit it, or take a bridge with two free ends, as LightSB."
+        )
+    begun = time.perf_counter()
+    with chosen_threads(target):
+        history = fit_diffusion(bridge, options, target, context, weights, held_out, adaptation)
+    history.seconds = max(history.seconds, time.perf_counter() - begun)
+    return history

@@ -148,7 +148,7 @@ class DSB(Bridge):
 
     @property
     def density_hint(self) -> str:  # type: ignore[override]
-        """What would have one."""
+        """Settings that would have one, for messages."""
         return "Its source is draws; fit with source omitted, or a distribution."
 
     def like(self) -> Tensor:
@@ -169,7 +169,7 @@ class DSB(Bridge):
         return [f"method {self.method}, epsilon {self.epsilon:g}, {steps}", *super().describe_lines()]
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What the source was, and the steps that IPF learnt."""
+        """Kind of the source, and the steps that IPF learnt."""
         return {"source_kind": self._source_kind, "learnt_steps": self._learnt_steps}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -287,9 +287,9 @@ class DSB(Bridge):
         context = self.check_context(context)
         batch = () if context is None else context.shape[:-1]
         rows = None if context is None else context.expand(num_paths, *context.shape).reshape(-1, self.context_dim)
-        given = self._given(self.ahead, self._context_rows(rows))
-        chain = self._chain(True, num_steps)
-        states = chain.run(self._start(num_paths * math.prod(batch), given), given)
+        given = self.given(self.ahead, self._context_rows(rows))
+        chain = self.chain(True, num_steps)
+        states = chain.run(self.start(num_paths * math.prod(batch), given), given)
         return chain.times, torch.stack(states).reshape(num_steps + 1, num_paths, *batch, self.dim)
 
     def drift(self, t: Any, x: Tensor, context: Any = None, *, backward: bool = False) -> Tensor:
@@ -307,14 +307,14 @@ class DSB(Bridge):
             raise ValueError(f"t must be one time in [0, 1], got shape {tuple(t.shape)}.")
         half, u = (self.back, 1 - t) if backward else (self.ahead, t)
         u = u.clamp(0, LATEST)
-        end = half.end(u, x, self._given(half, rows), self.epsilon)
+        end = half.end(u, x, self.given(half, rows), self.epsilon)
         return ((end - x) / (1 - u)).reshape(shape)
 
     @torch.no_grad()
     def sample_rows(self, num: int, context: Tensor | None) -> Tensor:
         """Draws by the forward chain. Shape ``(num, dim)``."""
-        given = self._given(self.ahead, self._context_rows(context))
-        x, chain = self._start(num, given), self._chain(True)
+        given = self.given(self.ahead, self._context_rows(context))
+        x, chain = self.start(num, given), self.chain(True)
         return chunked_rows(lambda x, given: chain.run(x, given)[-1], x, given)
 
     @torch.no_grad()
@@ -357,7 +357,7 @@ class DSB(Bridge):
 
     # Both halves, what they know, and the source
 
-    def _adopt(self, read: PairsReading, source: SourceReading) -> None:
+    def adopt(self, read: PairsReading, source: SourceReading) -> None:
         """Take units, the source and the Gaussian bridge between the ends; the networks start at zero."""
         target = Guide(read.affine, read.covariance)
         self.to(read.affine.location)
@@ -371,7 +371,7 @@ class DSB(Bridge):
             self.ahead.take_steps(self._times())
             self.back.take_steps(self._times())
 
-    def _chain(self, forward: bool, num_steps: int | None = None) -> Chain:
+    def chain(self, forward: bool, num_steps: int | None = None) -> Chain:
         """One of the chains; the grid is symmetric, so that both have the same own times."""
         return Chain(self.ahead if forward else self.back, self._times(num_steps), self.epsilon)
 
@@ -386,14 +386,14 @@ class DSB(Bridge):
             )
         return step_times(num_steps or self.num_steps, self.schedule).to(self.like())
 
-    def _given(self, half: HalfBridge, rows: Tensor | None) -> Given:
-        """What a half knows of standardised contexts."""
+    def given(self, half: HalfBridge, rows: Tensor | None) -> Given:
+        """Means and features that a half has of standardised contexts."""
         return half.given(rows, None if rows is None else summarise(half.embedding, rows))
 
     def _context_rows(self, context: Tensor | None) -> Tensor | None:
         return None if context is None else (context - self.context_location) / self.context_scale
 
-    def _start(self, num: int, given: Given) -> Tensor:
+    def start(self, num: int, given: Given) -> Tensor:
         """Source points, those of given contexts where the source depends on them."""
         like = self.like()
         if self._source_kind == "moments":
@@ -429,9 +429,9 @@ class DSB(Bridge):
         return 10_000 if self.method == "ipf" else max(10_000, min(25_000, 1250 * self.dim), 500 * self.dim)
 
     def _draws(self, num: int, rows: Tensor | None) -> Draws:
-        given, behind = self._given(self.ahead, rows), self._given(self.back, rows)
-        x = self._start(num, given)
-        chains = self._chain(True), self._chain(False)
+        given, behind = self.given(self.ahead, rows), self.given(self.back, rows)
+        x = self.start(num, given)
+        chains = self.chain(True), self.chain(False)
         states = chains[0].run(x, given)
         log_q = self._start_log_prob(x, given) + log_ratio(states, (chains[0], given), (chains[1], behind))
         return Draws(states[-1], log_q)
@@ -441,16 +441,16 @@ class DSB(Bridge):
 
     def _redrawn(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Log density of one path each, drawn backwards from its end. Shape ``(n,)``."""
-        given, behind = self._given(self.ahead, rows), self._given(self.back, rows)
-        chains = self._chain(True), self._chain(False)
+        given, behind = self.given(self.ahead, rows), self.given(self.back, rows)
+        chains = self.chain(True), self.chain(False)
         states = chains[1].run(x, behind)[::-1]
         return self._start_log_prob(states[0], given) + log_ratio(states, (chains[0], given), (chains[1], behind))
 
     @torch.no_grad()
     def _transport(self, x: Tensor, context: Any, forward: bool) -> Tensor:
         x, rows, shape = self._rows(x, context)
-        chain = self._chain(forward)
-        given = self._given(chain.half, rows)
+        chain = self.chain(forward)
+        given = self.given(chain.half, rows)
         return chunked_rows(lambda x, given: chain.run(x, given)[-1], x, given).reshape(shape)
 
 

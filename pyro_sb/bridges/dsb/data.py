@@ -184,7 +184,7 @@ class SourceReading(NamedTuple):
     test: Tensor
 
     def sums(self) -> tuple[str, list[float]]:
-        """What tells this source from others."""
+        """Figures that tell this source from others."""
         values = (self.guide.affine.location, self.guide.covariance, self.points.square())
         return self.kind, [float(value.double().sum()) for value in values]
 

@@ -69,19 +69,19 @@ class Chains(Protocol):
     back: HalfBridge
     fitted_to: str
 
-    def _adopt(self, read: PairsReading, source: SourceReading) -> None:
+    def adopt(self, read: PairsReading, source: SourceReading) -> None:
         """Take the data's units, the source, and the Gaussian bridge between the ends."""
         ...
 
-    def _chain(self, forward: bool) -> Chain:
+    def chain(self, forward: bool) -> Chain:
         """One of the chains."""
         ...
 
-    def _given(self, half: HalfBridge, rows: Tensor | None) -> Given:
-        """What a half knows of standardised contexts."""
+    def given(self, half: HalfBridge, rows: Tensor | None) -> Given:
+        """Means and features that a half has of standardised contexts."""
         ...
 
-    def _start(self, num: int, given: Given) -> Tensor:
+    def start(self, num: int, given: Given) -> Tensor:
         """Source points. Shape ``(num, dim)``."""
         ...
 
@@ -90,7 +90,7 @@ class Chains(Protocol):
         ...
 
     def contents(self) -> dict[str, Any]:
-        """What is saved."""
+        """Contents of the bridge's file."""
         ...
 
     def save(self, path: str | Path) -> None:
@@ -175,7 +175,7 @@ def fit_dsb(
             RuntimeWarning,
             stacklevel=3,
         )
-    bridge._adopt(read, begin)
+    bridge.adopt(read, begin)
     bridge.fitted_to = read.data
     fit = DSBFit(bridge, options, iterations, read, begin, random, name, on_iteration)
     if saved is not None:
@@ -315,9 +315,9 @@ class DSBFit:
     def _residual(self) -> float:
         """The larger gap, over all axes, between means or deviations of draws and of the target."""
         target = self._rows(self.iterations.num_pairs)
-        chain = self.bridge._chain(True)
+        chain = self.bridge.chain(True)
         given = self._given(chain.half, target.context)
-        draws = chain.run(self.bridge._start(len(target.points), given), given)[-1]
+        draws = chain.run(self.bridge.start(len(target.points), given), given)[-1]
         deviation = target.points.std(0)
         means = (draws.mean(0) - target.points.mean(0)).abs() / deviation
         return float(torch.maximum(means, (draws.std(0) / deviation - 1).abs()).max())
@@ -326,8 +326,8 @@ class DSBFit:
 
     @torch.no_grad()
     def _draw(self, forward: bool, num: int, held_out: bool = False) -> EndPairs | Paths:
-        """What the forward or the backward half is to learn from."""
-        bridge, other = self.bridge, self.bridge._chain(not forward)
+        """Pairs or paths that the forward or the backward half is to learn from."""
+        bridge, other = self.bridge, self.bridge.chain(not forward)
         rows = self._rows(num, held_out)
         given = self._given(other.half, rows.context)
         start = rows.points if forward else self._start(num, rows.context, held_out)
@@ -346,7 +346,7 @@ class DSBFit:
     def _start(self, num: int, context: Tensor | None, held_out: bool) -> Tensor:
         """Source points to learn from, or those held out."""
         if self.source.kind != "draws":
-            return self.bridge._start(num, self._given(self.bridge.ahead, context))
+            return self.bridge.start(num, self._given(self.bridge.ahead, context))
         rows = self.source.test if held_out and len(self.source.test) else self.source.train
         return self.source.points[rows[torch.randint(len(rows), (num,), device=rows.device)]]
 
@@ -360,7 +360,7 @@ class DSBFit:
         return Batch(batch.points[index], None if batch.context is None else batch.context[index])
 
     def _given(self, half: HalfBridge, context: Tensor | None) -> Given:
-        return self.bridge._given(half, context)
+        return self.bridge.given(half, context)
 
     # Checkpoints
 

@@ -83,7 +83,7 @@ class HalfBridge(Fitted):
         super().__init__()
         self.embedding = embedding
         num_features = context_dim if embedding is None else embedding_size(embedding, context_dim)
-        self.net = ResidualNet(dim, dim, num_features, hidden)
+        self.net = ResidualNet(dim, dim, context_dim=num_features, hidden=hidden)
         for name in HalfBridge.__annotations__:
             self.register_buffer(name, torch.empty(0))
 
@@ -122,7 +122,7 @@ class HalfBridge(Fitted):
         return self.net(u, self._inner(u, x, given), given.features)
 
     def goal(self, u: Tensor, x: Tensor, end: Tensor, given: Given, epsilon: float) -> Tensor:
-        """What N should be where the end ahead is ``end``. Shape ``(n, dim)``."""
+        """Goal of N where the end ahead is ``end``. Shape ``(n, dim)``."""
         gap = (end - given.ahead - self._guided(u, x, given)) @ self.basis
         return gap / self._scale(u, epsilon)
 
@@ -185,7 +185,7 @@ def knot_times(like: Tensor) -> Tensor:
 
 
 def knot_place(u: Tensor) -> Tensor:
-    """Where a time lies among the knots, from 0 to 1."""
+    """Place of a time among the knots, from 0 to 1."""
     return 1 - (1 - u / LATEST).clamp_min(0) ** (1 / 3)
 
 

@@ -226,7 +226,7 @@ class KernelLangevinBridge(Bridge):
         return FitHistory(result.residuals, iterations=result.iterations, seconds=seconds, converged=result.converged)
 
     def posterior(
-        self, log_likelihood: LogLikelihood, method: str = "weights", **fit_options: Any
+        self, log_likelihood: LogLikelihood, *, method: str = "weights", **fit_options: Any
     ) -> "KernelLangevinBridge":
         r"""Bridge to the posterior, when this one was fitted to draws of the prior.
 
@@ -450,7 +450,7 @@ class KernelLangevinBridge(Bridge):
         return score(self._log_likelihood, self._unwhiten(z)) @ self.metric_cholesky
 
     def _smoothed(self) -> SmoothedDraws:
-        """Where chains start: the draws, each smoothed by half a step of noise."""
+        """Starts of chains: the draws, each smoothed by half a step of noise."""
         law = self._dynamics().law
         variance = torch.full_like(self.weights, 0.5 * self.epsilon)
         variance = variance if law.scale is None else variance * law.scale

@@ -110,7 +110,7 @@ class LatentBridge(Bridge):
 
     @property
     def density_hint(self) -> str:  # type: ignore[override]
-        """What has a density."""
+        """Bridges that have a density, for messages."""
         if self.bridge is not None and self._keeps_all:
             return self.bridge.density_hint
         codec = self.codec.describe() if self.codec.fitted else type(self.codec).__name__

@@ -77,7 +77,7 @@ class Parts:
             set_random_state(self.start)
 
     def known_by(self, codec: Codec, draws: Tensor, *others: Any) -> None:
-        """What this fit is known again by: the codec's class and options, and the figures of draws and others."""
+        """Key of this fit: the codec's class and options, and the figures of draws and others."""
         figures = [_figures(each) if isinstance(each, Tensor) else each for each in (draws, *others)]
         self.device = draws.device
         self.name = repr((type(codec).__name__, codec.config(), figures))

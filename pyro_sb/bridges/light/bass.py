@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_sb.bridges.ends import Batch
 from pyro_sb.bridges.light.laws import LearnedMap
 from pyro_sb.bridges.light.mixture import MixtureBridge
-from pyro_sb.bridges.light.solvers import ChosenBeta, LightOptions, Solver, find_solver
+from pyro_sb.bridges.light.solvers import ChosenBeta, Solver, find_solver, options_for
 from pyro_sb.training import FitHistory
 
 
@@ -63,7 +63,7 @@ class LightSBBM(MixtureBridge):
         torch.Size([4, 1, 1])
     """
 
-    solvers: tuple[str, ...] = ("dual", "moments", "alternating")
+    default_solver = "dual"
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class LightSBBM(MixtureBridge):
             dropout=dropout,
             embedding=embedding,
         )
-        self._asked_beta = beta if isinstance(beta, str) else float(beta)
+        self.asked_beta: float | str | None = beta if isinstance(beta, str) else float(beta)
         if isinstance(beta, str):
             if beta != "auto":
                 raise ValueError(f'beta must be a number above 1 or "auto", got {beta!r}.')
@@ -148,12 +148,10 @@ class LightSBBM(MixtureBridge):
             RuntimeWarning: As `LightSB.fit`; or an axis is narrower than beta allows.
         """
         chosen: Solver = find_solver(self, solver)
-        if self._asked_beta == "auto" and chosen.name != "dual":
-            raise ValueError(f'beta="auto" needs solver="dual", got {chosen.name!r}. Give beta a number.')
-        if chosen.name == "alternating" and math.isinf(self.beta):
-            raise ValueError('solver="alternating" needs a finite beta, got inf. Use LightSBM.')
-        chosen = ChosenBeta() if self._asked_beta == "auto" else chosen
-        options = LightOptions(num_updates, batch_size, learning_rate, num_law_draws, progress, checkpoint, patience)
+        chosen = ChosenBeta() if self.asked_beta == "auto" else chosen
+        options = options_for(
+            self, chosen, num_updates, batch_size, learning_rate, num_law_draws, progress, checkpoint, patience
+        )
         return self.learn(chosen, options, target, source, context, weights, held_out)
 
     @torch.no_grad()
@@ -169,10 +167,10 @@ class LightSBBM(MixtureBridge):
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return super().config() | {"beta": self._asked_beta}
+        return super().config() | {"beta": self.asked_beta}
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What the source and the fit were, the beta in use, and whether the inverse is learnt."""
+        """Kind of the source, words on the fit, the beta in use, and whether the inverse is learnt."""
         learned = self.learned_map is not None
         return super().get_extra_state() | {"beta": self.beta, "learned": learned, "scores": self.scores}
 
@@ -185,6 +183,6 @@ class LightSBBM(MixtureBridge):
     def describe_lines(self) -> list[str]:
         """As `MixtureBridge`'s, with beta."""
         first, *rest = super().describe_lines()
-        beta = "auto" if self._asked_beta == "auto" and not self.scores else f"{self.beta:g}"
+        beta = "auto" if self.asked_beta == "auto" and not self.scores else f"{self.beta:g}"
         chosen = ' (chosen by beta="auto")' if self.scores else ""
         return [f"{first}, beta {beta}{chosen}", *rest]

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_sb.bridges.light.mixture import MixtureBridge
-from pyro_sb.bridges.light.solvers import LightOptions, find_solver
+from pyro_sb.bridges.light.solvers import find_solver, options_for
 from pyro_sb.training import FitHistory
 
 
@@ -51,7 +51,7 @@ class LightSB(MixtureBridge):
         torch.Size([4, 2])
     """
 
-    solvers: tuple[str, ...] = ("likelihood", "moments", "matching")
+    default_solver = "likelihood"
 
     def fit(
         self,
@@ -101,8 +101,11 @@ class LightSB(MixtureBridge):
             RuntimeWarning: Not converged; or, with a context, that the start, which does not use it, was the best by
                 the held-out loss. There are early checks before the first twentieth of the way.
         """
-        options = LightOptions(num_updates, batch_size, learning_rate, num_law_draws, progress, checkpoint, patience)
-        return self.learn(find_solver(self, solver), options, target, source, context, weights, held_out)
+        chosen = find_solver(self, solver)
+        options = options_for(
+            self, chosen, num_updates, batch_size, learning_rate, num_law_draws, progress, checkpoint, patience
+        )
+        return self.learn(chosen, options, target, source, context, weights, held_out)
 
 
 class LightSBM(LightSB):
@@ -129,4 +132,4 @@ class LightSBM(LightSB):
         torch.Size([4, 1])
     """
 
-    solvers = ("matching", "likelihood", "moments")
+    default_solver = "matching"

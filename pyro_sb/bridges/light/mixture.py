@@ -31,17 +31,20 @@ class MixtureBridge(Bridge):
     r"""Bridge whose adjusted potential is a Gaussian mixture; arguments as of `LightSB`.
 
     In its own units it is a `MixtureProcess`; here are the source, the units, and what is asked of a `Bridge`. A
-    subclass names its solvers, and its ``fit`` hands one of them to `learn`.
+    subclass names its default solver, and its ``fit`` hands one of them to `learn`.
 
     Attributes:
-        solvers: Names of the solvers that serve it, its default first.
+        default_solver: Name of the solver where none is asked for.
+        asked_beta: Price of volatility as the constructor has it, ``"auto"`` where a fit is to choose it; None where
+            the class has none.
         beta: Price of volatility; infinite here, where the bridge's space is the user's.
         learned_map: Network in place of the inverse of the Bass map; None for the exact one.
         source: The distribution that draws leave from, if it is one. It is not saved.
         fitted_to: The data and the way of the last fit in words; empty before it.
     """
 
-    solvers: tuple[str, ...] = ()
+    default_solver: str = ""
+    asked_beta: float | str | None = None
     location: Tensor
     scale: Tensor
     source_location: Tensor
@@ -127,7 +130,7 @@ class MixtureBridge(Bridge):
         try:
             self.learned_map = None
             with chosen_threads(target, source):
-                ends = self._read(target, source, context, weights, options.num_law_draws, held_out)
+                ends = self._read(target, source, context, weights, options.fit.num_law_draws, held_out)
                 history = solver.solve(self, ends, options)
         except BaseException:
             if not self.parameters_of.changed:
@@ -138,8 +141,8 @@ class MixtureBridge(Bridge):
         start = {"point": "a point", "draws": "draws", "law": "a distribution"}[self._source_kind]
         way = f'{history.iterations} updates of solver "{solver.name}"'
         self.fitted_to = f"{data} from {start}, by {way}"
-        if options.checkpoint is not None:
-            self.save(options.checkpoint)
+        if options.fit.checkpoint is not None:
+            self.save(options.fit.checkpoint)
         history.seconds = time.perf_counter() - begun
         return history
 
@@ -410,7 +413,7 @@ class MixtureBridge(Bridge):
         return cls(**config | {"embedding": embedding_from_config(config.get("embedding"))})
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What the source was, and what the fit was."""
+        """Kind and variance of the source, and words on the fit."""
         source = {"source_kind": self._source_kind, "source_variance": self._source_variance}
         return source | {"fitted_to": self.fitted_to}
 

@@ -64,7 +64,7 @@ class MixtureParameters(nn.Module):
         self.sizes = [num_components, num_components * dim, num_components * entries]
         self.embedding = embedding
         features = context_dim if embedding is None else embedding_size(embedding, context_dim)
-        self.net = ContextNet(features, sum(self.sizes), hidden, dropout) if context_dim else None
+        self.net = ContextNet(features, sum(self.sizes), hidden=hidden, dropout=dropout) if context_dim else None
         self.changed = False  # whether `set` has been called: what a fit looks at to know that it has begun to learn
 
     def forward(self, context: Tensor | None, epsilon: float) -> MixturePotential:

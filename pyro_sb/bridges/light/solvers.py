@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pyro_sb.bridges.ends import DrawsEnd, Ends, PointEnd
 from pyro_sb.bridges.light.laws import LearnedMap, MixtureProcess, paired
 from pyro_sb.bridges.light.parameters import MixtureParameters, cluster_start
+from pyro_sb.bridges.options import FitOptions, check_counts
 from pyro_sb.ops.bass import DualProblem, Pairs, Pool
 from pyro_sb.ops.mixture import MixturePotential, likelihood_loss, matching_loss
 from pyro_sb.ops.moment_matching import Side, equal_weights, moment_step
@@ -44,45 +45,22 @@ NUM_STAGES, MAP_LEARNING_RATE = 5, 2e-3  # of the alternation
 
 
 class LightOptions(NamedTuple):
-    """Options of a light bridge's fit; None where the solver's own default holds."""
+    """Options of a light bridge's fit: those of every fit by gradients, and the checks that Adam waits for a gain."""
 
-    num_updates: int | None
-    batch_size: int
-    learning_rate: float | None
-    num_law_draws: int
-    progress: bool
-    checkpoint: str | Path | None
+    fit: FitOptions
     patience: int
 
     def check(self) -> None:
         """Refuse what no solver can use."""
-        if self.num_updates is not None and self.num_updates < 1:
-            raise ValueError(
-                f"num_updates must be at least 1, got {self.num_updates}. Omit it for the solver's default."
-            )
-        if self.batch_size < 1 or self.num_law_draws < 2:
-            raise ValueError(
-                f"batch_size must be at least 1 and num_law_draws at least 2, got {self.batch_size} and "
-                f"{self.num_law_draws}."
-            )
-        if self.patience < 1:
-            raise ValueError(f"patience must be at least 1, got {self.patience}. Omit it for 10.")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}. Omit it for the default.")
-
-    def steps(self, default: int) -> int:
-        """Updates to make."""
-        return default if self.num_updates is None else self.num_updates
-
-    def rate(self, default: float) -> float:
-        """Learning rate of the first update."""
-        return default if self.learning_rate is None else self.learning_rate
+        self.fit.check()
+        check_counts(patience=self.patience)
 
 
 class LearningBridge(Protocol):
     """Bridge as a solver knows it: see `MixtureBridge`."""
 
-    solvers: tuple[str, ...]
+    default_solver: str
+    asked_beta: float | str | None
     dim: int
     context_dim: int
     num_components: int
@@ -108,14 +86,20 @@ class Solver(Protocol):
     """Way to the parameters of a light bridge.
 
     Attributes:
-        name: What ``fit(solver=...)`` calls it; a bridge's ``solvers`` name those that serve it.
+        name: Its name in ``fit(solver=...)``.
         num_updates: Updates where none are asked for.
-        takes_context: Whether it can learn a network of the context.
     """
 
     name: str
     num_updates: int
-    takes_context: bool
+
+    def serves(self, bridge: LearningBridge) -> bool:
+        """Whether it is for bridges of this class."""
+        ...
+
+    def check(self, bridge: LearningBridge) -> None:
+        """Refuse settings of such a bridge that it cannot learn."""
+        ...
 
     def solve(self, bridge: LearningBridge, ends: Ends, options: LightOptions) -> FitHistory:
         """Put the start into the bridge's parameters, and make the updates."""
@@ -125,12 +109,19 @@ class Solver(Protocol):
 class Likelihood:
     r"""Adam down the likelihood loss :math:`E \log c(y_0) - E \log v(y_1)`: KL to the bridge, up to a constant."""
 
-    name, num_updates, takes_context = "likelihood", 5000, True
+    name, num_updates = "likelihood", 5000
+
+    def serves(self, bridge: LearningBridge) -> bool:
+        """Whether the bridge has no price of volatility."""
+        return bridge.asked_beta is None
+
+    def check(self, bridge: LearningBridge) -> None:
+        """Refuse nothing."""
 
     def solve(self, bridge: LearningBridge, ends: Ends, options: LightOptions) -> FitHistory:
         """Start, and make the updates."""
         process = begin(bridge, ends)
-        return descend(bridge, ends, options, self.num_updates, lambda: self.loss(process, ends, options.batch_size))
+        return descend(bridge, ends, options, lambda: self.loss(process, ends, options.fit.batch_size))
 
     def loss(self, process: MixtureProcess, ends: Ends, batch_size: int) -> Tensor:
         """Loss of a minibatch, in nats up to a constant."""
@@ -141,12 +132,19 @@ class Likelihood:
 class Matching:
     r"""Adam down the matching loss, whose minimiser is the likelihood's: see `LightSBM`."""
 
-    name, num_updates, takes_context = "matching", 5000, True
+    name, num_updates = "matching", 5000
+
+    def serves(self, bridge: LearningBridge) -> bool:
+        """Whether the bridge has no price of volatility."""
+        return bridge.asked_beta is None
+
+    def check(self, bridge: LearningBridge) -> None:
+        """Refuse nothing."""
 
     def solve(self, bridge: LearningBridge, ends: Ends, options: LightOptions) -> FitHistory:
         """Start, and make the updates."""
         process = begin(bridge, ends)
-        return descend(bridge, ends, options, self.num_updates, lambda: self.loss(process, ends, options.batch_size))
+        return descend(bridge, ends, options, lambda: self.loss(process, ends, options.fit.batch_size))
 
     def loss(self, process: MixtureProcess, ends: Ends, batch_size: int) -> Tensor:
         """Loss of a minibatch, in nats up to a constant."""
@@ -157,13 +155,22 @@ class Matching:
 class MomentSteps:
     r"""Moment steps on all draws at once: down the likelihood loss, or for finite beta up the dual by line search."""
 
-    name, num_updates, takes_context = "moments", 200, False
+    name, num_updates = "moments", 200
+
+    def serves(self, bridge: LearningBridge) -> bool:
+        """True: it is for every bridge."""
+        return True
+
+    def check(self, bridge: LearningBridge) -> None:
+        """Refuse a context, and a beta that is still to be chosen."""
+        refuse_context(self, bridge)
+        refuse_open_beta(self, bridge)
 
     @torch.no_grad()
     def solve(self, bridge: LearningBridge, ends: Ends, options: LightOptions) -> FitHistory:
         """Start, and step until nothing is gained; the best by the held-out loss is kept."""
-        process, name, num_updates = begin(bridge, ends), type(bridge).__name__, options.steps(self.num_updates)
-        sides, plain = [all_points(end, options.num_law_draws) for end in ends], math.isinf(process.beta)
+        process, name, num_updates = begin(bridge, ends), type(bridge).__name__, options.fit.num_updates
+        sides, plain = [all_points(end, options.fit.num_law_draws) for end in ends], math.isinf(process.beta)
         history, best, pace = FitHistory(), Best(list(process.parameters.parameters())), Pace()
         best.offer(held_out_loss(process, ends))
         steps = (likelihood_steps if plain else dual_steps)(process, *sides)
@@ -237,14 +244,21 @@ def ascended(process: MixtureProcess, source: Side, target: Side) -> MixturePote
 class Dual:
     r"""Adam up the dual G at inverse-mapped minibatches: the likelihood's way for infinite beta."""
 
-    name, num_updates, takes_context = "dual", 5000, True
+    name, num_updates = "dual", 5000
+
+    def serves(self, bridge: LearningBridge) -> bool:
+        """Whether the bridge has a price of volatility."""
+        return bridge.asked_beta is not None
+
+    def check(self, bridge: LearningBridge) -> None:
+        """Refuse nothing."""
 
     def solve(self, bridge: LearningBridge, ends: Ends, options: LightOptions) -> FitHistory:
         """Start, and make the updates."""
         if math.isinf(bridge.beta):
             return Likelihood().solve(bridge, ends, options)
-        loss = DualLoss(begin(bridge, ends), ends, options.batch_size)
-        return descend(bridge, ends, options, self.num_updates, loss)
+        loss = DualLoss(begin(bridge, ends), ends, options.fit.batch_size)
+        return descend(bridge, ends, options, loss)
 
 
 class DualLoss:
@@ -291,7 +305,14 @@ class DualLoss:
 class ChosenBeta:
     """The dual for the largest beta whose held-out likelihood is within a standard error of the best candidate's."""
 
-    name, num_updates, takes_context = "dual", 5000, True
+    name, num_updates = "dual", 5000
+
+    def serves(self, bridge: LearningBridge) -> bool:
+        """Whether the bridge leaves beta open."""
+        return bridge.asked_beta == "auto"
+
+    def check(self, bridge: LearningBridge) -> None:
+        """Refuse nothing."""
 
     def solve(self, bridge: Any, ends: Ends, options: LightOptions) -> FitHistory:
         """A short fit at each candidate, and a long one at the chosen."""
@@ -300,8 +321,8 @@ class ChosenBeta:
 
     def choose(self, bridge: Any, ends: Ends, options: LightOptions) -> FitHistory:
         """Set the bridge's beta and scores."""
-        steps = max(1, options.steps(self.num_updates) // 5)
-        short = options._replace(num_updates=steps, checkpoint=None, progress=False)
+        steps = max(1, options.fit.num_updates // 5)
+        short = options._replace(fit=options.fit._replace(num_updates=steps, checkpoint=None, progress=False))
         scores, history = {}, FitHistory()
         judge = ends.target.held_out(HELD_OUT)
         base = ends.source.held_out(HELD_OUT).points
@@ -338,13 +359,24 @@ class Alternating:
     has no rule to stop by and no held-out loss, so it never says that it has converged.
     """
 
-    name, num_updates, takes_context = "alternating", 10_000, False
+    name, num_updates = "alternating", 10_000
+
+    def serves(self, bridge: LearningBridge) -> bool:
+        """Whether the bridge has a price of volatility."""
+        return bridge.asked_beta is not None
+
+    def check(self, bridge: LearningBridge) -> None:
+        """Refuse a context, and a beta that is still to be chosen or infinite."""
+        refuse_context(self, bridge)
+        refuse_open_beta(self, bridge)
+        if math.isinf(bridge.beta):
+            raise ValueError('solver="alternating" needs a finite beta, got inf. Use LightSBM.')
 
     def solve(self, bridge: LearningBridge, ends: Ends, options: LightOptions) -> FitHistory:
         """Give the bridge a network as inverse, start, and make the stages."""
         learned = bridge.learned_map = LearnedMap(bridge.dim).to(bridge.location)
-        process, history, batch_size, mapped = begin(bridge, ends), FitHistory(), options.batch_size, False
-        steps = max(1, options.steps(self.num_updates) // (2 * NUM_STAGES))
+        process, history, batch_size, mapped = begin(bridge, ends), FitHistory(), options.fit.batch_size, False
+        steps = max(1, options.fit.num_updates // (2 * NUM_STAGES))
 
         def matching() -> Tensor:
             x0 = ends.source.batch(batch_size).points.expand(batch_size, -1)
@@ -366,7 +398,7 @@ class Alternating:
             return errors[0] + errors[1]
 
         halves: tuple[tuple[str, nn.Module, Callable[[], Tensor], float, list[float]], ...] = (
-            ("matching", process.parameters, matching, options.rate(5e-3), history.losses),
+            ("matching", process.parameters, matching, options.fit.learning_rate, history.losses),
             ("inverse", learned, inverting, MAP_LEARNING_RATE, history.residuals),
         )
         for stage in range(NUM_STAGES):
@@ -378,7 +410,7 @@ class Alternating:
                     learning_rate=rate,
                     num_checks=4,
                     tolerance=math.inf,
-                    progress=options.progress,
+                    progress=options.fit.progress,
                     description=f"{name}, stage {stage + 1}",
                 )
                 record += part.losses
@@ -396,17 +428,47 @@ OLD_NAMES = {"em": "moments", "batch": "moments"}  # and "adam", each class's fi
 
 
 def find_solver(bridge: LearningBridge, name: str | None) -> Solver:
-    """The solver of this name, the class's first where there is none; refused where it does not serve the bridge."""
-    default = bridge.solvers[0]
-    name = default if name is None else name
-    if name not in bridge.solvers:
+    """The solver of this name, the class's own where there is none; refused where it does not serve the bridge."""
+    name = bridge.default_solver if name is None else name
+    serving = [each for each, solver in SOLVERS.items() if solver.serves(bridge)]
+    if name not in serving:
         raise ValueError(
-            f"{type(bridge).__name__}'s solver must be one of {list(bridge.solvers)}, got {name!r}. "
-            f'Write solver="{OLD_NAMES.get(name, default)}".'
+            f"{type(bridge).__name__}'s solver must be one of {serving}, got {name!r}. "
+            f'Write solver="{OLD_NAMES.get(name, bridge.default_solver)}".'
         )
-    if bridge.context_dim and not SOLVERS[name].takes_context:
-        raise ValueError(f'solver="{name}" has no network, got context_dim > 0. Write solver="{default}".')
+    SOLVERS[name].check(bridge)
     return SOLVERS[name]
+
+
+def refuse_context(solver: Solver, bridge: LearningBridge) -> None:
+    """Refuse a bridge with a context, for solvers that learn no network of it."""
+    if bridge.context_dim:
+        raise ValueError(
+            f'solver="{solver.name}" has no network, got context_dim > 0. Write solver="{bridge.default_solver}".'
+        )
+
+
+def refuse_open_beta(solver: Solver, bridge: LearningBridge) -> None:
+    """Refuse a bridge whose beta the fit is to choose, for solvers that cannot."""
+    if bridge.asked_beta == "auto":
+        raise ValueError(f'beta="auto" needs solver="dual", got {solver.name!r}. Give beta a number.')
+
+
+def options_for(
+    bridge: LearningBridge,
+    solver: Solver,
+    num_updates: int | None,
+    batch_size: int,
+    learning_rate: float | None,
+    num_law_draws: int,
+    progress: bool,
+    checkpoint: str | Path | None,
+    patience: int,
+) -> LightOptions:
+    """Options of a fit by this solver, its defaults where None."""
+    steps = solver.num_updates if num_updates is None else num_updates
+    rate = (2e-3 if bridge.context_dim else 5e-3) if learning_rate is None else learning_rate
+    return LightOptions(FitOptions(steps, batch_size, rate, None, num_law_draws, progress, checkpoint), patience)
 
 
 @torch.no_grad()
@@ -427,9 +489,6 @@ def all_points(end: Any, num: int) -> Side:
         return equal_weights(end.batch(num).points)
     rows, weights = end.all()
     return Side(rows.points, weights)
-
-
-# The start, and Adam's way
 
 
 @torch.no_grad()
@@ -467,14 +526,12 @@ def begin(bridge: LearningBridge, ends: Ends) -> MixtureProcess:
     return process
 
 
-def descend(
-    bridge: LearningBridge, ends: Ends, options: LightOptions, num_updates: int, loss: Callable[[], Tensor]
-) -> FitHistory:
+def descend(bridge: LearningBridge, ends: Ends, options: LightOptions, loss: Callable[[], Tensor]) -> FitHistory:
     """Adam down the loss of minibatches. Of finite data the parameters with the lowest held-out loss are kept."""
     process, finite = bridge.process, not ends.target.fresh
     parameters = list(process.parameters.parameters())
-    num_updates, rate = options.steps(num_updates), options.rate(2e-3 if bridge.context_dim else 5e-3)
-    judges = min(HELD_OUT, HELD_OUT_BATCHES * options.batch_size)  # a check costs no more than three updates
+    num_updates, rate = options.fit.num_updates, options.fit.learning_rate
+    judges = min(HELD_OUT, HELD_OUT_BATCHES * options.fit.batch_size)  # a check costs no more than three updates
     every = max(1, num_updates // NUM_CHECKS)
     checks = EarlyChecks(parameters, lambda: held_out_loss(process, ends, judges), every)
 
@@ -484,7 +541,7 @@ def descend(
         with process.parameters.noise():
             return loss()
 
-    name, checkpoint = type(bridge).__name__, options.checkpoint
+    name, checkpoint = type(bridge).__name__, options.fit.checkpoint
     history = train(
         parameters,
         noisy_loss,
@@ -494,7 +551,7 @@ def descend(
         keep_best=finite,
         num_checks=NUM_CHECKS,
         patience=options.patience if finite else None,
-        progress=options.progress,
+        progress=options.fit.progress,
         description=name,
         on_check=None if checkpoint is None else lambda: bridge.save(checkpoint),
     )

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyro_sb.bridges.base import Bridge
-from pyro_sb.bridges.diffusion.vsdm import VSDM
+from pyro_sb.bridges.base import Bridge, check_fit_options
+from pyro_sb.bridges.diffusion.vsdm import SGM, VSDM
 from pyro_sb.bridges.light.light import LightSB
 from pyro_sb.bridges.light.mixture import MixtureBridge
+from pyro_sb.bridges.options import check_names
 from pyro_sb.infer.amortized.latent_law import LatentLaw
 from pyro_sb.infer.amortized.training_set import TrainingSet
 from pyro_sb.training import FitHistory
@@ -26,6 +27,7 @@ Spec = Bridge | type[Bridge] | Callable[..., Bridge] | str | None
 FULL_DIM = 50  # covariances of a mixture are full up to here
 FEW = 2000  # simulations up to which fits are short and regularised
 JUDGES, JUDGE_PATHS = 1024, 16
+GIVEN = ("context", "weights", "checkpoint", "held_out", "progress")  # arguments of a bridge's fit that ours gives
 
 
 def candidates(spec: Spec) -> dict[str, Any]:
@@ -44,18 +46,10 @@ def check_bridge_options(tried: dict[str, Any], options: dict[str, Any]) -> None
     """
     for name, spec in tried.items():
         kind = {"light": LightSB, "vsdm": VSDM}.get(spec, spec) if isinstance(spec, str) else spec
-        if not isinstance(kind, Bridge) and not (isinstance(kind, type) and issubclass(kind, Bridge)):
-            continue
-        parameters = inspect.signature(kind.fit).parameters.values()
-        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-            continue
-        known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        for option in sorted(options.keys() - set(known)):
-            near = nearest(option, known)
-            raise TypeError(
-                f"bridge_options must be options of every bridge that is tried, got {option!r}, which {name} does not "
-                f"have. {f'Write {near!r}.' if near else f'It has {known}.'}"
-            )
+        if isinstance(kind, Bridge) or (isinstance(kind, type) and issubclass(kind, Bridge)):
+            check_fit_options("bridge_options", kind, options, GIVEN)
+        else:
+            check_names(f"{name}.fit (bridge_options)", options, options, GIVEN)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -123,7 +117,7 @@ def fit_bridge(bridge: Bridge, rows: TrainingSet, **options: Any) -> FitHistory:
     defaults: dict[str, Any] = {}
     if isinstance(bridge, MixtureBridge):
         defaults = few_options(int(rows.num_simulations)) if few else {"num_updates": 2500}
-    elif isinstance(bridge, VSDM):
+    elif isinstance(bridge, VSDM | SGM):
         defaults = {"num_updates": 1000 if few else 3000}
     learner: Any = bridge
     with warnings.catch_warnings():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.base import Bridge
+from pyro_sb.bridges.base import Bridge, check_fit_options
 from pyro_sb.bridges.light.light import LightSB
 from pyro_sb.infer.amortized.posterior import Posterior
 from pyro_sb.infer.amortized.refresh import PosteriorProposals
@@ -21,7 +21,6 @@ from pyro_sb.infer.kernels.checks import (
     check_count,
     check_density,
     check_dim,
-    check_fit_options,
     check_local,
     check_model,
     check_paths,
@@ -39,6 +38,8 @@ from pyro_sb.infer.population.population import POOR_SHARE, populate
 __all__ = ["BridgeMH"]
 
 logger = logging.getLogger(__name__)
+GIVEN = ("context", "weights")  # arguments of a bridge's fit that the kernel gives
+SOURCE = {"source"}  # the one of its two ends that a user may give
 LEAST_ACCEPTANCE = 0.05
 
 
@@ -162,7 +163,9 @@ class BridgeMH(ModelKernel):
         self.num_particles = check_count("num_particles", num_particles, least=50)
         check_unused(bridge, fit_options, num_paths)
         if bridge is None or isinstance(bridge, Bridge) or isinstance(bridge, type):
-            check_fit_options(LightSB if bridge is None else bridge, fit_options)
+            check_fit_options(
+                "fit_options", LightSB if bridge is None else bridge, (fit_options or {}).keys() - SOURCE, GIVEN
+            )
         self.bridge, self.context = bridge, context
         self.local, self.bridge_probability = local, bridge_probability
         self.start, self.fit_options, self.reparam = check_start(start), dict(fit_options or {}), reparam
@@ -180,7 +183,9 @@ class BridgeMH(ModelKernel):
             check_dim(self.bridge, self.log_joint)
         elif self.bridge is not None:
             with torch.random.fork_rng(devices=[]):  # the one that is fitted is made when it is fitted
-                check_fit_options(made_bridge(self.bridge, self.log_joint), self.fit_options)
+                check_fit_options(
+                    "fit_options", made_bridge(self.bridge, self.log_joint), self.fit_options.keys() - SOURCE, GIVEN
+                )
 
     def __repr__(self) -> str:
         if self.bridge is None or isinstance(self.bridge, type) or not isinstance(self.bridge, (Bridge, Posterior)):

@@ -1,6 +1,5 @@
 """Checks of what kernels are given: each refusal says what must hold, what came, and what to write instead."""
 
-from inspect import Parameter, signature
 from typing import Any
 
 from torch import Tensor
@@ -16,9 +15,6 @@ HAVE_DENSITY = (
     "LightSB, LightSBM, LightSBBM and DSB (source omitted or a distribution), TailMatched around them, VSDM, SGM, "
     'SmoothedBridge, LatentBridge with a bijective codec, KernelLangevinBridge with scheme="plain"'
 )
-
-GIVEN = {"context", "weights"}
-"""Arguments of ``fit`` that the kernel gives itself."""
 
 
 def check_bridge(bridge: Any, context: Any) -> None:
@@ -186,25 +182,6 @@ def check_model(model: Any, bridge: Any, potential_fn: Any) -> None:
             "Exactly one of model and potential_fn must be given, got neither, and a function as bridge. If that is "
             "minus the log density of a dict of tensors, write BridgeMH(potential_fn=...)."
         )
-
-
-def check_fit_options(bridge: Any, fit_options: Any) -> None:
-    """Refuse options that ``fit`` of a bridge, or of its class, does not have."""
-    inner = bridge
-    known: dict[str, None] = {}
-    while inner is not None:
-        parameters = signature(inner.fit).parameters.values()
-        known |= dict.fromkeys(p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY or p.name == "source")
-        if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
-            break
-        inner = getattr(inner, "bridge", None)
-        if inner is None:  # a class whose inner bridge is not known yet: its own fit refuses
-            return
-    known = {name: None for name in known if name not in GIVEN}
-    unknown = sorted(set(fit_options or {}) - set(known))
-    if unknown:
-        name = bridge.__name__ if isinstance(bridge, type) else type(bridge).__name__
-        raise ValueError(f"fit_options must be options of {name}.fit, got {unknown}. It has {sorted(known)}.")
 
 
 def made_bridge(make: Any, log_joint: LogJoint) -> Bridge:

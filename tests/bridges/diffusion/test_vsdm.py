@@ -213,10 +213,10 @@ def test_transport_is_the_flow_and_the_sampler_is_saved(tmp_path):
     assert torch.equal(bridge.transport(x0), bridge.transport(x0))
     bridge.sampler = Sampler(num_steps=3, solver="heun", path_steps=5)
     bridge.save(tmp_path / "vsdm.pt")
-    assert Bridge.load(tmp_path / "vsdm.pt").sampler == Sampler(3, "heun", 5)
+    assert Bridge.load(tmp_path / "vsdm.pt").sampler == Sampler(num_steps=3, solver="heun", path_steps=5)
     ends = []
     for solver, num_steps in (("multistep", 200), ("heun", 60), ("euler", 2000)):
-        bridge.sampler = Sampler(num_steps, solver)
+        bridge.sampler = Sampler(num_steps=num_steps, solver=solver)
         ends.append(bridge.transport(x0))
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(ends[2], ends[1], rtol=5e-2, atol=5e-2)
@@ -260,7 +260,6 @@ REFUSED = {
     "covariance": (lambda: VSDM(2, step_covariance="small"), "step_covariance must be one of"),
     "hidden": (lambda: VSDM(2, hidden=()), "at least one layer"),
     "embedding": (lambda: VSDM(2, embedding=nn.Linear(1, 1)), "needs a context"),
-    "sgm": (lambda: SGM(2, drift_matrix="tolerance"), "SGM has D = I"),
     "solver": (lambda: Sampler(solver="rk4"), "solver must be one of"),
     "steps": (lambda: Sampler(num_steps=0), "at least 1"),
     "source": (lambda: VSDM(2).fit(torch.randn(50, 2), torch.randn(50, 2)), "source must be None, got Tensor"),
@@ -275,6 +274,18 @@ def test_what_makes_no_sense_is_refused(bad):
     call, message = REFUSED[bad]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_sgm_has_no_option_of_the_drift_and_loads_files_that_name_it():
+    for call in (lambda: SGM(2, drift_matrix="tolerance"), lambda: SGM(2, hiden=(8,))):
+        with pytest.raises(TypeError, match="drift_matrix|hiden"):
+            call()
+    for name in ("num_stages", "zeta"):
+        with pytest.raises(TypeError, match=name):
+            SGM(2).fit(torch.randn(50, 2), **{name: 1})
+    config = SGM(2, hidden=(8,)).config()
+    assert "drift_matrix" not in config
+    assert SGM.from_config(config | {"drift_matrix": "identity"}).config() == config
 
 
 def test_paths_and_path_bounds_refuse_none():

@@ -56,8 +56,8 @@ def test_before_it_has_learnt_both_chains_are_the_gaussian_bridge_for_any_number
         (True, exact.mean0, exact.cov0, exact.mean1, exact.cov1, exact.cross_covariance),
         (False, exact.mean1, exact.cov1, exact.mean0, exact.cov0, exact.cross_covariance.mT),
     ]:
-        chain = bridge._chain(forward)
-        given, start = bridge._given(chain.half, None), mean
+        chain = bridge.chain(forward)
+        given, start = bridge.given(chain.half, None), mean
         joint = cov  # Cov(start, state)
         for k in range(num_steps):
             matrix, offset = affine_of(lambda x: chain.mean(k, x, given), 3)  # noqa: B023
@@ -84,9 +84,9 @@ def test_the_default_source_has_the_target_s_moments_and_its_density():
     target = torch.randn(500, 2, **F64) * torch.tensor([0.3, 4.0], **F64) + 7
     bridge = DSB(2, hidden=(8,), num_steps=3)
     bridge.fit(target, **QUICK, held_out=0.0)
-    given = bridge._given(bridge.ahead, None)
+    given = bridge.given(bridge.ahead, None)
     law = dist.Normal(target.mean(0), target.std(0, correction=0)).to_event(1)
-    x = bridge._start(1000, given)
+    x = bridge.start(1000, given)
     torch.testing.assert_close(bridge._start_log_prob(x, given), law.log_prob(x), rtol=1e-6, atol=1e-6)
     scores = (x - target.mean(0)) / target.std(0)
     assert bool((scores.mean(0).abs() < 4 / 1000**0.5).all()) and bool(((scores.var(0) - 1).abs() < 0.2).all())
@@ -134,8 +134,8 @@ def test_the_published_reversal_of_a_gaussian_bridge_is_its_other_half_to_second
         torch.manual_seed(1)
         bridge, exact = between_gaussians(dim=1, num_steps=num_steps, schedule="constant")
         bridge.ahead.take_steps(bridge._times()), bridge.back.take_steps(bridge._times())
-        ahead, back, k = bridge._chain(True), bridge._chain(False), num_steps // 2
-        given, behind = bridge._given(ahead.half, None), bridge._given(back.half, None)
+        ahead, back, k = bridge.chain(True), bridge.chain(False), num_steps // 2
+        given, behind = bridge.given(ahead.half, None), bridge.given(back.half, None)
         mean, cov = exact.marginal(float(ahead.times[k + 1]))  # of x', where B's step begins
         matrix, offset = affine_of(lambda x: back.mean(num_steps - 1 - k, x, behind), 1)  # noqa: B023
         size = ahead.times[k + 1] - ahead.times[k]
@@ -151,7 +151,7 @@ def test_mean_matching_goals_are_the_earlier_state_where_the_other_chain_is_brow
     bridge, _ = between_gaussians(dim=2, num_steps=5)
     x = torch.randn(7, 2, **F64)
     times = bridge._times()
-    paths = reversed_paths(ReferenceChain(times, 0.7, None), x, bridge._given(bridge.back, None), None)
+    paths = reversed_paths(ReferenceChain(times, 0.7, None), x, bridge.given(bridge.back, None), None)
     torch.testing.assert_close(paths.states[-1], x)  # the learner's end is where the noising began
     torch.testing.assert_close(paths.goals, paths.states[1:], rtol=1e-12, atol=1e-12)
 
@@ -159,7 +159,7 @@ def test_mean_matching_goals_are_the_earlier_state_where_the_other_chain_is_brow
 def test_the_ornstein_uhlenbeck_reference_leaves_the_source_alone():
     times, epsilon = torch.linspace(0, 1, 2001, **F64), 3.0
     bridge, exact = between_gaussians(dim=1, num_steps=5)
-    given = bridge._given(bridge.back, None)
+    given = bridge.given(bridge.back, None)
     chain = ReferenceChain(times, epsilon, exact.cov0.diagonal())
     mean, variance = exact.mean0.clone(), exact.cov0.diagonal().clone()
     for k, size in enumerate(times.diff()):
@@ -229,17 +229,17 @@ def test_steps_have_the_reference_s_variance_where_it_is_asked_for(method):
     bridge = DSB(2, epsilon=0.3, method=method, hidden=(8,), num_steps=4, variance="reference")
     bridge.fit(torch.randn(100, 2, **F64), **QUICK)
     for forward in (True, False):
-        chain = bridge._chain(forward)
+        chain = bridge.chain(forward)
         for now, then in zip(chain.times[:-1], chain.times[1:]):
-            law = chain.half.step(now, then, torch.randn(3, 2, **F64), bridge._given(chain.half, None), 0.3)
+            law = chain.half.step(now, then, torch.randn(3, 2, **F64), bridge.given(chain.half, None), 0.3)
             torch.testing.assert_close(law.scale.square(), (0.3 * (then - now)).expand_as(law.scale), rtol=1e-9, atol=0)
 
 
 def as_ipf_learns_it(bridge):
     """The same chains, in steps whose variances are numbers of a table."""
     for forward in (True, False):
-        chain = bridge._chain(forward)
-        x, given = torch.zeros(1, bridge.dim, **F64), bridge._given(chain.half, None)
+        chain = bridge.chain(forward)
+        x, given = torch.zeros(1, bridge.dim, **F64), bridge.given(chain.half, None)
         steps = list(zip(chain.times[:-1], chain.times[1:]))
         scales = [chain.half.step(now, then, x, given, bridge.epsilon).scale[0] for now, then in steps]
         chain.half.take_steps(chain.times)
@@ -255,7 +255,7 @@ def test_steps_out_of_a_table_are_the_gaussian_bridge_s(schedule):
     law = MultivariateNormal(exact.mean1, exact.cov1)
     torch.testing.assert_close(draws.log_q, law.log_prob(draws.value), rtol=1e-8, atol=1e-8)
     bridge.num_steps = 500  # shorter steps have the reference's variance
-    chain = bridge._chain(True)
+    chain = bridge.chain(True)
     logs = torch.stack([chain.half._step_log(now, then) for now, then in zip(chain.times[:-1], chain.times[1:])])
     share = 5 / 500 if schedule == "constant" else 0.1
     assert float(logs.abs().max()) <= share * float(chain.half.step_logs.abs().max()) + 1e-12
@@ -267,10 +267,10 @@ def test_ipf_leaves_the_gaussian_bridge_as_it_is_in_three_steps(matched):
     bridge, exact = between_gaussians(num_steps=3, schedule="constant")
     as_ipf_learns_it(bridge)
     num, half = 40_000, bridge.ahead
-    x, given = MultivariateNormal(exact.mean1, exact.cov1).sample((num,)), bridge._given(half, None)
-    paths = reversed_paths(bridge._chain(False), x, bridge._given(bridge.back, None), None, matched)
+    x, given = MultivariateNormal(exact.mean1, exact.cov1).sample((num,)), bridge.given(half, None)
+    paths = reversed_paths(bridge.chain(False), x, bridge.given(bridge.back, None), None, matched)
     known = half.step_logs.clone()
-    gap = (measured_steps(half, paths, bridge._given, exact.epsilon) - known).abs().max() / (2 / num) ** 0.5
+    gap = (measured_steps(half, paths, bridge.given, exact.epsilon) - known).abs().max() / (2 / num) ** 0.5
     assert gap < 4.5  # the paths are the same in both cases
     scores = []
     for k, (now, then) in enumerate(zip(paths.times[:-1], paths.times[1:])):
@@ -486,7 +486,7 @@ def test_held_out_source_draws_teach_nothing():
     begin = read_source_law(read, source, 2, 100, 0.25)
     assert len(begin.test) == 50 and set(begin.test.tolist()) | set(begin.train.tolist()) == set(range(200))
     bridge = DSB(2, hidden=(8,))
-    bridge._adopt(read, begin)
+    bridge.adopt(read, begin)
     options = FitOptions(1, 8, 1e-3, None, 100, False, None)
     plan = Iterations(1, 8, "independent", "mean", "brownian", True, 1)
     fit = DSBFit(bridge, options, plan, read, begin, [], "", None)

@@ -375,17 +375,17 @@ def test_a_fit_that_was_cut_short_goes_on_with_its_codec(update, kind, tmp_path,
         options = {"num_updates": 60, "codec_options": {"num_updates": 5}, "num_law_draws": 200}
         return fitted(bridge, target, checkpoint=checkpoint, **options).state_dict()
 
-    whole, original, calls = fit(None), SmoothedBridge._goal, iter(range(10_000))
+    whole, original, calls = fit(None), SmoothedBridge.goal, iter(range(10_000))
 
     def broken(self, *args):
         if torch.is_grad_enabled() and next(calls) == update:
             raise OSError("the disk is full")
         return original(self, *args)
 
-    monkeypatch.setattr(SmoothedBridge, "_goal", broken)
+    monkeypatch.setattr(SmoothedBridge, "goal", broken)
     with pytest.raises(OSError, match="disk"):
         fit(path)
-    monkeypatch.setattr(SmoothedBridge, "_goal", original)
+    monkeypatch.setattr(SmoothedBridge, "goal", original)
     assert not path.exists() and len(list(tmp_path.iterdir())) == (2 if update else 1)
     with pytest.raises(ValueError, match="other data"):
         fitted(LatentBridge(small(), AutoencoderCodec(2, hidden=(8,))), wide() + 1, checkpoint=path)

@@ -409,7 +409,7 @@ def test_bad_choices_are_refused():
     with pytest.raises(ValueError, match="beta must be a number above 1 or \"auto\", got 'best'"):
         LightSBBM(2, beta="best")
     target, context = clusters(100), torch.randn(100, 1, **F64)
-    with pytest.raises(ValueError, match="solver must be one of .*'dual', 'moments', 'alternating'.*'matching'"):
+    with pytest.raises(ValueError, match="solver must be one of .*'moments', 'dual', 'alternating'.*'matching'"):
         LightSBBM(2, num_components=3).fit(target, solver="matching", progress=False)
     for solver in ("moments", "alternating"):
         with pytest.raises(ValueError, match=f'solver="{solver}" has no network'):

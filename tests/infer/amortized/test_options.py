@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_sb.bridges import LightSB
+from pyro_sb.bridges import VSDM, LightSB
 from pyro_sb.infer import AmortizedPosterior
 
 CALLS = []
@@ -43,8 +43,16 @@ def no_calls():
         (Module(), {"num_copie": 0}, r"no option 'num_copie'.*Write num_copies="),
         (functools.partial(model, scale=1.0), {"mising": 0.5}, r"no option 'mising'.*Write missing="),
         (model, {"colour": 3}, r"no option 'colour', and neither has the model.*the model's: \['scale'\]"),
-        (model, {"bridge_options": {"learning_rat": 1.0}}, r"got 'learning_rat', which light.*Write 'learning_rate'"),
-        (model, {"bridge_options": {"colour": 1.0}}, r"got 'colour', which light does not have. It has \["),
+        (
+            model,
+            {"bridge_options": {"learning_rat": 1.0}},
+            "'learning_rat'. Did you mean 'learning_rate'",
+        ),
+        (
+            model,
+            {"bridge_options": {"colour": 1.0}},
+            r"LightSB.fit .* no option 'colour'. It takes batch_",
+        ),
     ],
 )
 def test_a_misspelt_option_is_refused_before_the_model_runs(open_model, options, message):
@@ -54,10 +62,19 @@ def test_a_misspelt_option_is_refused_before_the_model_runs(open_model, options,
 
 
 def test_an_option_must_be_known_to_every_bridge_that_is_tried():
-    with pytest.raises(TypeError, match="got 'solver', which vsdm does not have"):
+    with pytest.raises(TypeError, match="VSDM.fit .* has no option 'solver'"):
         AmortizedPosterior(model).fit(bridge_options={"solver": "likelihood"})
-    with pytest.raises(TypeError, match="got 'epoch', which LightSB does not have"):
+    with pytest.raises(TypeError, match="LightSB.fit .* has no option 'epoch'"):
         AmortizedPosterior(model, bridge=LightSB).fit(bridge_options={"epoch": 3})
+
+
+@pytest.mark.parametrize("name", ["context", "weights", "checkpoint", "held_out", "progress"])
+@pytest.mark.parametrize("bridge", ["light", VSDM, lambda dim, context_dim: VSDM(dim, context_dim=context_dim)])
+def test_an_option_that_the_posterior_gives_itself_is_refused_before_the_model_runs(name, bridge):
+    CALLS.clear()
+    with pytest.raises(TypeError, match=f"is given '{name}' by its caller"):
+        AmortizedPosterior(model, bridge=bridge).fit(bridge_options={name: None})
+    assert not CALLS
 
 
 @pytest.mark.filterwarnings("ignore:.*has not converged")
