@@ -245,7 +245,7 @@ def test_sites_of_two_dtypes_stay_one_walk() -> None:
     params = kernel.initial_params
     for _ in range(3):
         params = {name: value[-1] for name, value in kernel.sample_block(params, 10).draws.items()}
-    assert kernel.walk.num_steps == 30  # a walk that starts anew forgets its counts and its proposals
+    assert kernel.walk.num_steps == 30  # a new walk forgets its counts and its proposals
 
 
 def test_interrupted_run_leaves_no_start_behind() -> None:
