@@ -108,11 +108,11 @@ class Timed:
     warm = math.nan
     steps = 0
 
-    def sample_block(self, params: dict[str, Tensor], num_steps: int) -> Any:
+    def sample_block(self, params: dict[str, Tensor], num_transitions: int) -> Any:
         if self.steps >= self.default_warmup_steps and math.isnan(self.warm):  # type: ignore[attr-defined]
             self.warm = time.process_time()
-        self.steps += num_steps
-        return super().sample_block(params, num_steps)  # type: ignore[misc]
+        self.steps += num_transitions
+        return super().sample_block(params, num_transitions)  # type: ignore[misc]
 
 
 class TimedBridgeMH(Timed, BridgeMH):

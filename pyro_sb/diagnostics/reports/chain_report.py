@@ -27,8 +27,7 @@ def chain_report(x: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, An
     """Of a finished run, or of an ArviZ container."""
     run = None if is_container(x) else run_of(x)
     figures = chain_figures(x if run is None else to_container(to_groups(run).arrays))
-    kernel = None if run is None else run.kernel
-    lines = [*_still(figures), _r_hat(figures), *_sizes(figures), _divergences(figures, kernel)]
+    lines = [*_still(figures), _r_hat(figures), *_sizes(figures), _divergences(figures, run)]
     lines += [] if run is None else _kernel(run)
     panels = [Panel("R-hat and ESS", partial(_draw_chains, figures))]
     details: dict[str, Any] = {"figures": figures}
@@ -100,18 +99,21 @@ def _sizes(figures: ChainFigures) -> list[Line]:
     return lines
 
 
-def _divergences(figures: ChainFigures, kernel: Any) -> Line:
+def _divergences(figures: ChainFigures, run: Run | None) -> Line:
     if figures.diverging is None:
         return Line("divergences", "not recorded", "-")
     total = figures.num_chains * figures.num_draws
-    share, spared = figures.diverging / total, 0.0
+    share, spared, of = figures.diverging / total, 0.0, ""
+    if run is not None and "diverging_share" in run.sample_stats:  # a draw is flagged for any one of its observations
+        share, of = float(run.sample_stats["diverging_share"].mean()), " an observation"
     cure = "smaller steps, or another parametrisation (non-centred)"
+    kernel = None if run is None else run.kernel
     if isinstance(kernel, WalkingKernel):  # it has no step size to set, and a single one says nothing
         spared = max(SPARE, 1 / total)
         cure = kernel.divergence_cure
     verdict = graded(share, spared, 0.01)
     note = "" if share == 0 else cure if verdict != "ok" else "few, of steps of many lengths"
-    return Line("divergences", f"{figures.diverging} ({share:.1%})", verdict, note)
+    return Line("divergences", f"{figures.diverging} ({share:.1%}{of})", verdict, note)
 
 
 def _kernel(run: Run) -> list[Line]:

@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 
 from pyro_sb.bridges.base import Bridge
+from pyro_sb.bridges.diffusion.vsdm import VSDM
+from pyro_sb.bridges.light.light import LightSB
 from pyro_sb.infer.amortized.choice import (
     build,
     candidates,
@@ -176,7 +178,7 @@ class AmortizedPosterior:
             raise ValueError(f"num_copies must be at least 0, got {num_copies}. Omit it for the default.")
         if num_simulations < 1:
             raise ValueError(f"num_simulations must be at least 1, got {num_simulations}. Write 10_000.")
-        _check_options(self.model, type(self).fit, len(model_args), model_kwargs)
+        _check_options(self.model, type(self).fit, len(model_args), model_kwargs, _fit_names(self._candidates))
         check_bridge_options(self._candidates, bridge_options or {})
         source = simulator(self.model, self.observed, model_args, model_kwargs)
         store = Store(checkpoint, {"num_simulations": num_simulations, "missing": missing, "held_out": held_out})
@@ -302,8 +304,18 @@ class AmortizedPosterior:
         return best[2]
 
 
-def _check_options(model: Any, fit: Callable[..., Any], num_args: int, given: dict[str, Any]) -> None:
-    """Keywords that belong to nobody, and keywords of the model that ``fit`` has too and that would never reach it."""
+def _fit_names(tried: dict[str, Any]) -> set[str]:
+    """Keywords of the ``fit`` of the bridges to be tried; what a function will build is not known."""
+    kinds: list[Any] = [{"light": LightSB, "vsdm": VSDM}.get(x, x) if isinstance(x, str) else x for x in tried.values()]
+    known = [x for x in kinds if isinstance(x, Bridge) or (isinstance(x, type) and issubclass(x, Bridge))]
+    parameters = [p for kind in known for p in inspect.signature(kind.fit).parameters.values()]
+    return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _check_options(
+    model: Any, fit: Callable[..., Any], num_args: int, given: dict[str, Any], of_bridge: set[str]
+) -> None:
+    """Keywords of nobody or of the bridge, and those of the model that ``fit`` has too, which would never reach it."""
     own = [n for n, p in inspect.signature(fit).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     bound = model.keywords if isinstance(model, partial) else {}
     try:
@@ -312,6 +324,10 @@ def _check_options(model: Any, fit: Callable[..., Any], num_args: int, given: di
         return
     free = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in given:
+        if name not in parameters and name in of_bridge:
+            raise TypeError(
+                f"fit takes options of the bridge's fit apart, got {name!r}. Write bridge_options={{{name!r}: ...}}."
+            )
         near = nearest(name, own)
         if name not in parameters and (near or not free):
             raise TypeError(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_sb.infer.model.run import Run
+from pyro_sb.infer.model.run import Run, html_table
 from pyro_sb.weights import effective_sample_size, log_evidence, pareto_k
 
 __all__ = ["ImportanceDraws", "weigh"]
@@ -62,17 +62,25 @@ class ImportanceDraws:
         return Run(lambda: {name: value[None] for name, value in self.resample(num).items()})
 
     def __repr__(self) -> str:
+        return "\n".join([self._title(), *(f"  {name}: {value}" for name, value in self._figures())])
+
+    def _repr_html_(self) -> str:
+        """Table of the weights' figures."""
+        return html_table(self._title(), self._figures())
+
+    def _title(self) -> str:
         num, batch = len(self.log_weights), self.log_weights.shape[1:]
         of = f" for each of {batch[0]} observations" if batch else ""
-        figures = [
-            ("Pareto k", self.k_hat, ".2f"),
-            ("effective share", self.ess_share, ".3f"),
-            ("log evidence", self.log_evidence, ".3f"),
-            ("its standard error", self.log_evidence_error, ".3f"),
-        ]
-        shown = (f"  {name}: {_range(value, form)}" for name, value, form in figures)
         sites = ", ".join(f"{name} {tuple(value.shape[1 + len(batch) :])}" for name, value in self.sites.items())
-        return "\n".join([f"ImportanceDraws: {num} weighted draws of {sites}{of}", *shown])
+        return f"ImportanceDraws: {num} weighted draws of {sites}{of}"
+
+    def _figures(self) -> list[tuple[str, str]]:
+        return [
+            ("Pareto k", _range(self.k_hat, ".2f")),
+            ("effective share", _range(self.ess_share, ".3f")),
+            ("log evidence", _range(self.log_evidence, ".3f")),
+            ("its standard error", _range(self.log_evidence_error, ".3f")),
+        ]
 
 
 def weigh(sites: dict[str, Tensor], log_weights: Tensor, batched: bool) -> ImportanceDraws:

@@ -78,8 +78,6 @@ class Posterior:
             return "there are no corrections: the model has no density"
         return "importance() and mcmc() are corrected by the model"
 
-    # ---- the bridge alone ----
-
     def sample(self, num_samples: int = 1000) -> Sites:
         """Uncorrected draws, in one shot. Shape ``(num_samples, *site)``, with a batch ``(num_samples, B, *site)``."""
         if num_samples < 1:
@@ -115,8 +113,6 @@ class Posterior:
             term = term.reshape(*lead, -1).sum(-1)
             value = value + (term if self.observation.batched else term[..., None])
         return value if self.observation.batched else value[..., 0]
-
-    # ---- corrected by the model ----
 
     def importance(self, num_samples: int = 2000) -> ImportanceDraws:
         r"""Weighted draws, exact in the limit; a warning where Pareto's k says that the weights cannot be trusted.
@@ -197,7 +193,17 @@ class Posterior:
         most = MOST_NUMBERS // (u.shape[1] * u.shape[2] * u.shape[2])  # a metric a row
         num = max(128, min(num, most))
         with chosen_threads(u):  # many short levels: modes of many widths, from a start that is poor
-            particles = temper(law, target, num, sweeps=8, final_sweeps=20, num_steps=6, spread=10.0, max_levels=60)
+            particles = temper(
+                law,
+                target,
+                num,
+                sweeps=8,
+                final_sweeps=20,
+                num_steps=6,
+                spread=10.0,
+                max_levels=60,
+                cure="a larger num_proposals, or fit on more simulations",
+            )
         facts |= {"start": "tempered", "levels": particles.num_levels}
         warnings.warn(
             f"the bridge's weights are poor (Pareto k {facts['k_hat']:.2f}, effective share "
@@ -238,8 +244,6 @@ class Posterior:
     def _model(self) -> Any:
         sites = self.simulator.data.unpack(self.observation.values[0])
         return self.simulator.conditioned(sites)
-
-    # ---- Pyro's and ArviZ's nouns ----
 
     def __call__(self, *args: Any, **kwargs: Any) -> Sites:
         """The guide: a joint draw of all latents at an auxiliary site, and a point mass at every latent site."""

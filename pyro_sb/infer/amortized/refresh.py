@@ -107,7 +107,8 @@ class BridgeRefresh(WalkingKernel):
     of five leapfrog steps in the metric of the start. Steps are tuned in warm-up, for every observation, and frozen.
 
     Statistics of a batch are those of its chains: acceptance rates are means over observations, ``lp`` is their sum,
-    and a draw is marked as diverging if a trajectory of any observation diverged.
+    and a draw is marked as diverging if a trajectory of any observation diverged; ``diverging_share`` is the share of
+    the observations whose trajectory did.
 
     :meth:`AmortizedPosterior.condition(y).mcmc <pyro_sb.infer.amortized.posterior.Posterior.mcmc>` makes and runs it.
 
@@ -146,16 +147,31 @@ class BridgeRefresh(WalkingKernel):
     def _starts(self, num: int) -> Tensor:
         return self.starts[torch.arange(num) % len(self.starts)].flatten(0, 1).double()
 
-    # Rows are chains and observations, the observations fastest
-
     @property
     def _batched(self) -> bool:
         """Whether sites carry the observations; a log joint of one observation knows none."""
         return hasattr(self.log_joint, "pack_rows")
 
     def _rows(self, sites: Sites) -> Tensor:
+        self._check_lead(sites)
         state = self.log_joint.pack_rows(sites) if self._batched else self.log_joint.pack(sites)[..., None, :]
         return state.detach().reshape(-1, state.shape[-1])
+
+    def _check_lead(self, sites: Sites) -> None:
+        """Refuse sites without the chains, or without the observations, that rows are made of."""
+        lead = () if self.num_chains is None else (self.num_chains,)
+        of = ["chains"] * len(lead) + ["observations"] * (self._batched and bool(self.log_joint.batch))
+        for name, shape in self.log_joint.site_shapes.items():
+            value, whole = sites.get(name), (*lead, *shape)
+            if value is not None and tuple(value.shape) != whole:
+                raise ValueError(
+                    f"initial_params must have the shape {whole} at site {name!r}, {' x '.join([*of, 'the site'])}, "
+                    f"got {tuple(value.shape)}. Omit them, or write value.expand{whole} for one common start."
+                )
+
+    def _row_name(self, row: int) -> str:
+        chain, observation = divmod(row, self.starts.shape[1])
+        return f"chain {chain}" + f" (observation {observation})" * (self.starts.shape[1] > 1)
 
     def _sites(self, states: Tensor) -> Sites:
         state = states.unflatten(-2, (-1, self.starts.shape[1])).to(self.log_joint.dtype)
@@ -167,6 +183,8 @@ class BridgeRefresh(WalkingKernel):
         if "move" in rows:
             chains |= {"move": rows["move"][..., 0], "diverging": rows["diverging"].any(-1)}
             chains |= {name: rows[name].sum(-1) for name in ("lp", "energy")}
+            if self.starts.shape[1] > 1:
+                chains["diverging_share"] = rows["diverging"].double().mean(-1)
         return chains
 
     def _facts(self) -> dict[str, Any]:

@@ -21,11 +21,8 @@ logger = logging.getLogger(__name__)
 ROWS = 100_000  # rows that rejuvenation aims at
 MOST_COPIES = 19
 PERMUTATIONS = 4
-PILOT, SPREAD, TARGET_ACCEPT = (
-    16,
-    20.0,
-    0.75,
-)  # of rejuvenation: transitions that tune the step, for posteriors of many widths
+PILOT = 16  # transitions of rejuvenation that tune the step
+SPREAD, TARGET_ACCEPT = 20.0, 0.75  # of its steps: posteriors have many widths
 
 
 class TrainingSet(NamedTuple):

@@ -172,6 +172,7 @@ class BridgeMH(ModelKernel):
         self.proposals: Proposals | None = None
         self.pilot: Pilot | None = None
         self._begin: ChainStart | None = None
+        self._made: Bridge | None = None  # by the function, in setup; a copy of it is fitted
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Bind the model's arguments; what was learnt from others is dropped, a bridge fitted in warm-up among it."""
@@ -182,10 +183,8 @@ class BridgeMH(ModelKernel):
         elif isinstance(self.bridge, Bridge):
             check_dim(self.bridge, self.log_joint)
         elif self.bridge is not None:
-            with torch.random.fork_rng(devices=[]):  # the one that is fitted is made when it is fitted
-                check_fit_options(
-                    "fit_options", made_bridge(self.bridge, self.log_joint), self.fit_options.keys() - SOURCE, GIVEN
-                )
+            self._made = made_bridge(self.bridge, self.log_joint)
+            check_fit_options("fit_options", self._made, self.fit_options.keys() - SOURCE, GIVEN)
 
     def __repr__(self) -> str:
         if self.bridge is None or isinstance(self.bridge, type) or not isinstance(self.bridge, (Bridge, Posterior)):
@@ -219,8 +218,6 @@ class BridgeMH(ModelKernel):
             "k_hat": self.pilot.k_hat,
             "effective share": self.pilot.share,
         }
-
-    # Warm-up
 
     def _prepare(self) -> None:
         """Fit a bridge that is not fitted, judge it, tune and freeze the moves, once."""
@@ -275,8 +272,8 @@ class BridgeMH(ModelKernel):
         if self.bridge is None:
             assert self.population is not None
             return LightSB(self.log_joint.dim, num_components=self.population.core.num_components, covariance="full")
-        assert not isinstance(self.bridge, Posterior)
-        return made_bridge(self.bridge, self.log_joint)
+        assert self._made is not None
+        return copy.deepcopy(self._made)
 
     def _found_start(self) -> ChainStart:
         """The population's, or the bridge's weighted draws, or a population where those are poor."""

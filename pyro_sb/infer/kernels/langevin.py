@@ -187,9 +187,6 @@ class KernelLangevin(ModelKernel):
         return self.population.points[torch.multinomial(weights, num, replacement=True)]
 
 
-# What warm-up learns: the bridge, the moves and their probabilities
-
-
 def freeze(
     log_joint: LogJoint,
     population: Population,

@@ -13,7 +13,7 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from pyro_sb.infer.mcmc.record import Block
+from pyro_sb.infer.mcmc.record import Block, PerChain
 from pyro_sb.infer.mcmc.walk import Frozen, Walk
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
 from pyro_sb.infer.population.coordinates import NonCentred
@@ -59,8 +59,6 @@ class WalkingKernel(MCMCKernel):
         self._standing: Tensor | None = None
         self._steps_left = 0
 
-    # What a subclass supplies
-
     @abstractmethod
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The log joint of the model's arguments."""
@@ -76,8 +74,6 @@ class WalkingKernel(MCMCKernel):
     @abstractmethod
     def describe(self) -> str:
         """Lines on the population or bridge of warm-up, the coordinates, and the moves."""
-
-    # What it may supply: another layout of the walk than the log joint's
 
     @property
     def _target(self) -> Any:
@@ -98,6 +94,10 @@ class WalkingKernel(MCMCKernel):
         """States of the walk, ``(*, rows, dim)``, to unconstrained sites ``(*, chains, *site)``."""
         return self.log_joint.unpack(states.to(self.log_joint.dtype))
 
+    def _row_name(self, row: int) -> str:
+        """A row of the walk, for messages."""
+        return f"chain {row}"
+
     def _into_walk(self, rows: Tensor) -> Tensor:
         """Rows of the model's coordinates to those of the walk, in float64."""
         return rows.to(torch.float64)
@@ -109,8 +109,6 @@ class WalkingKernel(MCMCKernel):
     def _facts(self) -> dict[str, Any]:
         """Figures of warm-up, for `diagnostics`."""
         return {}
-
-    # Pyro's contract
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Bind the model's arguments; what was learnt from others is dropped.
@@ -149,23 +147,25 @@ class WalkingKernel(MCMCKernel):
         draws = self.sample_block(params, 1).draws
         return {name: value[0] if self.num_chains is not None else value[0, 0] for name, value in draws.items()}
 
-    def sample_block(self, params: Sites, num_steps: int) -> Block:
-        """``num_steps`` transitions of every chain from ``params``: draws and statistics, steps first."""
+    def sample_block(self, params: Sites, num_transitions: int) -> Block:
+        """``num_transitions`` of every chain from ``params``: draws and statistics, transitions first."""
         with chosen_threads():
-            return self._walked(params, num_steps)
+            return self._walked(params, num_transitions)
 
-    def _walked(self, params: dict[str, Tensor], num_steps: int) -> Block:
+    def _walked(self, params: dict[str, Tensor], num_transitions: int) -> Block:
         self._prepare()
         walk = self._walk = self._walk_from(self._rows(params))
         if self._steps_left == 0:
             walk.forget_warmup()
-        states, stats = walk.run(num_steps)
-        self._steps_left -= num_steps
+        states, stats = walk.run(num_transitions)
+        self._steps_left -= num_transitions
         draws = self._sites(states)
         self._standing = self._rows(
             {name: value[-1] if self.num_chains is not None else value[-1, 0] for name, value in draws.items()}
         )
-        return Block(draws, self._by_chain(stats))
+        stats = self._by_chain(stats)
+        walk.count_divergences(stats["diverging"])
+        return Block(draws, stats)
 
     @property
     def walk(self) -> Walk | None:
@@ -220,13 +220,13 @@ class WalkingKernel(MCMCKernel):
         by_role = {f"acceptance {role}": rate[None] for role, rate in walk.acceptance_by_role().items()}
         rates = self._by_chain({"acceptance rate": walk.acceptance_by_chain[None]} | by_role)
         report: dict[str, Any] = {
-            "acceptance rate": rates["acceptance rate"][0].tolist() if by_chain else walk.acceptance_rate,
+            "acceptance rate": PerChain(rates["acceptance rate"][0].tolist()) if by_chain else walk.acceptance_rate,
             "density evaluations": evaluations.density,
             "gradient evaluations": evaluations.gradient,
         } | self._facts()
         for role in frozen.moves:
             rate = rates[f"acceptance {role}"][0]
-            report[f"acceptance {role}"] = rate.tolist() if by_chain else float(rate)
+            report[f"acceptance {role}"] = PerChain(rate.tolist()) if by_chain else float(rate)
             report[f"probability {role}"] = frozen.probabilities.get(role, 1.0)
         if not by_chain:
             report["divergences"] = walk.divergent_steps
@@ -247,8 +247,6 @@ class WalkingKernel(MCMCKernel):
     def save_params(self, names: Sequence[str]) -> None:
         self._save_params = sorted(names)
 
-    # Parts
-
     def _check_sites(self) -> None:
         """Refuse what the caller set before the model was known."""
         known = sorted(self.log_joint.site_shapes)
@@ -268,9 +266,10 @@ class WalkingKernel(MCMCKernel):
         log_density = self._target.log_prob(state)
         finite = torch.isfinite(log_density)
         if not bool(finite.all()):
-            rows = (~finite).nonzero().flatten().tolist()
+            bad = (~finite).nonzero().flatten().tolist()
+            shown = ", ".join(self._row_name(row) for row in bad[:8]) + f" and {len(bad) - 8} more" * (len(bad) > 8)
             raise ValueError(
-                f"The log joint must be finite at every chain's start, but is not at chains {rows}. "
+                f"The log joint must be finite at every chain's start, but is not at {shown}. "
                 "Omit initial_params, or give points inside the support."
             )
         assert self.frozen is not None

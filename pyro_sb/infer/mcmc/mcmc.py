@@ -7,8 +7,9 @@ A kernel takes part by the *batched protocol*: it is a :class:`~pyro.infer.mcmc.
 
 * ``num_chains``: set by :class:`MCMC` before ``setup``, ``None`` under :class:`pyro.infer.MCMC`;
 * ``default_warmup_steps``: used for ``warmup_steps=None``;
-* ``sample_block(params, num_steps) -> Block``: ``num_steps`` further states of every chain;
-* ``log_joint``: after ``setup``, the :class:`~pyro_sb.infer.model.log_joint.LogJoint` that it samples.
+* ``sample_block(params, num_transitions) -> Block``: ``num_transitions`` further states of every chain;
+* ``log_joint``: after ``setup``, the :class:`~pyro_sb.infer.model.log_joint.LogJoint` that it samples;
+* ``diagnostics()``: its figures; one with a value a chain is a :class:`~pyro_sb.infer.mcmc.record.PerChain`.
 """
 
 import dataclasses

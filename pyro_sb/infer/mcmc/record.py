@@ -8,20 +8,24 @@ import torch
 from pyro.ops import stats
 from torch import Tensor
 
-__all__ = ["Block", "Record", "floating", "in_chunks", "per_chain", "site_diagnostics"]
+__all__ = ["Block", "PerChain", "Record", "floating", "in_chunks", "per_chain", "site_diagnostics"]
 
 
 class Block(NamedTuple):
     r"""Consecutive states of every chain, as ``sample_block`` returns them.
 
     Attributes:
-        draws: Unconstrained sites, each of shape ``(num_steps, num_chains, *site)``.
-        stats: One value a step and chain, such as ``acceptance_rate``, ``energy``, ``step_size``, ``diverging``,
-            ``move``, ``lp``. Each of shape ``(num_steps, num_chains)``.
+        draws: Unconstrained sites, each of shape ``(num_transitions, num_chains, *site)``.
+        stats: One value a transition and chain, such as ``acceptance_rate``, ``energy``, ``step_size``, ``diverging``,
+            ``move``, ``lp``. Each of shape ``(num_transitions, num_chains)``.
     """
 
     draws: dict[str, Tensor]
     stats: dict[str, Tensor]
+
+
+class PerChain(list[Any]):
+    """A kernel's figure with one value a chain, which `per_chain` deals out."""
 
 
 class Record:
@@ -92,9 +96,9 @@ def site_diagnostics(value: Tensor) -> OrderedDict[str, Tensor]:
 def per_chain(diagnostics: dict[str, Any], diverging: Tensor | None, num_chains: int) -> list[dict[str, Any]]:
     """Diagnostics of each chain, with its diverging draws as indices.
 
-    A list, tuple or tensor with one entry a chain is dealt out; anything else belongs to every chain.
+    What is marked as `PerChain` is dealt out; anything else belongs to every chain.
     """
-    chains = [{key: _entry(value, i, num_chains) for key, value in diagnostics.items()} for i in range(num_chains)]
+    chains = [{key: _entry(value, i) for key, value in diagnostics.items()} for i in range(num_chains)]
     for i, chain in enumerate(chains):
         chain.setdefault("divergences", [])
         if diverging is not None:
@@ -102,9 +106,10 @@ def per_chain(diagnostics: dict[str, Any], diverging: Tensor | None, num_chains:
     return chains
 
 
-def _entry(value: Any, i: int, num_chains: int) -> Any:
-    value = value.tolist() if isinstance(value, Tensor) else value
-    return value[i] if isinstance(value, list | tuple) and len(value) == num_chains else value
+def _entry(value: Any, i: int) -> Any:
+    if isinstance(value, PerChain):
+        return value[i]
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def floating(value: Tensor) -> Tensor:

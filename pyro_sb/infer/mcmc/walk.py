@@ -90,8 +90,8 @@ class Walk:
             self._in_warmup = False
             self._clear()
 
-    def run(self, num_steps: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """States ``(num_steps, C, d)`` and statistics ``(num_steps, C)`` of the next steps.
+    def run(self, num_transitions: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """States ``(num_transitions, C, d)`` and statistics ``(num_transitions, C)`` of the next transitions.
 
         ``lp`` is the target's log density in the coordinates of the walk, and ``energy`` minus that: a potential,
         without a kinetic part. ``move`` is a position in :data:`ROLES`, of the move that the step began with.
@@ -99,11 +99,11 @@ class Walk:
         """
         begins = [role for role in self.roles if role in self.frozen.probabilities]
         probabilities = torch.tensor([self.frozen.probabilities[role] for role in begins])
-        drawn = torch.multinomial(probabilities, num_steps, replacement=True).tolist()
+        drawn = torch.multinomial(probabilities, num_transitions, replacement=True).tolist()
         schedule = [(begins[index], *self.frozen.then) for index in drawn]
         self._draw_ahead(schedule)
-        draws = torch.empty(num_steps, *self.x.shape, dtype=self.x.dtype, device=self.x.device)
-        lp = torch.empty(num_steps, len(self.x), dtype=self.x.dtype, device=self.x.device)
+        draws = torch.empty(num_transitions, *self.x.shape, dtype=self.x.dtype, device=self.x.device)
+        lp = torch.empty(num_transitions, len(self.x), dtype=self.x.dtype, device=self.x.device)
         accept, diverging = torch.zeros_like(lp), torch.zeros_like(lp, dtype=torch.bool)
         each = {f"acceptance_{role}": torch.zeros_like(lp) for role in self.roles} if self.frozen.then else {}
         for i, scan in enumerate(schedule):
@@ -114,7 +114,7 @@ class Walk:
                 if each:
                     each[f"acceptance_{role}"][i] += moved.accept_prob / scan.count(role)
             draws[i], lp[i] = self.x, self.log_density
-        self._count_divergences(diverging)
+        self.num_steps += num_transitions
         codes = torch.tensor([ROLES.index(scan[0]) for scan in schedule], device=lp.device)
         sizes = [mean_step(self.frozen.moves[scan[-1]]) for scan in schedule]
         stats = {
@@ -126,6 +126,16 @@ class Walk:
             "step_size": torch.tensor(sizes, dtype=lp.dtype, device=lp.device)[:, None].expand_as(lp),
         }
         return draws, stats | each
+
+    def count_divergences(self, diverging: Tensor) -> None:
+        """Count those of the transitions that have just been made, by chain: rows of several targets are one chain's.
+
+        Args:
+            diverging: Shape ``(num_transitions, num_chains)``.
+        """
+        begun = self.num_steps - len(diverging)
+        self.divergent_steps.extend(begun + step for step in diverging.any(1).nonzero().flatten().tolist())
+        self.num_divergences += int(diverging.sum())
 
     @property
     def acceptance_rate(self) -> float:
@@ -167,9 +177,3 @@ class Walk:
                 self.log_q = None
             fewest = ROWS_AHEAD // (len(self.x) * move.num_proposals)
             store.extend(move.ahead(self.log_joint, max(missing, fewest), len(self.x)))
-
-    def _count_divergences(self, diverging: Tensor) -> None:
-        steps = diverging.any(1).nonzero().flatten().tolist()
-        self.divergent_steps.extend(self.num_steps + step for step in steps)
-        self.num_divergences += int(diverging.sum())
-        self.num_steps += len(diverging)

@@ -152,8 +152,6 @@ class LogJoint:
         """The Pyro model, None for a ``potential_fn``."""
         return None if self.prototype is None else self.prototype.runs.model
 
-    # ---- density ----
-
     def log_prob(self, z: Tensor) -> Tensor:
         r"""Log joint without a graph.
 
@@ -190,8 +188,6 @@ class LogJoint:
                 f"z must have shape (chains, {self.dim}), got {tuple(z.shape)}. Use z[None] for one chain."
             )
         return z.detach().to(self.device, self.dtype)
-
-    # ---- sites ----
 
     def pack(self, params: Sites) -> Tensor:
         """``{site: (*batch, *shape)}``, unconstrained, to ``(*batch, dim)``."""
@@ -263,8 +259,6 @@ class LogJoint:
         if self.prototype is None:
             raise ValueError("A model must be there to draw from its prior, got a potential_fn. Use start().")
         return self.prototype
-
-    # ---- points ----
 
     def prior(self, num: int) -> Tensor:
         r"""Independent draws of the prior, unconstrained. Shape ``(num, dim)``.

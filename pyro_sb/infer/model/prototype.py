@@ -19,6 +19,7 @@ from pyro_sb.infer.model.sites import (
     can_sample,
     is_deterministic,
     is_discrete,
+    is_sample,
     latents,
     plate_nesting,
     refuse_moving_supports,
@@ -140,9 +141,13 @@ def prototype(
         refuse_unenumerable(name, site)
     if not continuous:
         found = f"only discrete ones, {list(discrete)}" if discrete else "none"
-        raise ValueError(
-            f"The model must have a continuous latent site, got {found}. Leave out obs= where a value is unknown."
-        )
+        advice = "Leave out obs= where a value is unknown."
+        if not any(is_sample(site) and not is_deterministic(site) for site in trace.nodes.values()):
+            advice = (
+                "It has no pyro.sample at all. If it gives minus the log density of a dict of tensors, hand it to a "
+                "kernel by potential_fn=."
+            )
+        raise ValueError(f"The model must have a continuous latent site, got {found}. {advice}")
     chosen = complete(transforms, continuous)
     if transforms is None:
         refuse_moving_supports(chosen, run(model, args, kwargs, start))

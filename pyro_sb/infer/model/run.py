@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Run"]
+__all__ = ["Run", "html_table"]
 
 Sites = dict[str, Tensor]
 
@@ -62,3 +63,9 @@ class Run:
         more = f" and {len(shapes) - 8} more sites" if len(shapes) > 8 else ""
         owner = "without a model" if self.model is None else f"of {getattr(self.model, '__name__', 'a model')}"
         return f"Run: {num_chains} chains of {num_draws} draws of {found}{more}, {owner}"
+
+
+def html_table(title: str, figures: list[tuple[str, str]]) -> str:
+    """A title and a table of named figures, for notebooks."""
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in figures)
+    return f"<p>{escape(title)}</p><table>{rows}</table>"

@@ -184,8 +184,6 @@ class ModelRuns:
             numel=sum(torch.as_tensor(site["value"]).numel() for site in nodes.values()),
         )
 
-    # ---- one run: of one row, or of many that are widened ----
-
     def run(
         self,
         row: Row,
@@ -232,8 +230,6 @@ class ModelRuns:
             return term.sum()
         rest = tuple(range(1, term.dim()))
         return term.sum(rest) if rest else term
-
-    # ---- many rows ----
 
     def at(self, rows: Row, num: int, wanted: Wanted, **how: Any) -> Found:
         """Runs of ``num`` rows; ``how`` as in `batches`."""

@@ -42,9 +42,6 @@ ROWS_A_CALL = 2048
 Target = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-# Accept
-
-
 class Point(NamedTuple):
     """States ``(C, d)`` and the target's log density there ``(C,)``."""
 
@@ -89,9 +86,6 @@ def metropolis(state: State, proposal: State, log_ratio: Tensor) -> tuple[State,
         for old, new in zip(state, proposal, strict=True)
     ]
     return type(state)(*parts), probability, accepted
-
-
-# Hamiltonian Monte Carlo on rows
 
 
 class HamiltonianStep(NamedTuple):
@@ -163,9 +157,6 @@ def adapted(step_size: Any, accept_prob: Tensor, target_accept: float, gain: flo
         rate = accept_prob.reshape(-1, len(step_size)).mean(0)
         return step_size * torch.exp(gain * (rate.to(step_size) - target_accept))
     return step_size * math.exp(gain * (float(accept_prob.mean()) - target_accept))
-
-
-# Moves of a kernel
 
 
 class Transition(NamedTuple):

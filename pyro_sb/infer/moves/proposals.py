@@ -89,9 +89,6 @@ class BridgeProposals:
         return None if self.context is None else self.context.expand(num, -1)
 
 
-# The accept step
-
-
 def choose(log_weight: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
     r"""One of N independent proposals, drawn by weight, and the log ratio to accept it with.
 

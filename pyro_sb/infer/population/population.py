@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_sb.infer.model.log_joint import Evaluations, LogJoint
+from pyro_sb.infer.model.run import html_table
 from pyro_sb.infer.moves.moves import HamiltonianMove, IndexMove, adapted
 from pyro_sb.infer.moves.tuning import ChainStates
 from pyro_sb.infer.population.mixture_fit import fit_mixture
@@ -101,6 +102,20 @@ class Population:
         ]
         shown = self.stages if len(self.stages) <= 6 else (*self.stages[:2], "...", *self.stages[-3:])
         return "\n".join([*lines, *(f"    {stage}" for stage in shown)])
+
+    def _repr_html_(self) -> str:
+        """Table of the figures and stages."""
+        return html_table(
+            f"Population of {len(self.points)} draws in {self.points.shape[1]} dimensions",
+            [
+                ("effective share", f"{self.ess_share:.3f}"),
+                ("log evidence", f"{self.log_evidence:.3f} +- {self.log_evidence_error:.3f}"),
+                ("components", str(self.core.num_components)),
+                ("maxima found", str(self.num_modes)),
+                ("evaluations", f"{self.evaluations.density}, {self.evaluations.gradient} with gradient"),
+                *((f"stage {i}", stage) for i, stage in enumerate(self.stages, 1)),
+            ],
+        )
 
 
 class Archive:
@@ -239,7 +254,13 @@ def populate(
     stages.append(f"importance check: effective share {share:.3f}")
     if share < check_share:
         law = core.with_guard(*HEAVY_GUARD)
-        particles = temper(MixtureLaw(law), log_joint, num_particles, metric=lambda x, w: within_factor(law, x, w))
+        particles = temper(
+            MixtureLaw(law),
+            log_joint,
+            num_particles,
+            metric=lambda x, w: within_factor(law, x, w),
+            cure="a larger num_particles, or points inside the support by start=",
+        )
         points, log_density = particles.points[:, 0], particles.log_density[:, 0]
         stages.append(f"tempered SMC: {particles.num_levels} levels, log evidence {particles.log_evidence[0]:.2f}")
         core = fit_mixture(points, torch.full_like(log_density, 1.0 / num_particles), log_density, max(num_modes, 1))

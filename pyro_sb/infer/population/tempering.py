@@ -138,6 +138,7 @@ def temper(
     num_steps: int = 4,
     spread: float = 2.3,
     max_levels: int = 100,
+    cure: str = "more particles, or a start law nearer the target",
 ) -> Particles:
     r"""Particles carried along :math:`q^{1 - \beta} p^\beta`, each of B targets at its own :math:`\beta`.
 
@@ -156,6 +157,7 @@ def temper(
         num_steps: Leapfrog steps a transition.
         spread: Ratio of the largest to the smallest step: modes of many widths ask for a large one.
         max_levels: Largest number of levels; a run that does not reach the targets by then is an error.
+        cure: What errors tell the caller to write, in the words of the caller's own options.
 
     Raises:
         ValueError: The log joint is finite at fewer than d + 2 draws of a start law: too few to know a shape.
@@ -172,7 +174,7 @@ def temper(
         (log_q, grad_q), (log_p, grad_p) = law.value_and_grad(u), _columns(target, u)
         ratio = torch.where(torch.isfinite(log_p), log_p - log_q, -torch.inf)
         if level == 1:
-            _check_finite(ratio, u.shape[-1] + 2)
+            _check_finite(ratio, u.shape[-1] + 2, cure)
         increment = next_increment(ratio, 1 - beta, ess_share)
         log_weights = _scaled(increment, ratio)
         log_evidence = log_evidence + torch.logsumexp(log_weights, 0) - math.log(num)
@@ -195,8 +197,7 @@ def temper(
             return Particles(u, rows.log_density.reshape(num, batch), log_evidence, level, acceptance)
     raise RuntimeError(
         f"tempering must reach its target, but stands at exponent {float(beta.min()):.3g} of 1 after {max_levels} "
-        "levels. Use more particles, or start nearer the target: points by start=, or a bridge fitted on more "
-        "simulations."
+        f"levels. Use {cure}."
     )
 
 
@@ -257,13 +258,13 @@ def _tempered(law: PointLaw, target: RowTarget, beta: Tensor, num: int) -> Calla
     return value_and_grad
 
 
-def _check_finite(ratio: Tensor, least: int) -> None:
+def _check_finite(ratio: Tensor, least: int, cure: str) -> None:
     """Too few particles to know a shape would collapse to a point, and look perfect. ``(N, B)``."""
     finite = (~torch.isneginf(ratio)).sum(0)
     bad = int((finite < least).sum())
     if bad:
         raise ValueError(
             f"The log joint must be finite at {least} draws of the start law or more, got {int(finite.min())} of "
-            f"{len(ratio)} (at {bad} of {len(finite)} observations). Check that the model can have made the data; use "
-            "more particles; or start inside the support: points by start=, or a bridge fitted on more simulations."
+            f"{len(ratio)} (at {bad} of {len(finite)} observations). Check that the model can have made the data, or "
+            f"use {cure}."
         )

@@ -47,7 +47,7 @@ STAYED = [[1.0, 0.0]] * 4
         (0.3, 100, "bad"),
         (0.006, 100, "-"),  # .994^400 = .09
         (0.02, 100, "bad"),  # .98^400 = 3e-4
-        (0.3, 1, "-"),  # a chain that is worth one draw sees one mode
+        (0.3, 1, "-"),  # a chain of effective size one sees one mode
         (1e-300, 100, "-"),
     ],
 )

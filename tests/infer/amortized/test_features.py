@@ -1,4 +1,4 @@
-"""What a bridge is given: standard columns, normal scores, summaries that know no order, missing entries."""
+"""What a bridge sees: standard columns, normal scores, summaries that know no order, missing entries."""
 
 import pytest
 import torch

@@ -36,6 +36,14 @@ def test_the_figures_are_those_of_the_weights():
     assert (one.log_evidence, one.log_evidence_error) == log_evidence(log_weights[:, 0])
 
 
+def test_a_notebook_shows_a_table_of_the_figures():
+    one = weigh({"x": torch.zeros(300)}, torch.randn(300, 1), batched=False)
+    html = one._repr_html_()
+    assert html.count("<tr>") == 4 and f"<td>{one.ess_share:.3f}</td>" in html
+    many = weigh({"x": torch.zeros(300, 2)}, torch.randn(300, 2), batched=True)
+    assert "each of 2 observations" in many._repr_html_() and " to " in many._repr_html_()
+
+
 def test_expectations_are_weighted_means():
     one = weigh({"x": torch.tensor([1.0, 2.0] * 50)}, torch.tensor([math.log(3.0), 0.0] * 50)[:, None], batched=False)
     assert float(one.weights.sum()) == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Observations as they are asked for: shapes and batches read, and what a user may get wrong named by message."""
+"""Observations as they are asked for: shapes and batches read, and a message for what a user may get wrong."""
 
 import math
 import re

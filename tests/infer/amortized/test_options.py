@@ -43,6 +43,8 @@ def no_calls():
         (Module(), {"num_copie": 0}, r"no option 'num_copie'.*Write num_copies="),
         (functools.partial(model, scale=1.0), {"mising": 0.5}, r"no option 'mising'.*Write missing="),
         (model, {"colour": 3}, r"no option 'colour', and neither has the model.*the model's: \['scale'\]"),
+        (model, {"batch_size": 64}, r"got 'batch_size'. Write bridge_options={'batch_size': \.\.\.}"),
+        (model_of_keywords, {"patience": 4}, r"got 'patience'. Write bridge_options={'patience': \.\.\.}"),
         (
             model,
             {"bridge_options": {"learning_rat": 1.0}},

@@ -35,7 +35,7 @@ def black_box():
 
 @functools.cache
 def fitted(model, bridge="light", num_steps=300, missing=0.0, args=(), observed=("y",)):
-    """A small fit, once for all tests; the tests' own randomness starts again after it."""
+    """A small fit, once for all tests; the tests' own seed is set after it."""
     pyro.set_rng_seed(0)
     amortized = AmortizedPosterior(model, observed, bridge=bridge)
     with warnings.catch_warnings():
@@ -238,7 +238,7 @@ def test_a_poisson_regression_with_covariates():
 # ---- missing entries ----
 
 
-@pytest.mark.filterwarnings("ignore:.*Pareto k")  # effective size .95 of the number: a tail by chance
+@pytest.mark.filterwarnings("ignore:.*Pareto k")  # of an effective share of .95: a tail by chance
 def test_a_part_of_the_observation():
     part = Y.clone()
     part[1], part[4] = torch.nan, torch.nan

@@ -1,6 +1,7 @@
 """BridgeRefresh: the target stays exactly invariant however wrong the law, of points or of paths, one or a batch."""
 
 import math
+import re
 import warnings
 
 import pyro.infer
@@ -9,6 +10,7 @@ import torch
 
 from pyro_sb.bridges.diffusion.bridge import Sampler
 from pyro_sb.bridges.diffusion.vsdm import VSDM
+from pyro_sb.diagnostics import report
 from pyro_sb.infer.amortized.latent_law import LatentLaw, Residuals
 from pyro_sb.infer.amortized.paired import BatchJoint, paired_joint
 from pyro_sb.infer.amortized.refresh import BridgeRefresh
@@ -160,6 +162,50 @@ def test_statistics_of_a_batch_are_those_of_its_chains():
     torch.testing.assert_close(block.stats["lp"][-1], lp)
     assert all(value.shape == (4, 10) for value in block.stats.values())
     assert len(kernel.diagnostics()["acceptance bridge"]) == 10
+
+
+def test_figures_of_as_many_observations_as_chains_are_not_dealt_out():
+    kernel, _, _ = kernel_of(4, 4)
+    kernel.facts["log evidence"] = [1.0, 2.0, 3.0, 4.0]
+    mcmc = MCMC(kernel, num_samples=2, num_chains=4, warmup_steps=0, disable_progbar=True)
+    mcmc.run()
+    found = mcmc.diagnostics()
+    assert found["log evidence"] == dict.fromkeys([f"chain {i}" for i in range(4)], [1.0, 2.0, 3.0, 4.0])
+    assert all(isinstance(rate, float) for rate in found["acceptance bridge"].values())
+
+
+@pytest.mark.parametrize("shape", [(5,), (3,), (3, 5), (5, 3, 1)])
+def test_starts_without_chains_or_observations_are_refused_by_shape(shape):
+    kernel, _, _ = kernel_of(3, 5)
+    kernel.initial_params = {"mu": torch.zeros(shape)}
+    message = rf"shape \(5, 3\) at site 'mu', chains x observations x the site, got {re.escape(str(shape))}"
+    with pytest.raises(ValueError, match=message):
+        kernel.setup(0)
+
+
+def test_a_start_outside_the_support_is_named_by_chain_and_observation():
+    kernel, mean, _ = kernel_of(3, 5)
+    kernel.setup(0)
+    start = mean.repeat(5, 1)
+    start[1, 2] = torch.inf
+    with pytest.raises(ValueError, match=r"is not at chain 1 \(observation 2\)\. "):
+        kernel.sample_block({"mu": start}, 1)
+
+
+def test_divergences_of_a_batch_are_counted_by_chain_and_their_share_by_observation():
+    kernel, _, _ = kernel_of(4, 10)
+    calls = []
+
+    def two_observations(kernel, *_):
+        kernel.step_size = torch.tensor([1e4, 1e4, 0.3, 0.3])
+        calls.append(kernel.logging()["divergences"])
+
+    mcmc = MCMC(kernel, num_samples=6, num_chains=10, warmup_steps=1, disable_progbar=True, hook_fn=two_observations)
+    mcmc.run()
+    assert calls[1:] == [str(10 * n) for n in range(1, 7)]  # a chain's draw counts once
+    torch.testing.assert_close(mcmc.sample_stats["diverging_share"], torch.full((10, 6), 0.5))
+    (line,) = (line for line in report(mcmc, modes=False).lines if line.name == "divergences")
+    assert line.value == "60 (50.0% an observation)" and line.verdict == "bad"
 
 
 def test_it_runs_in_our_mcmc():

@@ -91,7 +91,7 @@ def test_a_bridge_that_is_not_fitted_is_fitted_to_the_population(which: str) -> 
     assert kernel.population is not None and kernel.frozen.acceptance["bridge"] > 0.6
     assert not template.fitted  # a copy was fitted
     first = kernel.proposals.bridge
-    mcmc.run(Y + 3.0)  # other data: fitted again
+    mcmc.run(Y + 3.0)  # other data: another fit
     assert kernel.proposals.bridge is not first
     assert abs(float(mcmc.get_samples()["mu"].mean()) - posterior()[0] - 12 / 4.25) < 0.1
 
@@ -372,6 +372,17 @@ def test_a_potential_in_the_wrong_place_is_told_where_to_go() -> None:
         BridgeMH(None, None, a_potential)  # a third place would be guessed wrong
     with pytest.raises(ValueError, match=r"got a LightSB. Write BridgeMH\(model, bridge\)"):
         BridgeMH(LightSB(1))
+
+
+def test_a_function_makes_one_bridge_a_run_and_a_copy_of_it_is_fitted():
+    made = []
+
+    def make(dim):
+        made.append(LightSB(dim, num_components=1))
+        return made[-1]
+
+    kernel = run(BridgeMH(conjugate, make, fit_options={"num_updates": 5}), Y).kernel
+    assert len(made) == 1 and not made[0].fitted and kernel.proposals.bridge.fitted
 
 
 @pytest.mark.parametrize(

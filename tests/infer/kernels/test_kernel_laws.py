@@ -13,6 +13,8 @@ from pyro_sb.bridges import KernelLangevinBridge, LightSB
 from pyro_sb.diagnostics import report
 from pyro_sb.infer import MCMC, AmortizedPosterior, BridgeMH, KernelLangevin
 from pyro_sb.infer.mcmc.kernel import WalkingKernel
+from pyro_sb.infer.mcmc.walk import ROLES
+from pyro_sb.infer.moves.proposals import ProposalMove
 
 Y = torch.tensor([0.9, 0.2, 0.7], dtype=torch.float64)
 NUM_CHAINS, NUM_SAMPLES = 8, 20
@@ -139,6 +141,51 @@ def test_a_kernel_keeps_the_contract(name):
     assert 1 <= len(repr(mcmc).splitlines()) <= 10 and "mu" in repr(mcmc) and "not run" not in repr(mcmc)
     assert mcmc._repr_html_().count("<tr>") == 1 + mcmc.get_samples()["mu"][0].numel()
     assert 1 <= len(repr(kernel).splitlines()) <= 10
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_state_keeps_the_log_density_of_its_own_path_until_another_move(name, monkeypatch):
+    kernel, accept, accepted, ends = KERNELS[name](), ProposalMove.accept, [], set()
+    if isinstance(kernel, BridgeMH) and kernel.local is not None:
+        kernel.bridge_probability = 0.6
+
+    def spied(move, x, log_density, log_q, ahead):
+        moved = accept(move, x, log_density, log_q, ahead)
+        accepted.append((x, log_q, ahead, moved))
+        return moved
+
+    monkeypatch.setattr(ProposalMove, "accept", spied)
+    kernel.num_chains = NUM_CHAINS
+    kernel.setup(0, *([Y] if kernel.model is model else []))
+    params = kernel.initial_params
+    kernel._prepare()
+    accepted.clear()
+    for _ in range(25):
+        block = kernel.sample_block(params, 1)
+        params = {site: value[-1] for site, value in block.draws.items()}
+        walk, last = kernel.walk, (ROLES[int(block.stats["move"][0, 0])], *kernel.frozen.then)[-1]
+        if not isinstance(kernel.frozen.moves[last], ProposalMove):
+            ends.add("another move")
+            assert walk.log_q is None
+            continue
+        ends.add("bridge")
+        x, log_q, ahead, moved = accepted[-1]
+        taken = (moved.x != x).any(-1).nonzero().flatten().tolist()
+        for chain in taken:
+            (own,) = (ahead.x[:, chain] == walk.x[chain]).all(-1).nonzero().flatten().tolist()
+            assert float(walk.log_q[chain]) == float(ahead.log_q[own, chain])
+        stayed = [chain for chain in range(len(x)) if chain not in taken]
+        assert log_q is None or torch.equal(walk.log_q[stayed], log_q[stayed])
+    proposing = isinstance(kernel.frozen.moves.get("bridge"), ProposalMove)
+    assert bool(accepted) == proposing and ends == (
+        {"bridge"}
+        if proposing and name in STILL
+        else {"bridge", "another move"}
+        if isinstance(kernel, BridgeMH)
+        else {"another move"}
+    )
+    if kernel.frozen.then:  # each refresh follows a trajectory: the state's path is drawn again
+        assert all(log_q is None for _, log_q, _, _ in accepted)
 
 
 @pytest.mark.parametrize("name", KERNELS)

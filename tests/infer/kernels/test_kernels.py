@@ -245,7 +245,7 @@ def test_sites_of_two_dtypes_stay_one_walk() -> None:
     params = kernel.initial_params
     for _ in range(3):
         params = {name: value[-1] for name, value in kernel.sample_block(params, 10).draws.items()}
-    assert kernel.walk.num_steps == 30  # a walk that starts again forgets its counts and its proposals
+    assert kernel.walk.num_steps == 30  # a new walk forgets its counts and its proposals
 
 
 def test_interrupted_run_leaves_no_start_behind() -> None:
@@ -311,7 +311,7 @@ def test_start_outside_the_support_is_named() -> None:
 
     start = torch.ones(64, 1, dtype=torch.float64)
     start[7] = -1.0
-    with pytest.raises(ValueError, match=r"chains \[7\]"):
+    with pytest.raises(ValueError, match=r"at chain 7\. "):
         run(KernelLangevin(potential_fn=half_line), initial_params={"z": start})
 
 

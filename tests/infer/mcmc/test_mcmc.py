@@ -15,6 +15,7 @@ from pyro.infer.mcmc import util
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
 from pyro_sb.infer.mcmc.mcmc import MCMC
+from pyro_sb.infer.mcmc.record import PerChain
 from pyro_sb.infer.model.log_joint import log_joint
 
 F64 = torch.float64
@@ -69,10 +70,10 @@ class BatchedKernel(MCMCKernel):
     def sample(self, params):
         return {name: value[0] for name, value in self.sample_block(params, 1).draws.items()}
 
-    def sample_block(self, params, num_steps):
-        self.calls.append(num_steps)
+    def sample_block(self, params, num_transitions):
+        self.calls.append(num_transitions)
         states, statistics = [], []
-        for _ in range(num_steps):
+        for _ in range(num_transitions):
             self.steps += 1
             params, figures = self.move(params)
             states.append(params)
@@ -84,7 +85,11 @@ class BatchedKernel(MCMCKernel):
         return OrderedDict(step=str(self.steps))
 
     def diagnostics(self):
-        return {"acceptance rate": [0.5 + i for i in range(self.num_chains)], "kind": "test"}
+        return {
+            "acceptance rate": PerChain(0.5 + i for i in range(self.num_chains)),
+            "kind": "test",
+            "log evidence": [float(b) for b in range(self.num_chains)],  # of as many observations
+        }
 
     def cleanup(self):
         self.log_joint = None
@@ -226,6 +231,7 @@ def test_diagnostics_are_pyros_figures_and_one_entry_a_chain():
         torch.testing.assert_close(found[name]["r_hat"], figures["r_hat"], rtol=0, atol=0, equal_nan=True)
     assert found["acceptance rate"] == {f"chain {i}": 0.5 + i for i in range(12)}
     assert found["kind"]["chain 11"] == "test"
+    assert found["log evidence"] == dict.fromkeys(found["kind"], [float(b) for b in range(12)])
     # step n, draw n - 1, of chain c diverges if n = c
     assert found["divergences"] == {f"chain {c}": [c - 1] if c > 0 else [] for c in range(12)}
     assert mcmc.sample_stats["diverging"].shape == mcmc.sample_stats["acceptance_rate"].shape == (12, 40)

@@ -28,7 +28,7 @@ def poisson_latent():
     pyro.sample("count", dist.Poisson(rate))
 
 
-def told_to_sample():
+def sequential_site():
     p = pyro.sample("p", dist.Beta(1.0, 1.0))
     pyro.sample("coin", dist.Bernoulli(p), infer={"enumerate": "sequential"})
 
@@ -36,6 +36,10 @@ def told_to_sample():
 def bernoulli_vector():
     p = pyro.sample("p", dist.Beta(1.0, 1.0))
     pyro.sample("coins", dist.Bernoulli(p).expand([3]).to_event(1))
+
+
+def a_potential(z):
+    return 0.5 * z["a"].square().sum()
 
 
 def no_latents(y):
@@ -82,9 +86,10 @@ INF = torch.tensor([1.0, torch.inf])
     [
         (subsampled, (Y,), NotImplementedError, "Plate 'data' must hold all its data, got subsample_size 2 of 8"),
         (poisson_latent, (), NotImplementedError, "Discrete site 'count' must have a finite support.*got Poisson"),
-        (told_to_sample, (), NotImplementedError, "'coin' must be enumerated exactly and in parallel.*'sequential'"),
+        (sequential_site, (), NotImplementedError, "'coin' must be enumerated exactly and in parallel.*'sequential'"),
         (bernoulli_vector, (), NotImplementedError, "'coins' must be enumerable, got a vector.*in a plate"),
-        (no_latents, (Y,), ValueError, "continuous latent site, got none"),
+        (no_latents, (Y,), ValueError, "continuous latent site, got none. Leave out obs="),
+        (a_potential, ({"a": Y},), ValueError, "got none. It has no pyro.sample at all.*potential_fn="),
         (discrete_alone, (), ValueError, r"continuous latent site, got only discrete ones, \['coin'\]"),
         (
             no_bijection,

@@ -89,7 +89,7 @@ def funnel_about_a_discrete_place() -> None:
 
 @pytest.mark.parametrize("model", [masked_funnel, funnel_about_a_discrete_place])
 def test_models_that_cannot_be_decentred_keep_their_coordinates(model) -> None:
-    # a mask that Pyro's reparameteriser does not see through; a location that is drawn again at every call
+    # a mask that Pyro's reparameteriser does not see through; a location that is another draw at every call
     assert coordinates_of(model) is None
 
 
@@ -127,7 +127,7 @@ def test_initial_params_are_the_models_own() -> None:
         disable_progbar=True,
     )
     mcmc.run()
-    kept = mcmc.sample_stats["acceptance_rate"][:, 0] < 1  # a chain that may have stayed starts where it was put
+    kept = mcmc.sample_stats["acceptance_rate"][:, 0] < 1  # a chain that may have stayed starts at the given point
     assert kernel.coordinates is not None and len(seen) == 5
     stayed = (seen[0] + 2.0).abs() < 1e-9
     assert bool((~stayed | kept).all())

@@ -295,6 +295,8 @@ def test_the_prior_of_a_tensor_target_is_refused():
 
 def test_a_population_prints_what_it_is_in_at_most_ten_lines():
     result = populate(two_modes(2, log_factor=2.0), 256)
+    html = result._repr_html_()
+    assert html.count("<tr>") == 5 + len(result.stages) and f"<td>{result.ess_share:.3f}</td>" in html
     lines = repr(result).splitlines()
     assert len(lines) <= 10 and lines[0].startswith("Population of ") and "2 dimensions: effective share" in lines[0]
     assert f"log evidence {result.log_evidence:.3f} +- " in lines[1] and "2 maxima found" in lines[2]

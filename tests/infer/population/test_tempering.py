@@ -125,8 +125,8 @@ def test_the_metric_does_not_see_how_far_apart_the_modes_are():
 
 def test_a_run_that_does_not_arrive_is_an_error_that_says_how_far_it_came():
     target = LogJoint.from_batched(lambda z: -5000 * (z - 9).square().sum(1), 2)
-    with pytest.raises(RuntimeError, match="after 1 levels"):
-        from_mixture(target, student([[0.0, 0.0]], 1.0), 128, max_levels=1)
+    with pytest.raises(RuntimeError, match="after 1 levels. Use a good cure."):
+        from_mixture(target, student([[0.0, 0.0]], 1.0), 128, max_levels=1, cure="a good cure")
 
 
 @pytest.mark.parametrize("fn", [lambda z: z.sum(1) * math.nan, lambda z: torch.where(z[:, 0] > 1e9, 0.0, -torch.inf)])
@@ -239,8 +239,9 @@ def test_a_law_beside_the_support_says_so():
         def value_and_grad(self, x):
             return torch.full_like(x[:, 0], -torch.inf), torch.zeros_like(x)
 
-    with pytest.raises(ValueError, match=r"must be finite at 3 draws.*got 0 of 50 \(at 2 of 2 observations\)"):
-        temper(NormalLaw(torch.zeros(2, 1), torch.ones(2, 1, 1)), Nowhere(), 50)
+    message = r"must be finite at 3 draws.*got 0 of 50 \(at 2 of 2 observations\).* use a good cure."
+    with pytest.raises(ValueError, match=message):
+        temper(NormalLaw(torch.zeros(2, 1), torch.ones(2, 1, 1)), Nowhere(), 50, cure="a good cure")
 
 
 def test_particles_outside_the_support_are_dropped():
