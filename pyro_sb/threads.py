@@ -35,7 +35,8 @@ AGAIN = 10.0  # seconds until the choice is made again: another process may have
 SHARE = 0.02  # of the time that trials of the worse number may cost: where they cost more, the next comes later
 CPU = torch.device("cpu")
 Item = TypeVar("Item")
-Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 
 
 class Call(NamedTuple):
@@ -70,7 +71,8 @@ class Counts:
     """Thread counts of torch and of the loaded BLAS and OpenMP libraries, lowered while a run lasts.
 
     torch and OpenMP keep a number for each Python thread, BLAS one for the process. So each thread notes and puts back
-    its own numbers, and the last one those of the process: BLAS's, and torch's for threads to come.
+    its own numbers, and the last one torch's for threads to come. BLAS's is put back by each, as the first one found
+    it: OpenBLAS was seen to take a number from the main thread alone, which may not be the last.
 
     An interrupt may come at any line. So a thread is noted as open before anything is lowered in it, and until all is
     put back.
@@ -110,15 +112,15 @@ class Counts:
                 own.call = None
                 self.set(1)
             if own.depth == 0 and thread in self._open:
-                last = len(self._open) == 1
-                for library in self._libraries:
-                    if last or library.user_api == "openmp":
-                        library.set_num_threads(self._noted(library).get(library.filepath, own.most))
                 torch.set_num_threads(own.most)
-                if last and own.most != self._most:  # new threads start with what was set last, in any of them
+                if (
+                    len(self._open) == 1 and own.most != self._most
+                ):  # new threads start with what was set last, in any of them
                     setter = threading.Thread(target=torch.set_num_threads, args=(self._most,))
                     setter.start()
                     setter.join()
+                for library in self._libraries:
+                    library.set_num_threads(self._noted(library).get(library.filepath, own.most))
                 self._open.discard(thread)
 
     def set(self, num: int) -> None:
