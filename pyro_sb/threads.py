@@ -113,9 +113,7 @@ class Counts:
                 self.set(1)
             if own.depth == 0 and thread in self._open:
                 torch.set_num_threads(own.most)
-                if (
-                    len(self._open) == 1 and own.most != self._most
-                ):  # new threads start with what was set last, in any of them
+                if len(self._open) == 1 and own.most != self._most:  # new threads start with what was set last
                     setter = threading.Thread(target=torch.set_num_threads, args=(self._most,))
                     setter.start()
                     setter.join()
