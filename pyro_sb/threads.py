@@ -13,15 +13,18 @@ timed, and a seed fixes every bit.
 
 import sys
 import threading
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
+from itertools import chain, islice
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import nn
+from torch.distributions import Distribution
 
-__all__ = ["Pace", "chosen_threads"]
+__all__ = ["Pace", "chosen_threads", "run_by_arguments"]
 
 
 def __dir__() -> list[str]:
@@ -37,76 +40,116 @@ AGAIN = 10.0  # seconds until the choice is made again: another process may have
 SHARE = 0.02  # of the time that trials of the worse number may cost: where they cost more, the next comes later
 CPU = torch.device("cpu")
 Item = TypeVar("Item")
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+
+class Call(NamedTuple):
+    """A call that is being timed: what times it, its number of threads, size and start, and the run it lies in."""
+
+    pace: "Pace"
+    trial: "Trial"
+    num: int
+    size: int
+    begun: float
+    depth: int
 
 
 class Own(threading.local):
-    """State of each Python thread: runs that are open in it, the number at present, the call that is being timed."""
+    """State of each Python thread.
 
-    depth, now = 0, 1
-    call: "tuple[Pace, Trial, int, int, float] | None" = None
+    Attributes:
+        depth: Runs that are open in it.
+        now: Its number of threads at present.
+        most: What torch was set to in it before its first run: an upper bound.
+        found: What the OpenMP libraries were set to, by file.
+        call: The call that is being timed.
+    """
+
+    def __init__(self) -> None:
+        self.depth, self.now, self.most = 0, 1, 1
+        self.found: dict[str, int] = {}
+        self.call: Call | None = None
 
 
 class Counts:
     """Thread counts of torch and of the loaded BLAS and OpenMP libraries, lowered while a run lasts.
 
-    OpenMP keeps a number for each Python thread, BLAS one for the process. So the first run of all Python threads notes
-    what it finds, each thread puts its own number back, and the last one those of the process.
+    torch and OpenMP keep a number for each Python thread, BLAS one for the process. So each thread notes and puts back
+    its own numbers, and the last one torch's for threads to come. BLAS's is put back by each, as the first one found
+    it: OpenBLAS was seen to take a number from the main thread alone, which may not be the last.
+
+    An interrupt may come at any line. So a thread is noted as open before anything is lowered in it, and until all is
+    put back.
 
     Attributes:
-        most: What torch was set to before the run: an upper bound.
         own: State of the present Python thread.
     """
 
     def __init__(self) -> None:
-        self.most, self.own = 1, Own()
-        self._lock, self._num_open = threading.RLock(), 0
+        self.own = Own()
+        self._lock, self._open = threading.RLock(), set[int]()  # threads in which numbers are lowered
         self._libraries: list[Any] = []
-        self._found: dict[str, int] = {}
+        self._most, self._found = 1, dict[str, int]()
         self._num_modules = 0
 
     def open(self) -> None:
         """One thread from here on; libraries that were loaded since the run began are held to its number too."""
+        own, thread = self.own, threading.get_ident()
         with self._lock:
-            if self._num_open == 0:
-                self.most, self._found = torch.get_num_threads(), {}
-            if self.own.depth == 0:
-                self._num_open += 1
-                self.own.now = self.most
-            self.own.depth += 1
+            if thread not in self._open:
+                own.most, own.found, own.call = torch.get_num_threads(), {}, None
+                own.now = own.most
+                if not self._open:
+                    self._most, self._found = own.most, {}
+                self._open.add(thread)
+            own.depth += 1
             self._find()
-            if self.own.depth == 1:
+            if own.depth == 1:
                 self.set(1)
 
-    def close(self) -> None:
-        """Put back what was found, where no other run is open."""
+    def close(self, depth: int) -> None:
+        """Back to so many open runs; where that is none, put back what was found. A call timed inside is dropped."""
+        own, thread = self.own, threading.get_ident()
         with self._lock:
-            self.own.depth -= 1
-            if self.own.depth == 0:
-                self._num_open -= 1
-                self.own.call = None
+            own.depth = min(depth, own.depth)
+            if own.call is not None and own.call.depth > own.depth:
+                own.call = None
+                self.set(1)
+            if own.depth == 0 and thread in self._open:
+                torch.set_num_threads(own.most)
+                if len(self._open) == 1 and own.most != self._most:  # new threads start with what was set last
+                    setter = threading.Thread(target=torch.set_num_threads, args=(self._most,))
+                    setter.start()
+                    setter.join()
                 for library in self._libraries:
-                    if self._num_open == 0 or library.user_api == "openmp":
-                        library.set_num_threads(self._found.get(library.filepath, self.most))
-                torch.set_num_threads(self.most)
+                    library.set_num_threads(self._noted(library).get(library.filepath, own.most))
+                self._open.discard(thread)
 
     def set(self, num: int) -> None:
         """So many threads, in each library at most as many as it was found with."""
         if num != self.own.now:
-            self.own.now = num
             for library in self._libraries:
-                library.set_num_threads(min(num, self._found.get(library.filepath, num)))
+                library.set_num_threads(min(num, self._noted(library).get(library.filepath, num)))
             torch.set_num_threads(num)
+            self.own.now = num
+
+    def _noted(self, library: Any) -> dict[str, int]:
+        """Numbers that libraries of this kind were found with."""
+        return self.own.found if library.user_api == "openmp" else self._found
 
     def _find(self) -> None:
         """Note the libraries that are new, and hold them to the present number."""
         if len(sys.modules) != self._num_modules:  # a library comes with a module, and looking for it takes 4 ms
             from threadpoolctl import ThreadpoolController
 
-            self._num_modules = len(sys.modules)
+            num_modules = len(sys.modules)
             self._libraries = ThreadpoolController().lib_controllers
+            self._num_modules = num_modules
         for library in self._libraries:
-            if library.filepath not in self._found:
-                self._found[library.filepath] = library.num_threads
+            noted = self._noted(library)
+            if library.filepath not in noted:
+                noted[library.filepath] = library.num_threads
                 library.set_num_threads(min(library.num_threads, self.own.now))
 
 
@@ -117,11 +160,13 @@ COUNTS = Counts()
 def chosen_threads(*values: Any) -> Iterator[None]:
     r"""A run: one thread, but for calls that a `Pace` finds faster with more. Runs inside it are part of it.
 
-    What torch is set to before is an upper bound. At the end, also after an error, torch and the libraries have the
-    numbers that they had. Where the work lies on another device than the CPU, all is left as found.
+    What torch is set to before, in the same Python thread, is an upper bound. At the end, also after an error or an
+    interrupt, torch and the libraries have the numbers that they had. Where the arguments show that the work lies on
+    another device than the CPU, all is left as found. A model that keeps its tensors to itself does not show it.
 
     Args:
-        *values: The run's arguments. One tensor on another device, or such a default device, leaves all as found.
+        *values: The run's arguments: tensors, devices, distributions, modules, whatever has a ``device``, and lists or
+            dicts of them. One on another device, or such a default device, leaves all as found.
 
     Example:
         >>> before = torch.get_num_threads()
@@ -131,15 +176,46 @@ def chosen_threads(*values: Any) -> Iterator[None]:
         >>> torch.get_num_threads() == before
         True
     """
-    devices = [torch.get_default_device(), *(value.device for value in values if isinstance(value, Tensor))]
-    if any(device.type != "cpu" for device in devices):
+    if any(device.type != "cpu" for device in (torch.get_default_device(), *_devices(values))):
         yield
         return
-    COUNTS.open()
+    depth = COUNTS.own.depth
     try:
+        COUNTS.open()
         yield
     finally:
-        COUNTS.close()
+        COUNTS.close(depth)
+
+
+def run_by_arguments(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function as a run of its own: `chosen_threads` of the arguments that it is called with."""
+
+    @wraps(function)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with chosen_threads(args, kwargs):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _devices(value: Any, levels: int = 6) -> Iterator[torch.device]:
+    """Devices of what a value is made of; of a long list, those of its first entries."""
+    device = value if isinstance(value, torch.device) else getattr(value, "device", None)
+    if isinstance(device, torch.device):
+        yield device
+        return
+    parts: Iterable[Any] = ()
+    if isinstance(value, nn.Module):
+        parts = chain(value.parameters(), value.buffers())
+    elif isinstance(value, Distribution):
+        parts = vars(value).values()
+    elif isinstance(value, Mapping):
+        parts = value.values()
+    elif isinstance(value, list | tuple):
+        parts = value
+    if levels:
+        for part in islice(parts, 64):
+            yield from _devices(part, levels - 1)
 
 
 class Trial:
@@ -217,21 +293,20 @@ class Pace:
     def start(self, size: int = 1, kind: Hashable = None, device: torch.device = CPU) -> bool:
         """A call begins, of so many rows; whether it is timed, which it is not outside a run or within a timed call."""
         own = COUNTS.own
-        if not own.depth or COUNTS.most == 1 or own.call is not None or device.type != "cpu":
+        if not own.depth or own.most == 1 or own.call is not None or device.type != "cpu":
             return False
         trial = self._trials.setdefault((kind, size.bit_length()), Trial())
-        num = trial.next(COUNTS.most)
+        num = trial.next(own.most)
         COUNTS.set(num)
-        own.call = self, trial, num, size, perf_counter()
+        own.call = Call(self, trial, num, size, perf_counter(), own.depth)
         return True
 
     def stop(self) -> None:
         """The call ends, if one has begun here."""
-        call = COUNTS.own.call
-        if call is not None and call[0] is self:
-            _, trial, num, size, begun = call
-            trial.note(num, COUNTS.most, perf_counter() - begun, size)
-            COUNTS.own.call = None
+        own = COUNTS.own
+        if own.call is not None and own.call.pace is self:
+            own.call.trial.note(own.call.num, own.most, perf_counter() - own.call.begun, own.call.size)
+            own.call = None
             COUNTS.set(1)
 
     def lap(self, device: torch.device = CPU) -> None:
@@ -242,11 +317,11 @@ class Pace:
     @contextmanager
     def call(self, size: int = 1, kind: Hashable = None, device: torch.device = CPU) -> Iterator[None]:
         """One call, of so many rows."""
-        timed = self.start(size, kind, device)
+        begun = COUNTS.own.call if self.start(size, kind, device) else None
         try:
             yield
         finally:
-            if timed:
+            if begun is not None and COUNTS.own.call is begun:  # not dropped meanwhile, with the run that it lay in
                 self.stop()
 
     def each(self, items: Iterable[Item], device: torch.device = CPU) -> Iterator[Item]:

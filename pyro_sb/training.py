@@ -75,7 +75,8 @@ class FitHistory:
         named = {"loss": self.losses, "held-out loss": self.validation_losses, "residual": self.residuals}
         last = [f"last {name} {values[-1]:.4g}" for name, values in named.items() if values]
         end = "interrupted" if self.interrupted else "converged" if self.converged else "not converged"
-        return f"FitHistory: {', '.join([f'{self.iterations} updates in {self.seconds:.3g} s', *last, end])}"
+        parts = [f"{self.iterations} updates in {self.seconds:.3g} s", *last, end, self.threads]
+        return f"FitHistory: {', '.join(filter(None, parts))}"
 
 
 class Best:

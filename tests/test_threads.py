@@ -1,10 +1,12 @@
 """Threads: chosen by calls' own times, and put back whatever happens."""
 
 import json
+import linecache
 import subprocess
 import sys
 import threading
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -12,7 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import pyro_sb.threads as module
 from pyro_sb.bridges.codecs.autoencoder import AutoencoderCodec
@@ -23,13 +25,14 @@ from pyro_sb.bridges.langevin.bridge import KernelLangevinBridge
 from pyro_sb.bridges.latent.bridge import LatentBridge
 from pyro_sb.bridges.light.bass import LightSBBM
 from pyro_sb.bridges.light.light import LightSB, LightSBM
+from pyro_sb.bridges.light.solvers import Likelihood
 from pyro_sb.bridges.tails.bridge import TailMatched
 from pyro_sb.diagnostics import mode_audit
 from pyro_sb.infer.amortized.amortized import AmortizedPosterior
 from pyro_sb.infer.kernels.bridge_mh import BridgeMH
 from pyro_sb.infer.kernels.langevin import KernelLangevin
 from pyro_sb.infer.mcmc.mcmc import MCMC
-from pyro_sb.infer.model.log_joint import log_joint
+from pyro_sb.infer.model.log_joint import LogJoint, log_joint
 from pyro_sb.infer.population.population import populate
 from pyro_sb.threads import Pace, Trial, chosen_threads
 
@@ -41,12 +44,14 @@ def counts() -> dict[str, int]:
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    """Two threads, as on a user's machine; the tests' one thread afterwards."""
+    """Two threads of torch and of every library, as on a user's machine; afterwards those of the tests."""
     import sklearn.cluster  # noqa: F401  its libraries are then known to every count
 
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
+    with threadpool_limits(2):  # OMP_NUM_THREADS may say one
+        torch.set_num_threads(2)
+        assert set(counts().values()) == {2}
+        yield
+        torch.set_num_threads(1)
 
 
 # ---- the choice ----
@@ -133,8 +138,7 @@ def test_a_run_holds_one_thread_and_tries_the_number_found():
             seen.append(counts())
             torch.linalg.eigvalsh(torch.eye(100))
         assert set(counts().values()) == {1}
-    assert [set(number.values()) for number in seen[:3]] == [{1}] * 3
-    assert seen[3]["torch"] == 2
+    assert [set(number.values()) for number in seen[:4]] == [{1}] * 3 + [{2}]
     assert pace.describe().startswith("threads: ")
     assert " of 2 (" in pace.describe()
 
@@ -149,6 +153,7 @@ def test_outside_a_run_nothing_is_timed():
 def test_the_users_number_is_an_upper_bound():
     torch.set_num_threads(1)
     pace, before = Pace(), counts()
+    assert set(before.values()) == {1, 2}
     with chosen_threads():
         for _ in pace.each(range(8)):
             assert set(counts().values()) == {1}
@@ -197,18 +202,162 @@ def test_another_device_leaves_all_as_found():
 
 
 @pytest.mark.cuda
-def test_cuda_leaves_all_as_found():
-    before, seen = counts(), []
-    target = dist.Normal(torch.zeros(2, device="cuda"), 1.0).to_event(1).sample((500,))
+def test_cuda_leaves_all_as_found(monkeypatch, device="cuda"):
+    before, seen, loss = counts(), [], Likelihood.loss
 
-    class Watched(LightSB):
-        def loss(self, *args):
-            seen.append(counts())
-            return super().loss(*args)
+    def watched(self, *args):
+        seen.append(counts())
+        return loss(self, *args)
 
-    history = Watched(2, num_components=3).to("cuda").fit(target, num_updates=10, progress=False)
-    assert before in seen
-    assert history.threads == "threads: 2"
+    monkeypatch.setattr(Likelihood, "loss", watched)
+    law = dist.Normal(torch.zeros(2, device=device), 1.0).to_event(1)
+    for target in (law, law.sample((500,))):
+        bridge = LightSB(2, num_components=3).to(device)
+        history = bridge.fit(target, num_updates=10, progress=False)
+        assert len(seen) == 10
+        assert all(number == before for number in seen)
+        assert history.threads == "threads: 2"
+        seen.clear()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.device("meta"),
+        torch.nn.Linear(2, 2, device="meta"),
+        dist.Normal(torch.zeros(2, device="meta"), 1.0, validate_args=False).to_event(1),
+        {"data": [torch.zeros(2, device="meta")]},
+        LogJoint.from_batched(lambda z: -z.square().sum(-1), dim=2, device="meta"),
+    ],
+    ids=["device", "module", "law", "containers", "log joint"],
+)
+def test_whatever_lies_on_another_device_leaves_all_as_found(value):
+    before = counts()
+    with chosen_threads(value):
+        assert counts() == before
+
+
+def test_doors_see_the_device_of_a_log_joint(monkeypatch):
+    joint = LogJoint.from_batched(lambda z: -z.square().sum(-1), dim=2, device="meta")
+    kernel, before = KernelLangevin(normal, num_particles=200), counts()
+    kernel.log_joint = joint
+
+    def seen(*args, **kwargs):
+        raise LookupError(counts() == before)
+
+    monkeypatch.setattr("pyro_sb.infer.population.population._start_laws", seen)
+    monkeypatch.setattr("pyro_sb.diagnostics.modes.mode_audit._population", seen)
+    monkeypatch.setattr(kernel, "_prepare", seen)
+    doors = (
+        lambda: populate(joint),
+        lambda: mode_audit(target=joint),
+        lambda: kernel.initial_params,
+        lambda: kernel.sample_block({}, 1),
+    )
+    for door in doors:
+        with pytest.raises(LookupError, match="True"):
+            door()
+
+
+def test_an_interrupt_at_any_line_of_the_opening_leaves_no_run_open(monkeypatch):
+    before, left = counts(), 0
+
+    def tracer(frame, event, arg):
+        nonlocal left
+        if frame.f_code.co_filename != module.__file__ or frame.f_code.co_name not in ("open", "_find", "set"):
+            return None
+        locking = "self._lock" in linecache.getline(module.__file__, frame.f_lineno)  # the interpreter guards its end
+        if event == "line" and not locking:
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return tracer
+
+    for lines in range(1, 200):
+        left = lines
+        monkeypatch.setattr(module.COUNTS, "_num_modules", 0)
+        sys.settrace(tracer)
+        try:
+            with chosen_threads():
+                sys.settrace(None)
+                assert lines > 20
+                break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert counts() == before
+        assert not Pace().start()
+    assert counts() == before
+
+
+def test_a_call_left_open_ends_with_its_run():
+    kept, pace = Pace().each(range(3)), Pace()
+    with chosen_threads():
+        with chosen_threads():
+            next(kept)
+        assert pace.start()
+        kept.close()  # ends no call of others
+        pace.stop()
+        with pace.call(), chosen_threads():
+            assert not Pace().start()  # the call outside goes on
+        assert pace.start()
+        pace.stop()
+
+
+def test_a_solve_that_fails_leaves_no_call_open(monkeypatch):
+    pace = Pace()
+
+    def failing(*args, callback, **kwargs):
+        callback(1, 0.5)
+        raise OSError("no memory")
+
+    monkeypatch.setattr("pyro_sb.bridges.langevin.setup.symmetric_sinkhorn", failing)
+    monkeypatch.setattr("pyro_sb.bridges.langevin.bridge.chosen_threads", lambda *values: nullcontext())
+    with chosen_threads():
+        with pytest.raises(OSError, match="no memory"):
+            KernelLangevinBridge(2).fit(torch.randn(300, 2), progress=False)
+        assert pace.start()
+        pace.stop()
+
+
+def test_each_python_thread_has_its_own_bound():
+    before, found = counts(), {}
+
+    def other():
+        torch.set_num_threads(1)
+        with chosen_threads():
+            found["timed"] = Pace().start()
+        found["after"] = torch.get_num_threads()
+
+    second, pace = threading.Thread(target=other), Pace()
+    with chosen_threads():
+        second.start()
+        second.join()
+        assert pace.start()
+        pace.stop()
+    assert found == {"timed": False, "after": 1}
+    assert counts() == before
+
+
+def test_the_last_run_puts_back_the_number_of_threads_to_come():
+    inside, leave, found = threading.Event(), threading.Event(), []
+
+    def other():
+        with chosen_threads():  # finds one: that of the run in the first thread
+            inside.set()
+            leave.wait(10)
+
+    second = threading.Thread(target=other)
+    with chosen_threads():
+        second.start()
+        inside.wait(10)
+    leave.set()
+    second.join()
+    third = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    third.start()
+    third.join()
+    assert found == [2]
 
 
 # ---- doors ----
@@ -254,8 +403,8 @@ def test_a_fit_puts_threads_back_and_says_what_it_chose(name):
     before, bridge = counts(), make()
     history = bridge.fit(torch.randn(300, 2), progress=False, **options)
     assert counts() == before
-    if name != "KernelLangevinBridge":  # one solve, no updates
-        assert " of 2 (" in history.threads or "too few" in history.threads
+    assert " of 2 (" in history.threads or "too few" in history.threads
+    assert history.threads in repr(history)
     with pytest.raises(OSError, match="no more draws"):
         law = dist.Independent(Failing(), 1)
         law.base_dist.left = 0 if name in ("KernelLangevinBridge", "LatentBridge") else 2
@@ -318,7 +467,7 @@ def test_a_run_puts_threads_back(name, monkeypatch):
         left -= 1
         if left == 0:
             raise OSError("interrupted in a call")
-        density(self, *args, **kwargs)
+        return density(self, *args, **kwargs)
 
     monkeypatch.setattr(module.Pace, "start", failing)
     with pytest.raises(OSError, match="interrupted in a call"):

@@ -168,7 +168,8 @@ class SmoothedBridge(DiffusionBridge):
             weights: Non-negative weights of the draws. Shape ``(N,)``.
             progress: Show a bar.
             checkpoint: Path of the bridge, loadable after every check. An unfinished fit that is called again with the
-                same arguments goes on from it, bit for bit; at the end it holds what `save` writes.
+                same arguments goes on from it, with the same number of threads bit for bit; at the end it holds what
+                `save` writes.
             num_updates: Updates of the denoiser; a covariance head gets half as many.
             batch_size: Draws an update.
             learning_rate: Of Adam's first update.

@@ -222,7 +222,8 @@ class DSB(Bridge):
             weights: Non-negative weights of the target's draws. Shape ``(N,)``.
             progress: Show a bar.
             checkpoint: Path of the bridge, loadable after every check. An unfinished fit that is called again with the
-                same arguments goes on from it, bit for bit; at the end it holds what `save` writes.
+                same arguments goes on from it, with the same number of threads bit for bit; at the end it holds what
+                `save` writes.
             num_iterations: Full iterations: both chains once.
             num_updates: Updates of each chain in each iteration.
             batch_size: States an update.

@@ -212,7 +212,7 @@ class KernelLangevinBridge(Bridge):
         )
         start = read_source(source, self.dim, read.points, point=False)
         with chosen_threads(read.points):
-            result = self._scale(read, progress, tolerance, max_iter)
+            result, threads = self._scale(read, progress, tolerance, max_iter)
         self._source = start if isinstance(start, Distribution) else None
         self.source_points = start if isinstance(start, Tensor) else self.points.new_empty(0)
         self.diffusion_factor = self.points.new_empty(0)
@@ -222,8 +222,13 @@ class KernelLangevinBridge(Bridge):
         self.fitted_to = read.describe(source)
         if checkpoint is not None:
             self.save(checkpoint)
-        seconds = time.perf_counter() - begun
-        return FitHistory(result.residuals, iterations=result.iterations, seconds=seconds, converged=result.converged)
+        return FitHistory(
+            result.residuals,
+            iterations=result.iterations,
+            seconds=time.perf_counter() - begun,
+            converged=result.converged,
+            threads=threads,
+        )
 
     def posterior(
         self, log_likelihood: LogLikelihood, *, method: str = "weights", **fit_options: Any
@@ -392,19 +397,21 @@ class KernelLangevinBridge(Bridge):
 
     # Parts, in whitened coordinates
 
-    def _scale(self, read: Target, progress: bool, tolerance: float | None, max_iter: int) -> SymmetricScaling:
-        """Whiten, choose the bandwidths, solve for the scaling; the bridge changes when all has gone well."""
+    def _scale(
+        self, read: Target, progress: bool, tolerance: float | None, max_iter: int
+    ) -> tuple[SymmetricScaling, str]:
+        """Whiten, choose the bandwidths, solve; the bridge changes when all has gone well. The scaling, and threads."""
         points, weights, contexts = read.points, read.shares, read.contexts()
         location, factor = weights @ points, metric_factor(self.metric, points, weights)
         z = whiten(points - location, factor)
         bandwidths = choose_bandwidths(z, contexts.rows, weights, self._asked, variable=self.bandwidth_exponent != 0)
         keys = make_keys(z, contexts.rows, weights, bandwidths, self.bandwidth_exponent)
-        result = solve(keys, weights, bandwidths.epsilon, progress, tolerance=tolerance, max_iter=max_iter)
+        result, threads = solve(keys, weights, bandwidths.epsilon, progress, tolerance=tolerance, max_iter=max_iter)
         self.points, self.weights, self.log_v = points, weights, result.log_v
         self.location, self.metric_cholesky, self._bandwidths, self._cache = location, factor, bandwidths, None
         self.context_points = points.new_empty(0) if read.context is None else read.context
         self.context_location, self.context_scale = contexts.location, contexts.scale
-        return result
+        return result, threads
 
     def _dynamics(self) -> Dynamics:
         """The transition law, and what else a scheme steps with; made once after ``fit``, a load or a move."""

@@ -55,8 +55,8 @@ def make_keys(z: Tensor, y: Tensor | None, weights: Tensor, bandwidths: Bandwidt
     return Keys(points, pilot, units, pilot(points * units))
 
 
-def solve(keys: Keys, weights: Tensor, epsilon: float, progress: bool, **options: Any) -> SymmetricScaling:
-    """The symmetric scaling, with a bar where it is slow and a warning where it has not converged."""
+def solve(keys: Keys, weights: Tensor, epsilon: float, progress: bool, **options: Any) -> tuple[SymmetricScaling, str]:
+    """The symmetric scaling and its threads, with a bar where it is slow and a warning where it has not converged."""
     with tqdm(desc="Sinkhorn", unit="it", disable=not progress or len(weights) <= DENSE_LIMIT) as bar:
         pace = Pace()
 
@@ -65,8 +65,10 @@ def solve(keys: Keys, weights: Tensor, epsilon: float, progress: bool, **options
             bar.set_postfix_str(f"residual {residual:.1e}", refresh=False)
             bar.update()
 
-        result = symmetric_sinkhorn(keys.points, weights, scale=keys.scale, callback=show, **options)
-        pace.stop()
+        try:
+            result = symmetric_sinkhorn(keys.points, weights, scale=keys.scale, callback=show, **options)
+        finally:
+            pace.stop()
     if not result.converged:
         tolerance = options.get("tolerance") or default_tolerance(weights.dtype)
         warnings.warn(
@@ -75,7 +77,7 @@ def solve(keys: Keys, weights: Tensor, epsilon: float, progress: bool, **options
             RuntimeWarning,
             stacklevel=5,
         )
-    return result
+    return result, pace.describe()
 
 
 def check_metric(name: str, matrix: Any, dim: int) -> None:

@@ -23,7 +23,6 @@ __all__ = ["ModeAudit", "audit_or_why", "lines_of_audit", "mode_audit"]
 POOLED = 1024  # draws of each population, and of the run, that modes are looked for in
 
 
-@chosen_threads()
 def mode_audit(
     x: Any = None,
     target: Any = None,
@@ -82,25 +81,26 @@ def mode_audit(
     if max_modes < 1:
         raise ValueError(f"max_modes must be at least 1, got {max_modes}. Omit it for 20.")
     joint, beside = target_of(x, target, potential_fn, args, dict(kwargs or {}), initial_params)
-    draws = None if beside is None else unconstrained_draws(beside, joint)
-    before = joint.evaluations.density + joint.evaluations.gradient
-    near = (
-        None
-        if initial_params is None or potential_fn is not None
-        else joint.pack(initial_params).reshape(-1, joint.dim)
-    )
-    populations = (
-        _population(joint, num_particles, start, near),
-        _population(joint, num_particles, start, near),
-    )
-    clouds = [population.points[population.resample(POOLED)] for population in populations]
-    if draws is not None:
-        flat = draws.flatten(0, 1)
-        clouds.append(flat[torch.linspace(0, len(flat) - 1, min(POOLED, len(flat))).round().long()])
-    cores = [population.core for population in populations]
-    hints = [core.locs[core.log_weights.argsort(descending=True)] for core in cores if len(core.locs) > 1]
-    modes = find_modes(joint, torch.cat([cloud.double().cpu() for cloud in clouds]), max_modes, hints)
-    return _made(joint, populations, modes, draws, joint.evaluations.density + joint.evaluations.gradient - before)
+    with chosen_threads(joint):
+        draws = None if beside is None else unconstrained_draws(beside, joint)
+        before = joint.evaluations.density + joint.evaluations.gradient
+        near = (
+            None
+            if initial_params is None or potential_fn is not None
+            else joint.pack(initial_params).reshape(-1, joint.dim)
+        )
+        populations = (
+            _population(joint, num_particles, start, near),
+            _population(joint, num_particles, start, near),
+        )
+        clouds = [population.points[population.resample(POOLED)] for population in populations]
+        if draws is not None:
+            flat = draws.flatten(0, 1)
+            clouds.append(flat[torch.linspace(0, len(flat) - 1, min(POOLED, len(flat))).round().long()])
+        cores = [population.core for population in populations]
+        hints = [core.locs[core.log_weights.argsort(descending=True)] for core in cores if len(core.locs) > 1]
+        modes = find_modes(joint, torch.cat([cloud.double().cpu() for cloud in clouds]), max_modes, hints)
+        return _made(joint, populations, modes, draws, joint.evaluations.density + joint.evaluations.gradient - before)
 
 
 def _population(joint: LogJoint, num: int, start: str | Tensor, hints: Tensor | None) -> Population:

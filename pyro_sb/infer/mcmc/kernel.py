@@ -132,7 +132,7 @@ class WalkingKernel(MCMCKernel):
         if self._initial_params is not None:
             return self._initial_params
         if self._own_start is None:
-            with chosen_threads():  # pyro.infer.MCMC opens no run
+            with chosen_threads(self.log_joint):  # pyro.infer.MCMC opens no run
                 self._prepare()
             sites = self._sites(self._starts(1 if self.num_chains is None else self.num_chains))
             self._own_start = sites if self.num_chains is not None else {name: x[0] for name, x in sites.items()}
@@ -149,7 +149,7 @@ class WalkingKernel(MCMCKernel):
 
     def sample_block(self, params: Sites, num_transitions: int) -> Block:
         """``num_transitions`` of every chain from ``params``: draws and statistics, transitions first."""
-        with chosen_threads():
+        with chosen_threads(self.log_joint):
             return self._walked(params, num_transitions)
 
     def _walked(self, params: dict[str, Tensor], num_transitions: int) -> Block:

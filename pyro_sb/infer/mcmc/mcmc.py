@@ -149,7 +149,7 @@ class MCMC(api.MCMC):
             ValueError: ``save_params`` names an unknown site.
         """
         record = Record(self.save_params)
-        with chosen_threads(*args, *kwargs.values()), self._prepared_kernel():
+        with chosen_threads(args, kwargs), self._prepared_kernel():
             try:
                 self._draw(record, args, kwargs)
             except KeyboardInterrupt as interrupt:

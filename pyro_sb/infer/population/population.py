@@ -21,7 +21,7 @@ from pyro_sb.infer.population.mixture_fit import fit_mixture
 from pyro_sb.infer.population.search import Optima, find_optima
 from pyro_sb.infer.population.tempering import MixtureLaw, temper, within_factor
 from pyro_sb.ops.student_mixture import StudentMixture
-from pyro_sb.threads import chosen_threads
+from pyro_sb.threads import run_by_arguments
 from pyro_sb.weights import effective_sample_size, log_evidence, normalise, systematic_resample
 
 __all__ = ["FAIR_SHARE", "POOR_SHARE", "Archive", "Population", "populate", "temper_weights"]
@@ -199,7 +199,7 @@ class Effort(NamedTuple):
 BRIEF, LONG = Effort(64, 24, 1), Effort(256, 48, 4)
 
 
-@chosen_threads()
+@run_by_arguments
 def populate(
     log_joint: LogJoint,
     num_particles: int = 1024,
