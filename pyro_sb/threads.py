@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
 
-class Call(NamedTuple):
+class TimedCall(NamedTuple):
     """A call that is being timed: what times it, its number of threads, size and start, and the run it lies in."""
 
     pace: "Pace"
@@ -69,7 +69,7 @@ class Own(threading.local):
     def __init__(self) -> None:
         self.depth, self.now, self.most = 0, 1, 1
         self.found: dict[str, int] = {}
-        self.call: Call | None = None
+        self.call: TimedCall | None = None
 
 
 class Counts:
@@ -298,7 +298,7 @@ class Pace:
         trial = self._trials.setdefault((kind, size.bit_length()), Trial())
         num = trial.next(own.most)
         COUNTS.set(num)
-        own.call = Call(self, trial, num, size, perf_counter(), own.depth)
+        own.call = TimedCall(self, trial, num, size, perf_counter(), own.depth)
         return True
 
     def stop(self) -> None:

@@ -289,7 +289,7 @@ BAD_FITS = {
     "target law of another dimension": ({"target": standard_normal(2)}, r"target .* shapes \(\) and \(3,\)"),
     "source with NaN": ({"source": torch.full((10, 3), math.nan)}, "source must be finite"),
     "weights for a law": ({"target": standard_normal(3), "weights": torch.ones(5)}, "weights go with draws"),
-    "solver": ({"solver": "sgd"}, "solver must be one of .*'likelihood', 'moments', 'matching'.*sgd"),
+    "solver": ({"solver": "sgd"}, "solver must be one of .*'likelihood', 'matching', 'moments'.*sgd"),
     "held out all": ({"held_out": 1.0}, r"held_out must lie in \[0, 1\), got 1"),
     "held out less than none": ({"held_out": -0.1}, "held_out must lie in"),
     "held out NaN": ({"held_out": math.nan}, "held_out must lie in"),
