@@ -138,6 +138,8 @@ QUOTES = (
     Quote("Path weights give the evidence", "linear_gaussian.txt"),
     Quote("Lower halves of digits", "digits.txt"),
     Quote("Between Gaussians at d = 5, 20, 50", "dsb_gaussian.txt"),
+    Quote("On two idle cores the largest cost", "threads.txt"),
+    Quote("`import pyro_sb` takes", "imports.txt"),
     Quote("W2 at 10,000 draws, IMF", "dsb_planar.txt"),
     Quote("Twelve steps at a short horizon", "dsb_short.txt", beside=".285"),
     Quote("IMF .285", "dsb_short.json", until=", IPF"),

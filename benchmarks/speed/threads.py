@@ -163,7 +163,7 @@ def main() -> None:
     columns = ["task", "busy beside", "threads", "wall s", "CPU s", "wall / better", "what was chosen"]
     lines = [
         header("Threads of a run: one, all, or chosen by the run", 0),
-        f"Medians of {args.repeats} runs, each in a process of its own, stopped after {LIMIT} s; {os.cpu_count()} cores.",
+        f"Medians of {args.repeats} runs, each its own process, stopped after {LIMIT} s; {os.cpu_count()} cores.",
         table(columns, rows),
         f"\nLargest ratio of the chosen {worst[5]:.2f} ({worst[0]}, {worst[1]} busy): the claim of {CLAIM} {verdict}.",
     ]
