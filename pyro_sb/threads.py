@@ -251,6 +251,8 @@ class Trial:
         """
         self.num_calls, self._size = self.num_calls + 1, size
         if self._choice:
+            if self._choice > 1 and seconds / size > HOPELESS * min(self._one):
+                self._until = 0.0  # another process has come: compare from the next call on
             return
         (self._one if num == 1 else self._many).append(seconds / size)
         if not self._enough(self._one):

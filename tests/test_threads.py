@@ -530,3 +530,14 @@ def test_two_threads_cost_no_more_cpu_than_one():
             )
             found.append(json.loads(done.stdout.splitlines()[-1])["cpu"])
     assert median(seconds[2]) <= 1.3 * median(seconds[1]), seconds
+
+
+def test_one_stalled_call_ends_the_choice_of_many():
+    trial = Trial()
+    for num in (1, 1, 1, 2, 2, 2):
+        assert trial.next(2) == num
+        trial.note(num, 2, 1e-2 if num == 1 else 5e-3, 1)
+    trial.note(trial.next(2), 2, 1.9e-2, 1)
+    assert trial.next(2) == 2  # slow, and not a stall
+    trial.note(2, 2, 2.1e-2, 1)
+    assert trial.next(2) == 1
