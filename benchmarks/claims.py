@@ -21,6 +21,7 @@ class Claim(NamedTuple):
         seeds: How many, or what is repeated.
         results: Stems of its files under results/, separated by blanks.
         peers: Whether it runs in `.venv-bench`.
+        at: Of a closed question, the commit that has its script.
     """
 
     name: str
@@ -30,12 +31,13 @@ class Claim(NamedTuple):
     seeds: str
     results: str
     peers: bool = False
+    at: str = CLOSED
 
     @property
     def command(self) -> str:
         """Command that runs it, or shows its script."""
         if self.script is None:
-            return f"git show {CLOSED}:benchmarks/{self.results.split()[0]}.py"
+            return f"git show {self.at}:benchmarks/{self.results.split()[0]}.py"
         return f"{'.venv-bench/bin/' if self.peers else ''}python -m benchmarks.{self.script}"
 
 
@@ -70,6 +72,8 @@ CLAIMS = (
     Claim("training", "Training time beside NPE", "amortised.training_time", 5, "3 fits", "training_time", peers=True),
     Claim("calibration", "Amortised posteriors are calibrated", "calibration.posteriors", 8, "1", "calibration"),
     # closed questions
+    Claim("unchanged", "The move into folders changed no draw", None, 10, "1", "unchanged", at="00c16db"),
+    Claim("flows", "Files that five calls enter", None, 1, "1", "flows", at="00c16db"),
     Claim("moves", "ESS that each move of KernelLangevin buys", None, 7, "1", "moves"),
     Claim("steps", "The kernel-Langevin bridge over steps and bandwidths", None, 3, "1", "bridge_experiments"),
     Claim("dynamics", "The same as an emulator of dynamics", None, 2, "1", "bridge_dynamics"),
@@ -138,7 +142,7 @@ QUOTES = (
     Quote("Path weights give the evidence", "linear_gaussian.txt"),
     Quote("Lower halves of digits", "digits.txt"),
     Quote("Between Gaussians at d = 5, 20, 50", "dsb_gaussian.txt"),
-    Quote("On two idle cores the largest cost", "threads.txt"),
+    Quote("On five runs and fits, each once", "threads.txt"),
     Quote("`import pyro_sb` takes", "imports.txt"),
     Quote("W2 at 10,000 draws, IMF", "dsb_planar.txt"),
     Quote("Twelve steps at a short horizon", "dsb_short.txt", beside=".285"),
