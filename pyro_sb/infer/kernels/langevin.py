@@ -23,7 +23,8 @@ from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.moves.moves import BridgeMove, IndexMove
 from pyro_sb.infer.moves.tuning import ChainStates, Tuned, share_moves, trajectory_range, tune, tune_local
 from pyro_sb.infer.population.coordinates import choose_coordinates
-from pyro_sb.infer.population.population import Population, temper_weights
+from pyro_sb.infer.population.population import Population
+from pyro_sb.infer.population.rounds import temper_weights
 from pyro_sb.ops.student_mixture import StudentMixture, weighted_covariance, within_covariance
 from pyro_sb.weights import normalise
 

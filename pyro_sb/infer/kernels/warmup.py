@@ -11,7 +11,8 @@ from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.moves.proposals import ProposalMove, Proposals
 from pyro_sb.infer.moves.tuning import ChainStates, Tuned, local_floor, trajectory_range, tune, tune_local
 from pyro_sb.infer.population.mixture_fit import fit_mixture
-from pyro_sb.infer.population.population import Population, temper_weights
+from pyro_sb.infer.population.population import Population
+from pyro_sb.infer.population.rounds import temper_weights
 from pyro_sb.ops.student_mixture import StudentMixture, within_covariance
 from pyro_sb.weights import effective_sample_size, log_evidence, normalise, pareto_k
 

@@ -123,6 +123,11 @@ class LogJoint:
         return self.packing.dim
 
     @property
+    def run_size(self) -> int:
+        """Numbers that one run of the model holds in its sites; of a ``potential_fn`` its unknowns."""
+        return self.dim if self.prototype is None else self.prototype.runs.numel
+
+    @property
     def dtype(self) -> torch.dtype:
         """The model's dtype; ``z`` is evaluated in it."""
         return self.packing.dtype

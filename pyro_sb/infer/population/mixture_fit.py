@@ -11,7 +11,7 @@ from pyro_sb.threads import chosen_threads
 from pyro_sb.weights import systematic_resample
 
 TAILS = (5.0, 15.0, float("inf"))
-MAX_COMPONENTS = 32
+MAX_COMPONENTS = 256  # more than this many draws can tell apart
 MAX_POINTS = 4096
 STRENGTHS = (1.0, 16.0)
 
@@ -25,7 +25,7 @@ def fit_mixture(
 ) -> StudentMixture:
     r"""Student-t mixture of a weighted sample, chosen on the half of it that was not fitted.
 
-    The number of components doubles while the held-out mean log density rises by more than .02 nats. At every size EM
+    A large sample is thinned without bias first. The number of components doubles while the held-out mean log density rises by more than .02 nats. At every size EM
     from k-means clusters competes with EM from slices of the log density (which follow a funnel's neck, where k-means
     does not), at two strengths of shrinkage towards the start; the tails are chosen at the first size. With
     ``previous`` the first size is its own, and EM from it competes too.
@@ -42,8 +42,8 @@ def fit_mixture(
         >>> fit_mixture(points, torch.full_like(points[:, 0], 1 / 400), -0.5 * points.square().sum(-1)).locs.shape[1]
         2
     """
-    keep = _thinned(weights, points.shape[-1])
-    points, weights, log_density = points[keep], _share(weights[keep]), log_density[keep]
+    keep, weights = thinned(weights, min(MAX_POINTS, max(256, 20_000_000 // points.shape[-1] ** 2)))
+    points, log_density = points[keep], log_density[keep]
     half = torch.randperm(len(points), device=points.device) < len(points) // 2
     train, test = (points[half], _share(weights[half])), (points[~half], _share(weights[~half]))
     most = max(1, min(MAX_COMPONENTS, len(train[0]) // 2))
@@ -123,10 +123,30 @@ def slice_start(points: Tensor, weights: Tensor, log_density: Tensor, num: int) 
     return kernel_start(locs, (count * own + (dim + 2) * near) / (count + dim + 2))
 
 
-def _thinned(weights: Tensor, dim: int) -> Tensor:
-    """Rows that the fit uses: the heaviest ``MAX_POINTS``, or what keeps the outer products under 160 MB."""
-    keep = weights.argsort(descending=True)[: min(MAX_POINTS, max(256, 20_000_000 // dim**2))]
-    return keep[weights[keep] > 0]
+def thinned(weights: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    r"""About ``num`` rows of a weighted sample, without bias: row i with probability :math:`\min(1, w_i / \tau)`.
+
+    A row that is kept has the weight :math:`\max(w_i, \tau)`. To keep the heaviest instead would drop regions that are
+    drawn densely, whose weights are small.
+
+    Args:
+        weights: Non-negative. Shape ``(M,)``.
+        num: Rows wanted; all that have weight are kept where there are no more.
+
+    Returns:
+        The rows, and their weights, which sum to one.
+    """
+    rows = (weights > 0).nonzero().flatten()
+    weights = weights[rows]
+    if len(rows) <= num:
+        return rows, _share(weights)
+    ordered = weights.sort(descending=True).values
+    rest = ordered.flip(0).cumsum(0).flip(0)  # mass of a row and all that are lighter
+    whole = torch.arange(num, device=weights.device)
+    level = rest[:num] / (num - whole)  # of tau, if so many of the heaviest are kept for sure
+    tau = level[int((ordered[:num] <= level).to(torch.uint8).argmax())]
+    kept = torch.rand_like(weights) * tau < weights
+    return rows[kept], _share(weights[kept].clamp_min(tau))
 
 
 def _largest_size(weights: Tensor, dim: int) -> int:

@@ -1,4 +1,4 @@
-"""Batched multi-start Newton search for the maxima of a log joint."""
+r"""Maxima of a log joint by Newton ascents of many starts: what they met, and how much evidence is still unmet."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,18 @@ from torch import Tensor
 
 from pyro_sb.infer.model.log_joint import LogJoint
 
+__all__ = ["UNMET", "Optima", "climb", "dispersed_starts", "empty_optima", "find_optima", "newton_ascent", "relevant"]
+
 STARTS_A_MODE = 12
-STEP_LENGTHS = (4.0, 2.0, 1.0, 0.5, 0.2, 0.05, 0.005)
+MANY_STARTS = 2048  # where two maxima are met: a third may be as far from both as they are from each other
+FIRST_BATCH, LARGEST_BATCH = 64, 4096
+STEP_LENGTHS = (16.0, 4.0, 2.0, 1.0, 0.5, 0.2, 0.05, 0.005)
+FLATTEST = 1e-7  # curvature over the largest, in coordinates of unit curvature, below which a direction is flat
+FEW = 3
+UNMET = 0.01  # share of the evidence in maxima met once, above which the search goes on
+ROWS = 500_000  # of gradients that the search may take, counted for ascents of ten steps of a model of no size
+STEPS, NUMBERS = 10, 25  # a run of the model that holds so many numbers costs twice as much
+RELEVANT = 15.0  # nats of Laplace evidence below the best at which a maximum is left out
 
 
 class Optima(NamedTuple):
@@ -30,43 +40,60 @@ class Optima(NamedTuple):
     hits: Tensor
     num_starts: int
 
+    @property
+    def unmet(self) -> float:
+        """Estimate of the evidence in maxima not met yet, as a share: that of the maxima met once (Good and Turing)."""
+        return float(torch.softmax(self.log_laplace, 0)[self.hits == 1].sum())
 
-def find_optima(
-    log_joint: LogJoint,
-    *,
-    batch: int = 32,
-    max_starts: int = 256,
-    max_iter: int = 60,
-    hints: Tensor | None = None,
-) -> Optima:
-    r"""Maxima of a log joint from overdispersed starts, until no maximum was met only once.
+    @property
+    def rare(self) -> float:
+        """Share of the evidence in maxima that three ascents or fewer met: more of their kind may be unmet."""
+        return float(torch.softmax(self.log_laplace, 0)[self.hits <= FEW].sum())
 
-    A quarter of the starts is uniform(-2, 2), half five times as wide, a quarter prior draws where the prior can be
-    drawn. A maximum hit once suggests others unseen (Good and Turing), and so do fewer than 12 starts a maximum:
-    further batches follow up to ``max_starts``.
+
+def find_optima(log_joint: LogJoint, *, hints: Tensor | None = None, max_iter: int = 60) -> Optima:
+    r"""Maxima of a log joint from overdispersed starts, until little evidence is left unmet.
+
+    An eighth of the starts is uniform on (-2, 2), an eighth five times as wide, the rest prior draws times a half, 1
+    and 2, or where the prior cannot be drawn wider starts. Batches double until the maxima that one start alone met
+    hold less than 1 % of the evidence by Laplace's method, there are twelve starts a maximum, and, once two maxima are
+    met, 2,048 starts; fewer, but 128, where there are many dimensions or a run of the model is long.
 
     Args:
         log_joint: Target on the unconstrained vector.
-        batch: Starts of the first batch; it doubles.
-        max_starts: Largest number of starts.
-        max_iter: Largest number of Newton iterations of a start.
         hints: Points to start from besides, in the first batch. Shape ``(M, d)``.
+        max_iter: Largest number of Newton iterations of a start.
 
     Returns:
         The maxima within 15 nats of the best Laplace evidence; empty (K = 0) if no start ended in one, as on a funnel.
+
+    References:
+        The population frequencies of species and the estimation of population parameters (Good, 1953).
     """
-    found = _empty(log_joint)
-    while found.num_starts < max_starts:
-        ends, log_density, precisions, converged = newton_ascent(
-            log_joint, dispersed_starts(log_joint, batch, hints), max_iter
-        )
-        found = _merge(found, ends[converged], log_density[converged], precisions[converged], len(ends))
-        enough = found.num_starts >= STARTS_A_MODE * len(found.points)
-        if len(found.points) == 0 or (enough and bool((found.hits > 1).all())):
-            break
-        batch *= 2
-    keep = (found.log_laplace > found.log_laplace.max() - 15.0).nonzero().flatten() if len(found.points) else found.hits
-    return _select(found, keep)
+    found, batch = empty_optima(log_joint), FIRST_BATCH
+    cost = (1 + log_joint.run_size / NUMBERS) * STEPS * (2 * log_joint.dim + 3)
+    affordable = max(2 * FIRST_BATCH, min(MANY_STARTS, round(ROWS / cost)))
+    while True:
+        found = climb(log_joint, found, dispersed_starts(log_joint, batch, hints), max_iter)
+        num = len(found.points)
+        wanted = STARTS_A_MODE * num if num < 2 else max(STARTS_A_MODE * num, affordable)
+        if num == 0 or (found.num_starts >= wanted and found.unmet < UNMET) or found.num_starts >= 4 * affordable:
+            return relevant(found)
+        hints, batch = None, min(2 * batch, LARGEST_BATCH)
+
+
+def climb(log_joint: LogJoint, found: Optima, starts: Tensor, max_iter: int = 60) -> Optima:
+    """The maxima that are known and those in which ascents from ``starts`` ``(S, d)`` end."""
+    ends, log_density, precisions, converged = newton_ascent(log_joint, starts, max_iter)
+    return _merge(found, ends[converged], log_density[converged], precisions[converged], len(ends))
+
+
+def relevant(optima: Optima) -> Optima:
+    """The maxima within 15 nats of the best Laplace evidence."""
+    if not len(optima.points):
+        return optima
+    keep = optima.log_laplace > optima.log_laplace.max() - RELEVANT
+    return _select(optima, keep.nonzero().flatten())
 
 
 def dispersed_starts(log_joint: LogJoint, num: int, hints: Tensor | None = None) -> Tensor:
@@ -78,10 +105,13 @@ def dispersed_starts(log_joint: LogJoint, num: int, hints: Tensor | None = None)
         hints: Points that are tried as they are. Shape ``(M, dim)``.
     """
     parts = [] if hints is None else [hints[:num]]
-    quarter = num // 4
+    eighth, quarter = num // 8, num // 4
     try:
-        parts += [log_joint.start(num - 3 * quarter), 5.0 * log_joint.start(2 * quarter)]
-        parts.append(_prior_or(log_joint, quarter, 2.5))
+        usual = log_joint.start(min(num, LARGEST_BATCH // 8)).to(torch.float64)
+        parts += [_repeated(usual, num - 3 * quarter - eighth), 5.0 * _repeated(usual, eighth)]
+        wide = _prior_or(log_joint, 3 * quarter, usual)
+        scales = wide.new_tensor([0.5, 1.0, 2.0]).repeat_interleave(quarter)[:, None]
+        parts.append(scales * wide)
     except ValueError:  # no start of its own is finite: the hints must do
         if hints is None:
             raise
@@ -95,20 +125,32 @@ def dispersed_starts(log_joint: LogJoint, num: int, hints: Tensor | None = None)
     return points[finite]
 
 
-def _prior_or(log_joint: LogJoint, num: int, scale: float) -> Tensor:
-    """Prior draws, or scaled starts where the prior is improper or there is no model."""
+def _repeated(points: Tensor, num: int) -> Tensor:
+    """So many starts: the points in turn, each but the first round moved by the difference of two others."""
+    index = torch.arange(num, device=points.device) % len(points)
+    if num <= len(points):
+        return points[index]
+    pick = torch.randint(len(points), (2, num), device=points.device)
+    fresh = (torch.arange(num, device=points.device) >= len(points))[:, None]
+    return points[index] + 0.5 * fresh * (points[pick[0]] - points[pick[1]])
+
+
+def _prior_or(log_joint: LogJoint, num: int, usual: Tensor) -> Tensor:
+    """Prior draws, or usual starts five times as wide where the prior is improper or there is no model."""
     try:
-        return log_joint.prior(num)
+        return log_joint.prior(num).to(torch.float64)
     except (NotImplementedError, ValueError, RuntimeError):
-        return scale * log_joint.start(num)
+        return 5.0 * _repeated(usual, num)
 
 
 def newton_ascent(log_joint: LogJoint, starts: Tensor, max_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""Saddle-free Newton ascent of a batch.
+    r"""Saddle-free Newton ascent of a batch, in coordinates that have unit curvature along each axis.
 
-    .. math:: x \mathrel{+}= s |H|^{-1} \nabla \log p, \quad \text{s the best of seven lengths.}
+    .. math:: x \mathrel{+}= s\, U |U H U|^{-1} U \nabla \log p, \quad U = |\operatorname{diag} H|^{-1/2}, \quad s
+              \text{ the best of eight lengths.}
 
-    The Hessian is a central difference of the batched gradient: one call of 2 d rows a start, no second derivatives.
+    So units do not matter: coefficients at -6e4 are met like those at 1. The Hessian is a central difference of the
+    batched gradient: one call of 2 d rows a start, no second derivatives.
 
     Returns:
         Ends ``(S, d)``, log densities ``(S,)``, minus Hessians ``(S, d, d)``, and which ends are maxima ``(S,)``.
@@ -121,25 +163,23 @@ def newton_ascent(log_joint: LogJoint, starts: Tensor, max_iter: int) -> tuple[T
     value, grad = log_joint.value_and_grad(x)
     precisions = torch.zeros(num, dim, dim, dtype=x.dtype, device=x.device)
     converged = torch.zeros(num, dtype=torch.bool, device=x.device)
-    active = torch.isfinite(value)
+    active, units = torch.isfinite(value), torch.full_like(x, torch.nan)
     tolerance, flattest = (1e-8, 1e-8) if log_joint.dtype == torch.float64 else (1e-4, 1e-3)
     lengths = torch.tensor(STEP_LENGTHS, dtype=x.dtype, device=x.device)
     for _ in range(max_iter):
         rows = active.nonzero().squeeze(-1)
         if rows.numel() == 0:
             break
-        precision = minus_hessian(log_joint, x[rows])
+        precision = minus_hessian(log_joint, x[rows], units[rows])
         usable = torch.isfinite(precision).flatten(1).all(-1)
         active[rows[~usable]] = False
         rows, precision = rows[usable], precision[usable]
-        curvature, basis = torch.linalg.eigh(precision)
-        size = curvature.abs().clamp_min(1e-10 * curvature.abs().amax(-1, keepdim=True)).clamp_min(1e-300)
-        along = torch.einsum("sij,si->sj", basis, grad[rows])
-        decrement = (along.square() / size).sum(-1)
+        unit = curvature_units(precision)
+        units[rows] = unit
+        direction, decrement = newton_direction(precision, unit, grad[rows])
         concave = strictly_concave(precision, flattest)
         done = (decrement < tolerance) & concave
         precisions[rows], converged[rows[done]], active[rows[done]] = precision, True, False
-        direction = torch.einsum("sij,sj->si", basis, along / size)
         rows, direction, current = rows[~done], direction[~done], value[rows[~done]]
         if rows.numel() == 0:
             continue
@@ -154,6 +194,21 @@ def newton_ascent(log_joint: LogJoint, starts: Tensor, max_iter: int) -> tuple[T
             x[rows] = trials[moved, index[moved]]
             value[rows], grad[rows] = log_joint.value_and_grad(x[rows])
     return x, value, precisions, converged
+
+
+def newton_direction(precision: Tensor, unit: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Saddle-free Newton steps ``(S, d)`` and what they would gain, in nats ``(S,)``."""
+    curvature, basis = torch.linalg.eigh(unit[:, :, None] * precision * unit[:, None, :])
+    size = curvature.abs().clamp_min(1e-300)
+    size = torch.maximum(size, FLATTEST * size.amax(-1, keepdim=True))
+    along = torch.einsum("sij,si->sj", basis, unit * grad)
+    return unit * torch.einsum("sij,sj->si", basis, along / size), (along.square() / size).sum(-1)
+
+
+def curvature_units(precision: Tensor) -> Tensor:
+    """Lengths over which the log density bends by one nat along each axis; 1 where it is flat. ``(S, d)``."""
+    diagonal = precision.diagonal(dim1=-2, dim2=-1).abs()
+    return torch.where(diagonal > 1e-300, diagonal.clamp_min(1e-300).rsqrt(), torch.ones_like(diagonal))
 
 
 def strictly_concave(precision: Tensor, flattest: float) -> Tensor:
@@ -175,10 +230,21 @@ def strictly_concave(precision: Tensor, flattest: float) -> Tensor:
     return torch.linalg.eigvalsh(unit)[:, 0] > flattest
 
 
-def minus_hessian(log_joint: LogJoint, x: Tensor) -> Tensor:
-    """Minus the Hessian by central differences of the gradient, symmetrised. ``(S, d)`` to ``(S, d, d)``."""
+def minus_hessian(log_joint: LogJoint, x: Tensor, units: Tensor | None = None) -> Tensor:
+    """Minus the Hessian by central differences of the gradient, symmetrised. ``(S, d)`` to ``(S, d, d)``.
+
+    Args:
+        log_joint: Target.
+        x: Points.
+        units: Lengths over which the target varies along each axis, NaN where unknown. Shape ``(S, d)``. Differences
+            are taken over a small share of them, else of 1 + abs(x).
+    """
     num, dim = x.shape
-    step = torch.finfo(log_joint.dtype).eps ** (1 / 3) * (1 + x.abs())
+    epsilon, size = torch.finfo(log_joint.dtype).eps, 1 + x.abs()
+    step = epsilon ** (1 / 3) * size
+    if units is not None:
+        known = (epsilon**0.25 * units).clamp_min(64 * epsilon * x.abs())  # no less than x can resolve
+        step = torch.where(torch.isnan(units), step, torch.minimum(known, size))
     shift = torch.diag_embed(step)
     both = torch.cat([x[:, None] + shift, x[:, None] - shift], 1)
     grad = log_joint.value_and_grad(both.flatten(0, 1))[1].view(num, 2, dim, dim)
@@ -186,7 +252,8 @@ def minus_hessian(log_joint: LogJoint, x: Tensor) -> Tensor:
     return -0.5 * (hessian + hessian.mT)
 
 
-def _empty(log_joint: LogJoint) -> Optima:
+def empty_optima(log_joint: LogJoint) -> Optima:
+    """No maximum, from no start."""
     dim = log_joint.dim
     zeros = torch.zeros(0, dtype=torch.float64, device=log_joint.device)
     return Optima(zeros.view(0, dim), zeros, zeros.view(0, dim, dim), zeros, zeros.long(), 0)
@@ -194,23 +261,26 @@ def _empty(log_joint: LogJoint) -> Optima:
 
 def _merge(found: Optima, points: Tensor, log_density: Tensor, precisions: Tensor, num_starts: int) -> Optima:
     """Add ends to the distinct maxima; an end within three sds of a known maximum is a hit of it."""
-    every = Optima(
-        torch.cat([found.points, points]),
-        torch.cat([found.log_density, log_density]),
-        torch.cat([found.precisions, precisions]),
-        torch.cat([found.log_laplace, laplace_evidence(log_density, precisions)]),
-        torch.cat([found.hits, torch.ones(len(points), dtype=torch.long, device=points.device)]),
-        found.num_starts + num_starts,
-    )
-    kept: list[int] = []
-    for i in every.log_density.argsort(descending=True).tolist():
-        gaps = every.points[kept] - every.points[i]
-        near = torch.einsum("ki,kij,kj->k", gaps, every.precisions[kept], gaps) < 9.0
-        if bool(near.any()):
-            every.hits[kept[int(near.nonzero()[0])]] += every.hits[i]
+    found = found._replace(num_starts=found.num_starts + num_starts)
+    for i in log_density.argsort(descending=True).tolist():
+        near = _near(found, points[i])
+        if len(near):
+            found.hits[near[0]] += 1
         else:
-            kept.append(i)
-    return _select(every, torch.tensor(kept, dtype=torch.long, device=points.device))
+            row = (points[i], log_density[i], precisions[i], laplace_evidence(log_density[i], precisions[i]))
+            hits = torch.ones(1, dtype=torch.long, device=points.device)
+            found = Optima(
+                *(torch.cat([old, new[None]]) for old, new in zip(found[:4], row, strict=True)),
+                torch.cat([found.hits, hits]),
+                found.num_starts,
+            )
+    return _select(found, found.log_density.argsort(descending=True))
+
+
+def _near(found: Optima, point: Tensor) -> Tensor:
+    """Indices of the maxima within three of their sds of a point."""
+    gaps = found.points - point
+    return (torch.einsum("ki,kij,kj->k", gaps, found.precisions, gaps) < 9.0).nonzero().flatten()
 
 
 def _select(optima: Optima, rows: Tensor) -> Optima:

@@ -14,10 +14,12 @@ from pyro_sb.ops.student_mixture import StudentMixture, within_covariance
 from pyro_sb.weights import systematic_resample
 
 __all__ = [
+    "Level",
     "MixtureLaw",
     "NormalLaw",
     "Particles",
     "PointLaw",
+    "neighbour_factor",
     "next_increment",
     "temper",
     "weighted_factor",
@@ -26,6 +28,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 TARGET_ACCEPT, GAIN = 0.75, 2.0
+NEIGHBOURS = 8
 Metric = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -92,6 +95,24 @@ class MixtureLaw:
         return self.mixture.log_prob(x)[:, None], self.mixture.score(x)[:, None]
 
 
+class Level(NamedTuple):
+    """Particles of one temperature.
+
+    Attributes:
+        points: Shape ``(N, B, d)``.
+        log_start: The start laws' log densities there. Shape ``(N, B)``.
+        log_density: The targets' log densities there. Shape ``(N, B)``.
+        exponent: Shape ``(B,)``.
+        log_evidence: Of the tempered densities. Shape ``(B,)``.
+    """
+
+    points: Tensor
+    log_start: Tensor
+    log_density: Tensor
+    exponent: Tensor
+    log_evidence: Tensor
+
+
 class Particles(NamedTuple):
     """Equally weighted draws of B targets.
 
@@ -101,6 +122,7 @@ class Particles(NamedTuple):
         log_evidence: Shape ``(B,)``.
         num_levels: Temperatures that were passed.
         acceptance: Of the last transitions. Shape ``(B,)``.
+        levels: The particles of all temperatures, those of the start laws first; only where they were asked for.
     """
 
     points: Tensor
@@ -108,6 +130,12 @@ class Particles(NamedTuple):
     log_evidence: Tensor
     num_levels: int
     acceptance: Tensor
+    levels: tuple[Level, ...] = ()
+
+    def visited(self, column: int = 0) -> tuple[Tensor, Tensor]:
+        """Particles of one target at all temperatures, and the target's log density there."""
+        points = torch.cat([level.points[:, column] for level in self.levels])
+        return points, torch.cat([level.log_density[:, column] for level in self.levels])
 
 
 def weighted_factor(u: Tensor, weights: Tensor) -> Tensor:
@@ -119,6 +147,35 @@ def weighted_factor(u: Tensor, weights: Tensor) -> Tensor:
         covariance
         + 1e-4 * torch.diag_embed(torch.minimum(covariance.diagonal(dim1=-2, dim2=-1).clamp_min(1e-12), spread))
     )
+
+
+def neighbour_factor(u: Tensor, weights: Tensor, num: int = 512) -> Tensor:
+    """Cholesky factor of the covariance of differences between near neighbours: the spread within regions.
+
+    Some particles are drawn by weight, whitened, and each paired with its nearest ones, twice: the second time in the
+    metric of the first. For one target: ``(N, 1, d)`` and ``(N, 1)`` to ``(1, d, d)``. It is scaled to the covariance
+    of one region where there is but one.
+    """
+    factor = weighted_factor(u, weights)
+    x = u[systematic_resample(weights[:, 0], min(num, len(u))), 0].unique(dim=0)
+    if len(x) <= 4 * x.shape[-1] + NEIGHBOURS:
+        return factor
+    for _ in range(2):
+        white = torch.linalg.solve_triangular(factor[0], x.T, upper=False).T
+        index = torch.cdist(white, white).topk(NEIGHBOURS + 1, largest=False).indices[:, 1:]
+        differences = (white[index] - white[:, None]).flatten(0, 1)
+        scatter = differences.T @ differences / (2 * len(differences))
+        scatter = scatter / _shrunk(white, index)
+        ridge = 1e-6 * torch.eye(len(scatter)).to(scatter) * scatter.diagonal().mean()
+        factor = (factor[0] @ torch.linalg.cholesky(scatter + ridge))[None]
+    return factor
+
+
+def _shrunk(white: Tensor, index: Tensor) -> float:
+    """By how much the squared distances to so many neighbours fall short of those of pairs, for a normal law."""
+    like = torch.randn_like(white)
+    near = torch.cdist(like, like).topk(index.shape[1] + 1, largest=False).values[:, 1:]
+    return float(near.square().mean()) / (2 * white.shape[-1])
 
 
 def within_factor(base: StudentMixture, u: Tensor, weights: Tensor) -> Tensor:
@@ -138,6 +195,8 @@ def temper(
     num_steps: int = 4,
     spread: float = 2.3,
     max_levels: int = 100,
+    forgetting: float = 0.0,
+    keep_levels: bool = False,
     cure: str = "more particles, or a start law nearer the target",
 ) -> Particles:
     r"""Particles carried along :math:`q^{1 - \beta} p^\beta`, each of B targets at its own :math:`\beta`.
@@ -157,6 +216,9 @@ def temper(
         num_steps: Leapfrog steps a transition.
         spread: Ratio of the largest to the smallest step: modes of many widths ask for a large one.
         max_levels: Largest number of levels; a run that does not reach the targets by then is an error.
+        forgetting: Sweeps of a level end when the correlation of the particles' log ratio p / q with its values at the
+            resampling falls to this, in every column. 0: all sweeps are made.
+        keep_levels: Keep the particles of every temperature, also of a run that does not reach the targets.
         cure: What errors tell the caller to write, in the words of the caller's own options.
 
     Raises:
@@ -167,7 +229,7 @@ def temper(
         Sequential Monte Carlo samplers (Del Moral, Doucet and Jasra, 2006), section 3.
     """
     u = law.draws(num).value
-    batch = u.shape[1]
+    batch, levels = u.shape[1], list[Level]()
     beta, log_evidence, acceptance = (u.new_zeros(batch) for _ in range(3))
     step_size = torch.full_like(beta, 0.5)
     for level in range(1, max_levels + 1):
@@ -175,6 +237,8 @@ def temper(
         ratio = torch.where(torch.isfinite(log_p), log_p - log_q, -torch.inf)
         if level == 1:
             _check_finite(ratio, u.shape[-1] + 2, cure)
+        if keep_levels:
+            levels.append(Level(u, log_q, log_p, beta, log_evidence))
         increment = next_increment(ratio, 1 - beta, ess_share)
         log_weights = _scaled(increment, ratio)
         log_evidence = log_evidence + torch.logsumexp(log_weights, 0) - math.log(num)
@@ -186,15 +250,23 @@ def temper(
         last = bool((beta >= 1).all())
         rows = _tempered_rows(beta, u, log_p, grad_p, log_q, grad_q)
         scale = factor[0] if batch == 1 else factor.repeat(num, 1, 1)
+        before = _gathered(ratio, index)
         for _ in range(final_sweeps if last and final_sweeps is not None else sweeps):
             step = jittered(step_size.repeat(num)[:, None], spread, rows.x)
             moved = hmc_step(_tempered(law, target, beta, num), rows.with_momentum(), scale, step, num_steps)
             rows, acceptance = moved.rows, moved.accept_prob.reshape(num, batch).mean(0)
             step_size = adapted(step_size, moved.accept_prob, TARGET_ACCEPT, GAIN)
+            if forgetting and _kept(before, _ratio(rows, beta, law, u.shape)) < forgetting:
+                break
         u = rows.x.reshape(u.shape)
         logger.debug("level %d: least beta %.4g, acceptance %.2f", level, float(beta.min()), float(acceptance.mean()))
         if last:  # every exponent is 1, and the rows' density that of the targets
-            return Particles(u, rows.log_density.reshape(num, batch), log_evidence, level, acceptance)
+            log_p = rows.log_density.reshape(num, batch)
+            if keep_levels:
+                levels.append(Level(u, law.value_and_grad(u)[0], log_p, beta, log_evidence))
+            return Particles(u, log_p, log_evidence, level, acceptance, tuple(levels))
+    if keep_levels:
+        return Particles(u, levels[-1].log_density, log_evidence, max_levels, acceptance, tuple(levels))
     raise RuntimeError(
         f"tempering must reach its target, but stands at exponent {float(beta.min()):.3g} of 1 after {max_levels} "
         f"levels. Use {cure}."
@@ -256,6 +328,19 @@ def _tempered(law: PointLaw, target: RowTarget, beta: Tensor, num: int) -> Calla
         return rows.log_density, rows.grad
 
     return value_and_grad
+
+
+def _ratio(rows: Rows, beta: Tensor, law: PointLaw, shape: torch.Size) -> Tensor:
+    r"""Log of p / q at rows whose tempered density is known: :math:`(\log \pi_\beta - \log q) / \beta`. ``(N, B)``."""
+    log_q = law.value_and_grad(rows.x.reshape(shape))[0]
+    return (rows.log_density.reshape(log_q.shape) - log_q) / beta.clamp_min(1e-12)
+
+
+def _kept(before: Tensor, after: Tensor) -> float:
+    """Largest correlation over the columns of ``(N, B)`` between ranks before and after; ranks bear any tail."""
+    ranks = [values.argsort(0).argsort(0).double() for values in (before, after)]
+    first, second = (rank - rank.mean(0) for rank in ranks)
+    return float(((first * second).sum(0) / (first.norm(dim=0) * second.norm(dim=0))).max())
 
 
 def _check_finite(ratio: Tensor, least: int, cure: str) -> None:
