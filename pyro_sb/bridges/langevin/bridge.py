@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import Bridge, check_choice
+from pyro_sb.bridges.base import Bridge, check_choice, check_points
 from pyro_sb.bridges.data import Target, read_source, read_target
 from pyro_sb.bridges.langevin.posterior import (
     LogLikelihood,
@@ -432,8 +432,11 @@ class KernelLangevinBridge(Bridge):
 
     def _rows(self, x: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
         """Points and contexts as flat rows, whitened and in units of the bandwidth."""
-        rows, context, _ = self.flat_rows(x, context)
-        return whiten(rows - self.location, self.metric_cholesky), self._context_rows(context)
+        check_points("x", x, self.dim)
+        x, context = x.to(self.like()), self.check_context(context)
+        if context is not None:
+            context = context.expand(*x.shape[:-1], self.context_dim).reshape(-1, self.context_dim)
+        return whiten((x - self.location).reshape(-1, self.dim), self.metric_cholesky), self._context_rows(context)
 
     def _context_rows(self, context: Tensor | None) -> Tensor | None:
         """Rows of context in units of their bandwidth."""
