@@ -14,7 +14,9 @@ log densities of sites. A route is right if
 - **row i does not move when all other rows change**: its arithmetic is then the same, so that :math:`8\, \epsilon S_i`
   is left to it.
 
-A log joint may be huge where its differences are small: no amount here is a share of it, beyond rounding.
+A log joint may be huge where its differences are small: no amount here is a share of it, beyond rounding. Values of
+sites have units of their own: they may differ by :math:`\sqrt\epsilon` of the largest, and move by
+:math:`8\, \epsilon` of it.
 """
 
 import logging
@@ -160,8 +162,8 @@ def disagreement(
             return f"{name} of shape {tuple(batch.shape[1:])} and not {tuple(figure.shape[1:])}"
         if not same(batch, figure, allowed[name]):
             return f"wrong {name}"
-    for name in known if strangers is not None else ():
-        if not same(strangers[name][alone], found[name][alone], still[name]):
+    for name, figure in (strangers or {}).items():
+        if not same(figure[alone], found[name][alone], still[name]):
             return f"{name} of a row move with the other rows"
     return None
 

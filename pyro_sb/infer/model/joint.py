@@ -51,12 +51,17 @@ class Known:
         rows = [evaluate(single_batch(density), z[None], gradient=True) for z in points]
         values, grads = (torch.cat(column) for column in zip(*rows, strict=True))
         with pyro.validation_enabled(False):
-            sizes = [density.size(z) if v == v else Size(0.0, 0.0) for z, v in zip(points, values, strict=True)]
+            sizes = [density.size(z) if v.isfinite() else Size(0.0, 0.0) for z, v in zip(points, values, strict=True)]
         return cls(points, values, grads, values.new_tensor([s.total for s in sizes]), max(s.eps for s in sizes))
 
     def rows(self, which: Any) -> "Known":
         """Some of the points."""
         return Known(self.points[which], self.values[which], self.grads[which], self.sizes[which], self.eps)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all values and gradients are."""
+        return bool(torch.isfinite(self.values).all() and torch.isfinite(self.grads).all())
 
 
 @dataclass
@@ -119,7 +124,8 @@ class Oracle:
 
     def _figures(self, route: Route, z: Tensor, gradient: bool) -> dict[str, Tensor]:
         """Figures of a batch, by the route's twin."""
-        value, grad = evaluate(self.twins.get(route.name, route), z, gradient)
+        twin = self.twins[route.name] if route.name in self.twins else route
+        value, grad = evaluate(twin, z, gradient)
         if value.shape != z.shape[:1]:
             raise ValueError(f"values of shape {tuple(value.shape)} for {len(z)} chains")
         return {"values": value} | ({"gradients": grad} if gradient else {})
@@ -134,21 +140,20 @@ def find_oracle(density: Single, starts: Iterator[Tensor], *, random: bool = Fal
         random: Whether they are random. Otherwise they may be special, such as zeros, or one and the same, and every
             other point is a random one near a start.
     """
-    found: list[Tensor] = []
+    found: list[Known] = []
     for _, start in zip(range(MAX_TRIES), starts, strict=False):
-        if not finite_at(density, start):
+        known = Known.at(density, start[None])
+        if not known.finite:
             continue
-        near = (start + radius * torch.randn_like(start) for radius in NEARBY if not random)
-        found += [start, *islice((z for z in near if finite_at(density, z)), 1)]
+        near = (Known.at(density, (start + radius * torch.randn_like(start))[None]) for radius in NEARBY if not random)
+        found += [known, *islice((other for other in near if other.finite), 1)]
         if len(found) >= NUM_POINTS:
             break
-    return Oracle(density, Known.at(density, torch.stack(found))) if found else None
-
-
-def finite_at(density: Single, z: Tensor) -> bool:
-    """Whether a single row has a finite log density and gradient."""
-    value, grad = evaluate(single_batch(density), z[None], gradient=True)
-    return bool(torch.isfinite(value).all() and torch.isfinite(grad).all())
+    if not found:
+        return None
+    rows = [(known.points, known.values, known.grads, known.sizes) for known in found]
+    points, values, grads, sizes = map(torch.cat, zip(*rows, strict=True))
+    return Oracle(density, Known(points, values, grads, sizes, max(known.eps for known in found)))
 
 
 def single_batch(density: Single) -> Density:
@@ -205,10 +210,16 @@ class CheckedDensity:
     def recheck(self, z: Tensor) -> str | None:
         """Compare values and gradients at states ``(C, dim)``; why routes were dropped there, None if none was."""
         before = len(self.runner.reasons)
-        while self.oracle is not None and len(self.runner.left) > 1:
-            reason = self.oracle.objection_at(self.routes[self.route], z, NUM_STATES, gradient=True)
+        while self.oracle is not None:
+            states = z[:NUM_STATES] if self.route == "loop" else z
+            reason = self.oracle.objection_at(self.routes[self.route], states, NUM_STATES, gradient=True)
             if reason is None:
                 break
+            if len(self.runner.left) == 1:
+                raise ValueError(
+                    f"The log joint must be the same at every run, got {reason} where they stand. Make every "
+                    "random number of the model a sample site."
+                )
             self.runner.drop(reason)
         return "; ".join(self.runner.reasons[before:]) or None
 
@@ -230,12 +241,11 @@ def with_twins(oracle: Oracle, build: Callable[[], Sequence[Route]]) -> Oracle:
         return oracle
     try:
         with default_float64():
-            *batched, loop = build()
-        density = InFloat64(loop.density)
+            routes = build()
+        density = InFloat64(routes[-1].density)
         known = Known.at(density, oracle.known.points.double())
-        finite = torch.isfinite(known.values).all() and torch.isfinite(known.grads).all()
-        if finite and known.eps <= torch.finfo(torch.float64).eps:
-            return Oracle(density, known, {route.name: InFloat64(route) for route in batched})
+        if known.finite and known.eps <= torch.finfo(torch.float64).eps:
+            return Oracle(density, known, {route.name: InFloat64(route) for route in routes})
     except Exception as error:  # a model with float32 tensors of its own may not take float64
         logger.info("routes are compared in the model's precision: %s", error)
     return oracle

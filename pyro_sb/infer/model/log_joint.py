@@ -181,10 +181,7 @@ class LogJoint:
         return value.to(z), grad.to(z)
 
     def recheck(self, z: Tensor) -> str | None:
-        r"""Compare the route with single chains where the chains stand, in value and gradient.
-
-        Args:
-            z: States of the chains. Shape ``(C, dim)``.
+        r"""Compare the route with single chains where the chains stand, ``(C, dim)``, in value and gradient.
 
         Returns:
             None; or what spoke against the route there: another has taken its place.

@@ -46,6 +46,10 @@ class Row(NamedTuple):
         """``fn`` of every tensor."""
         return Row(*({name: fn(x) for name, x in sites.items()} for sites in self))
 
+    def single(self, i: int) -> "Row":
+        """One of many rows."""
+        return self.map(lambda x: x[i])
+
     def part(self, start: int, size: int) -> "Row":
         """Some of many rows."""
         return self.map(lambda x: x[start : start + size])
@@ -307,12 +311,9 @@ class ModelRuns:
         placed = Row({name: found.values[name] for name in self.batch_shapes}, present)
         rows = sorted({0, num // 2, num - 1})
         with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
-            known = joined([self.read(placed.map(lambda x, i=i: x[i]), wanted) for i in rows], torch.stack)
-        strangers = None
-        if num > 1:
-            others = torch.zeros(num, dtype=torch.long)
-            others[-1] = num - 1
-            strangers = figures(run(placed.map(lambda x: x[others]), wanted))
+            known = joined([self.read(placed.single(i), wanted) for i in rows], torch.stack)
+        alike = placed.map(lambda x: x[-1:].expand(x.shape).contiguous())
+        strangers = figures(run(alike, wanted)) if num > 1 else None
         amounts = {name: largest(x) for name, x in figures(known).items()}
         eps = {name: precision(x.dtype) for name, x in figures(known).items()}
         allowed = {name: eps[name] ** 0.5 * x for name, x in amounts.items()} | {
@@ -342,7 +343,7 @@ class ModelRuns:
         found = []
         with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
             for i in range(num):
-                found.append(self.read(rows.map(lambda x, i=i: x[i]), wanted))
+                found.append(self.read(rows.single(i), wanted))
                 tick()
         return joined(found, torch.stack)
 

@@ -147,6 +147,22 @@ def test_drawn_sites_are_drawn_for_every_row(name):
             assert len(found.values[site].reshape(50, -1)[:, 0].unique()) == 50
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1.0])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_values_that_mix_rows_are_found_in_any_unit(unit, offset):
+    def model(keep):
+        with pyro.plate("groups", 3):
+            loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.deterministic("mean", unit * (offset + (loc.mean(-1, keepdim=True) if keep else loc.mean())))
+
+    for keep, num in ((True, 5), (False, 5), (False, 2)):
+        runs = runs_of(model, (keep,))
+        rows = drawn(runs, num)
+        found = runs.at(rows, num, everything(runs)).values["mean"].reshape(num)
+        expected = unit * (offset + rows.values["loc"].mean(-1))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 def test_missing_entries_have_no_log_density():
     def model():
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
