@@ -273,7 +273,7 @@ class Trial:
         return few >= TRIES or (few == 2 and sum(self._one) * size > LONG)
 
     def _choose(self, num: int, lost: float, verdict: str) -> None:
-        """Keep a number for a while, which doubles: the first choices rest on calls of a process that has just begun."""
+        """Keep a number for a while, which doubles: first choices rest on calls of a process that has just begun."""
         self._choice, self.verdict = num, verdict
         self._until = perf_counter() + max(self._pause, lost / SHARE)
         self._pause = min(2 * self._pause, AGAIN)

@@ -24,8 +24,8 @@ from pyro_sb.bridges.dsb.bridge import DSB
 from pyro_sb.bridges.langevin.bridge import KernelLangevinBridge
 from pyro_sb.bridges.latent.bridge import LatentBridge
 from pyro_sb.bridges.light.bass import LightSBBM
+from pyro_sb.bridges.light.fit import Likelihood
 from pyro_sb.bridges.light.light import LightSB, LightSBM
-from pyro_sb.bridges.light.solvers import Likelihood
 from pyro_sb.bridges.tails.bridge import TailMatched
 from pyro_sb.diagnostics import mode_audit
 from pyro_sb.infer.amortized.amortized import AmortizedPosterior

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyro_sb.bridges.base import FitOptions
 from pyro_sb.bridges.checkpoint import check_same, fingerprint, go_on, on_device, write
+from pyro_sb.bridges.data import Batch, DrawsEnd, PairsReading, read_pairs, read_target, summarise
 from pyro_sb.bridges.diffusion.adapt import NUM_GRID, NUM_PARTICLES, Adaptation, best_matrix, project, step_size
 from pyro_sb.bridges.diffusion.bridge import NUM_KNOTS, DiffusionBridge
 from pyro_sb.bridges.diffusion.network import factor_loss
-from pyro_sb.bridges.ends import Batch, DrawsEnd, read_target
-from pyro_sb.bridges.options import FitOptions
-from pyro_sb.bridges.pairs import PairsReading, read_pairs, summarise
 from pyro_sb.ops.regression import Affine
 from pyro_sb.ops.solvers import Flow
 from pyro_sb.threads import Pace
