@@ -1,5 +1,6 @@
 """The batched log joint of a Pyro model, or of a ``potential_fn``, on the flat unconstrained vector."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform
 
@@ -37,6 +39,7 @@ from pyro_sb.infer.model.routes import (
     in_float64,
 )
 from pyro_sb.infer.model.runs import MAX_NUMBERS, Row, Wanted
+from pyro_sb.infer.model.sites import is_deterministic
 
 __all__ = ["Evaluations", "LogJoint", "log_joint"]
 
@@ -283,8 +286,24 @@ class LogJoint:
                 f"The prior must be proper to draw from it, got improper sites {list(prototype.improper)}. Use start()."
             )
         wanted = Wanted(list(prototype.transforms))
-        draws = prototype.runs.at(Row({}), num, wanted, routes=("vmap", "loop"), checked=()).values
+        draws = prototype.runs.at(Row({}), num, wanted, checked=("plate",)).values
         return self.pack({name: transform(draws[name]) for name, transform in prototype.transforms.items()})
+
+    def without_data(self) -> "LogJoint":
+        """The log density of the latents alone, by no faster route than the joint's own."""
+        sites = self._sited()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Chains are evaluated one by one")  # said of the joint
+            prior = log_joint(
+                Unseen()(sites.runs.model),
+                args=sites.runs.args,
+                kwargs=sites.runs.kwargs,
+                max_plate_nesting=sites.max_plate_nesting,
+                transforms=sites.transforms,
+            )
+            while prior.route not in self._density.runner.left:
+                prior._density.runner.drop("the joint is not evaluated so")
+        return prior
 
     def start(self, num: int) -> Tensor:
         r"""Starts where log joint and gradient are finite, uniform on (-2, 2) or by the user's ``init_strategy``.
@@ -311,6 +330,14 @@ class LogJoint:
 
     def _starts(self) -> Iterator[Tensor]:
         return uniform_starts(self.packing) if self.prototype is None else model_starts(self.prototype)
+
+
+class Unseen(Messenger):
+    """Leaves observed sites and factors out of the log density."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not is_deterministic(msg):
+            msg["mask"] = False
 
 
 def shortened(text: str, most: int = 200) -> str:

@@ -362,6 +362,8 @@ def largest(figure: Tensor) -> Tensor:
 
 def log_prob_of(site: Site, scale: Any = 1.0) -> Tensor:
     """Elementwise log density of a site, 0 where masked."""
+    if site["mask"] is False:
+        return torch.zeros(())
     log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return scale_and_mask(log_prob, scale, site["mask"])
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_sb.infer.model.log_joint import LogJoint
-from pyro_sb.infer.population.population import FAIR_SHARE, Population, populate
+from pyro_sb.infer.population.population import Population, populate
+from pyro_sb.infer.population.rounds import FAIR_SHARE
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ TAILS = (5.0, 15.0, float("inf"))
 MAX_COMPONENTS = 256  # more than this many draws can tell apart
 MAX_POINTS = 4096
 STRENGTHS = (1.0, 16.0)
+MANY = 16  # components above which the strength of shrinkage is kept
 
 
 def fit_mixture(
@@ -22,13 +23,14 @@ def fit_mixture(
     log_density: Tensor,
     num_components: int = 1,
     previous: StudentMixture | None = None,
+    groups: Tensor | None = None,
 ) -> StudentMixture:
     r"""Student-t mixture of a weighted sample, chosen on the half of it that was not fitted.
 
-    A large sample is thinned without bias first. The number of components doubles while the held-out mean log density rises by more than .02 nats. At every size EM
-    from k-means clusters competes with EM from slices of the log density (which follow a funnel's neck, where k-means
-    does not), at two strengths of shrinkage towards the start; the tails are chosen at the first size. With
-    ``previous`` the first size is its own, and EM from it competes too.
+    A large sample is thinned without bias first. The number of components doubles while the held-out mean log density
+    rises by more than .02 nats. At every size EM from k-means clusters competes with EM from slices of the log density
+    (which follow a funnel's neck, where k-means does not), at two strengths of shrinkage towards the start; the tails
+    are chosen at the first size. With ``previous`` the first size is its own, and EM from it competes too.
 
     Args:
         points: Sample. Shape ``(M, d)``, M at least 4.
@@ -36,6 +38,8 @@ def fit_mixture(
         log_density: Target's log density at the points. Shape ``(M,)``.
         num_components: Smallest number of components tried.
         previous: A mixture to refine.
+        groups: Draws that depend on each other, such as those of a chain, have the same number: they are held out
+            together. Shape ``(M,)``.
 
     Example:
         >>> points = torch.randn(400, 2, dtype=torch.float64)
@@ -44,39 +48,52 @@ def fit_mixture(
     """
     keep, weights = thinned(weights, min(MAX_POINTS, max(256, 20_000_000 // points.shape[-1] ** 2)))
     points, log_density = points[keep], log_density[keep]
-    half = torch.randperm(len(points), device=points.device) < len(points) // 2
+    half = _half(len(points), points.device) if groups is None else _half_of_groups(groups[keep])
     train, test = (points[half], _share(weights[half])), (points[~half], _share(weights[~half]))
     most = max(1, min(MAX_COMPONENTS, len(train[0]) // 2))
     size = min(most, max(1, num_components)) if previous is None else previous.num_components
-    best = _contest(
-        [previous] if previous is not None else _starts(*train, log_density[half], size), TAILS, train, test
-    )
+    starts = [previous] if previous is not None else _starts(*train, log_density[half], size)
+    best = _contest(starts, TAILS, STRENGTHS, train, test)
     while 2 * size <= _largest_size(weights, points.shape[-1]):
         size *= 2
-        rival = _contest(_starts(*train, log_density[half], size), (float(best.mixture.df[0]),), train, test)
+        starts = _starts(*train, log_density[half], size)
+        strengths = STRENGTHS if size <= MANY else (best.strength,)
+        rival = _contest(starts, (float(best.mixture.df[0]),), strengths, train, test)
         if rival.score < best.score + 0.02:
             break
         best = rival
-    return em_fit(points, weights, best.mixture, float(best.mixture.df[0]), best.prior_count)
+    return em_fit(points, weights, best.mixture, float(best.mixture.df[0]), best.strength * (points.shape[-1] + 2))
+
+
+def _half(num: int, device: torch.device) -> Tensor:
+    return torch.randperm(num, device=device) < num // 2
+
+
+def _half_of_groups(groups: Tensor) -> Tensor:
+    kinds, index = groups.unique(return_inverse=True)
+    return _half(len(kinds), groups.device)[index]
 
 
 class Fit(NamedTuple):
-    """A fitted mixture, the strength of its shrinkage, and its held-out mean log density."""
+    """A fitted mixture, the strength of its shrinkage in units of d + 2 draws, and its held-out mean log density."""
 
     mixture: StudentMixture
-    prior_count: float
+    strength: float
     score: float
 
 
 def _contest(
-    starts: list[StudentMixture], tails: tuple[float, ...], train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
+    starts: list[StudentMixture],
+    tails: tuple[float, ...],
+    strengths: tuple[float, ...],
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
 ) -> Fit:
     """Best held-out fit over starts, tails and strengths of shrinkage."""
     fits = []
-    for start, df, strength in itertools.product(starts, tails, STRENGTHS):
-        prior_count = strength * (train[0].shape[-1] + 2)
-        mixture = em_fit(*train, start, df, prior_count)
-        fits.append(Fit(mixture, prior_count, float(test[1] @ mixture.log_prob(test[0]))))
+    for start, df, strength in itertools.product(starts, tails, strengths):
+        mixture = em_fit(*train, start, df, strength * (train[0].shape[-1] + 2))
+        fits.append(Fit(mixture, strength, float(test[1] @ mixture.log_prob(test[0]))))
     return max(fits, key=lambda fit: fit.score)
 
 

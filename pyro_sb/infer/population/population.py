@@ -18,6 +18,7 @@ from pyro_sb.infer.model.run import html_table
 from pyro_sb.infer.population.mixture_fit import fit_mixture
 from pyro_sb.infer.population.rounds import (
     BRIEF,
+    FAIR_SHARE,
     HEAVY_GUARD,
     LIGHT_GUARD,
     LONG,
@@ -45,9 +46,6 @@ from pyro_sb.weights import log_evidence, normalise, pareto_k, systematic_resamp
 __all__ = ["FAIR_SHARE", "POOR_SHARE", "Population", "honest_evidence", "populate"]
 
 logger = logging.getLogger(__name__)
-
-FAIR_SHARE = 0.6
-"""Effective share above which a mixture is left as it is."""
 
 POOR_SHARE = 0.1
 """Effective share of the population under which it is called poor."""
@@ -171,7 +169,7 @@ def populate(
         num_particles: Draws N of a round, at least 50.
         start: ``"search"`` for both sources, ``"prior"`` for the second alone, or points of shape ``(M, dim)``.
         check_share: Effective share in [0, 1] above which given points need no tempering.
-        fair_share: Effective share in [0, 1] above which chains walk but briefly.
+        fair_share: Effective share in [0, 1] above which a mixture serves as it is; under half of it chains walk long.
         good_share: Effective share in [0, 1] at which refitting stops.
         max_rounds: Largest number of refits.
         exploring: Whether longer walks may follow the brief one.
@@ -201,8 +199,10 @@ def populate(
     core = refit(archive, beginning.core, good_share, max_rounds, stages)
     core, excess = explore(archive, core, fair_share, stages, BRIEF)
     funnel = isinstance(start, str) and start == "search" and beginning.num_modes == 0
-    if exploring and (max(archive.shares()) < fair_share or funnel or excess > UNCOVERED):
-        _, excess = explore(archive, core, fair_share, stages, LONG)
+    poor = max(archive.shares()) < 0.5 * fair_share
+    if exploring and (poor or funnel or excess > UNCOVERED):
+        walk = LONG if poor or funnel else LONG._replace(max_rounds=2)
+        _, excess = explore(archive, core, fair_share, stages, walk)
     points, log_weights, log_density = _frozen(archive, num_particles)
     value, error = honest_evidence(log_weights)
     result = Population(

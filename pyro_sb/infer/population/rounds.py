@@ -13,7 +13,21 @@ from pyro_sb.infer.population.mixture_fit import fit_mixture
 from pyro_sb.ops.student_mixture import StudentMixture
 from pyro_sb.weights import effective_sample_size, log_evidence, normalise
 
-__all__ = ["BRIEF", "HEAVY_GUARD", "LIGHT_GUARD", "LONG", "UNCOVERED", "Archive", "explore", "refit", "temper_weights"]
+__all__ = [
+    "BRIEF",
+    "FAIR_SHARE",
+    "HEAVY_GUARD",
+    "LIGHT_GUARD",
+    "LONG",
+    "UNCOVERED",
+    "Archive",
+    "explore",
+    "refit",
+    "temper_weights",
+]
+
+FAIR_SHARE = 0.6
+"""Effective share above which a mixture is left as it is."""
 
 LIGHT_GUARD, HEAVY_GUARD = (0.1, 3.0, 4.0), (0.1, 3.0, 9.0)
 """Share, degrees of freedom and inflation of the wide components that bound the weights in the tails."""
@@ -110,7 +124,7 @@ class Archive:
         return torch.exp(log_mean - second).clamp_max(1.0).tolist()
 
 
-class Walk(NamedTuple):
+class Exploration(NamedTuple):
     """Size of an exploration: chains, steps a round, and the largest number of rounds."""
 
     num_chains: int
@@ -118,15 +132,21 @@ class Walk(NamedTuple):
     max_rounds: int
 
 
-BRIEF, LONG = Walk(128, 24, 1), Walk(256, 48, 4)
+BRIEF, LONG = Exploration(128, 24, 1), Exploration(256, 48, 4)
 UNCOVERED = 1.0  # nats by which the weights of walking chains may exceed those of the draws
 
 
 def refit(
-    archive: Archive, core: StudentMixture, good_share: float, max_rounds: int, stages: list[str]
+    archive: Archive,
+    core: StudentMixture,
+    good_share: float,
+    max_rounds: int,
+    stages: list[str],
+    fair_share: float = FAIR_SHARE,
 ) -> StudentMixture:
-    """Rounds of adaptive multiple importance sampling until the share is good, or twice did not rise.
+    """Rounds of adaptive multiple importance sampling, until the share is good or stops rising.
 
+    It ends where the share did not rise, once where it is fair and else twice.
     A round under half the good share doubles the draws of the next, up to four times the first. From the second refit
     on the guard is heavier: a target that the first does not fit has tails that its components miss.
     """
@@ -139,7 +159,7 @@ def refit(
         stages.append(f"refit: {core.num_components} components, {num} draws, effective share {share:.3f}")
         stale = stale + 1 if share < 1.2 * best else 0
         best = max(best, share)
-        if share > good_share or stale == 2:
+        if share > good_share or stale == 2 or (stale and best > fair_share):
             break
         if share < 0.5 * good_share:
             num = min(2 * num, 4 * archive.counts[0])
@@ -158,7 +178,7 @@ def temper_weights(log_weights: Tensor, enough: float) -> Tensor:
 
 
 def explore(
-    archive: Archive, core: StudentMixture, fair_share: float, stages: list[str], walk: Walk
+    archive: Archive, core: StudentMixture, fair_share: float, stages: list[str], walk: Exploration
 ) -> tuple[StudentMixture, float]:
     r"""Rounds of chains that enter regions which no draw of the mixture hits; refits to their states where they do.
 
@@ -181,6 +201,8 @@ def explore(
     batch = ChainStates(archive.points[index], archive.log_density[index])
     step_size, excess = 0.5, 0.0
     for first in (True, *[False] * (walk.max_rounds - 1)):
+        if not first and excess < UNCOVERED and max(archive.shares()) > fair_share:
+            break
         move = HamiltonianMove(core, 4, step_size, spread=30.0)
         points, log_density, batch = _run_chains(archive.log_joint, move, batch, walk.num_steps)
         step_size, excess = move.step_size, archive.excess(points, log_density)
@@ -188,7 +210,8 @@ def explore(
             stages.append(f"walk: {walk.num_chains} chains met nothing that the mixture misses")
             break
         uniform = torch.full_like(log_density, 1.0 / len(points))
-        core = fit_mixture(points, uniform, log_density, previous=core)
+        chain = torch.arange(len(points), device=points.device) % walk.num_chains
+        core = fit_mixture(points, uniform, log_density, previous=core, groups=chain)
         share = archive.add(core, archive.counts[0], HEAVY_GUARD)
         stages.append(
             f"walk: weights of the states exceed those of the draws by {excess:.1f} nats; refit of "

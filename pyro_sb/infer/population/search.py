@@ -267,11 +267,13 @@ def _merge(found: Optima, points: Tensor, log_density: Tensor, precisions: Tenso
         if len(near):
             found.hits[near[0]] += 1
         else:
-            row = (points[i], log_density[i], precisions[i], laplace_evidence(log_density[i], precisions[i]))
-            hits = torch.ones(1, dtype=torch.long, device=points.device)
+            laplace = laplace_evidence(log_density[i], precisions[i])
             found = Optima(
-                *(torch.cat([old, new[None]]) for old, new in zip(found[:4], row, strict=True)),
-                torch.cat([found.hits, hits]),
+                torch.cat([found.points, points[i : i + 1]]),
+                torch.cat([found.log_density, log_density[i : i + 1]]),
+                torch.cat([found.precisions, precisions[i : i + 1]]),
+                torch.cat([found.log_laplace, laplace[None]]),
+                torch.cat([found.hits, found.hits.new_ones(1)]),
                 found.num_starts,
             )
     return _select(found, found.log_density.argsort(descending=True))

@@ -7,27 +7,33 @@ evidence, whose error is that of a few ancestors: draws of a mixture fitted to b
 
 import logging
 import math
-import warnings
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_sb.distributions import Draws
-from pyro_sb.infer.model.log_joint import LogJoint, log_joint
-from pyro_sb.infer.model.sites import is_deterministic
+from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.population.search import NUMBERS, UNMET, Optima, climb, empty_optima, relevant
 from pyro_sb.infer.population.tempering import MixtureLaw, Particles, PointLaw, neighbour_factor, temper
 from pyro_sb.ops.student_mixture import StudentMixture
 
-__all__ = ["Effort", "Source", "affordable", "laplace_mixture", "pooled", "screened", "temper_and_climb", "wide_mixture"]
+__all__ = [
+    "Effort",
+    "Source",
+    "affordable",
+    "laplace_mixture",
+    "pooled",
+    "screened",
+    "temper_and_climb",
+    "wide_mixture",
+]
 
 logger = logging.getLogger(__name__)
 FEWEST, MOST = 512, 4096  # particles
 AFFORDABLE = 2**13  # particles of a model of no size
-NUM_CLIMBERS = 128  # particles of the largest residuals, and as many of all
+NUM_CLIMBERS, CLIMBERS_A_ROW = 128, 2**13  # particles of the largest residuals, and as many of all; fewer in long runs
 MAX_CLIMBS = 4
 WIDE = (3.0, 16.0)  # degrees of freedom and inflation of the start law where there is no prior to draw
 MBAR_STEPS = 20
@@ -53,14 +59,14 @@ def affordable(joint: LogJoint, least: bool) -> Effort:
     """
     num = 2 ** round(math.log2(AFFORDABLE / (1 + joint.run_size / NUMBERS)))
     num = min(MOST, max(FEWEST, num))
-    return Effort(num, 0.3, 2, 4) if least and num < MOST else Effort(num, 0.5, 3, 4)
+    return Effort(num, 0.3, 2, 2) if least and num < MOST else Effort(num, 0.5, 3, 4)
 
 
 class PriorLaw:
     """A model's prior on the unconstrained vector, with its density and gradient: where tempering starts."""
 
     def __init__(self, joint: LogJoint) -> None:
-        self.joint, self.density = joint, without_data(joint)
+        self.joint, self.density = joint, joint.without_data()
 
     def draws(self, num: int) -> Draws:
         """Draws ``(num, 1, d)`` with their log density ``(num, 1)``."""
@@ -71,29 +77,6 @@ class PriorLaw:
         """Log density and gradient. ``(N, 1, d)`` to ``(N, 1)`` and ``(N, 1, d)``."""
         value, grad = self.density.value_and_grad(u[:, 0])
         return value[:, None], grad[:, None]
-
-
-class Unseen(Messenger):
-    """Leaves observed sites and factors out of the log density."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] and not is_deterministic(msg):
-            msg["mask"] = False
-
-
-def without_data(joint: LogJoint) -> LogJoint:
-    """The log density of a model's latents alone."""
-    sites = joint.prototype
-    assert sites is not None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Chains are evaluated one by one")  # said of the joint
-        return log_joint(
-            Unseen()(sites.runs.model),
-            args=sites.runs.args,
-            kwargs=sites.runs.kwargs,
-            max_plate_nesting=sites.max_plate_nesting,
-            transforms=sites.transforms,
-        )
 
 
 def prior_law(joint: LogJoint) -> PriorLaw | None:
@@ -174,7 +157,7 @@ class Source:
         )
 
 
-class Found(NamedTuple):
+class Tempered(NamedTuple):
     """All maxima, and the particles that led to some of them, with the law that they started from."""
 
     optima: Optima
@@ -184,7 +167,7 @@ class Found(NamedTuple):
     source: Source
 
 
-def temper_and_climb(joint: LogJoint, optima: Optima | None, effort: Effort) -> Found:
+def temper_and_climb(joint: LogJoint, optima: Optima | None, effort: Effort) -> Tempered:
     """Particles tempered from the prior, or from a wide law where it cannot be drawn, and ascents from them.
 
     Args:
@@ -193,8 +176,8 @@ def temper_and_climb(joint: LogJoint, optima: Optima | None, effort: Effort) -> 
         effort: How many.
     """
     known = empty_optima(joint) if optima is None else optima
-    wide = widest(joint, known)
-    laws: list[tuple[str, PointLaw | None]] = [("prior", prior_law(joint)), ("wide law", MixtureLaw(wide))]
+    last = MixtureLaw(widest(joint, known))
+    laws: list[tuple[str, PointLaw | None]] = [("prior", prior_law(joint)), ("wide law", last)]
     failure = ""
     for name, law in laws:
         if law is None:
@@ -213,8 +196,8 @@ def temper_and_climb(joint: LogJoint, optima: Optima | None, effort: Effort) -> 
             particles.num_levels,
             float(particles.levels[-1].exponent[0]),
         )
-        return Found(more, particles, law, effort, source)
-    return Found(known, None, laws[1][1], effort, Source("wide law", effort.num, len(known.points), failure=failure))
+        return Tempered(more, particles, law, effort, source)
+    return Tempered(known, None, last, effort, Source("wide law", effort.num, len(known.points), failure=failure))
 
 
 def tempered(joint: LogJoint, law: PointLaw, effort: Effort) -> Particles:
@@ -247,10 +230,12 @@ def residual_search(joint: LogJoint, optima: Optima, points: Tensor, log_density
         log_density: The log joint there. Shape ``(M,)``.
     """
     points, log_density = (values[torch.isfinite(log_density)] for values in (points, log_density))
+    num = round(min(NUM_CLIMBERS, max(16, CLIMBERS_A_ROW / joint.run_size)))
     for _ in range(MAX_CLIMBS):
         before = len(optima.points)
-        some = torch.randint(len(points), (NUM_CLIMBERS,), device=points.device)
-        chosen = torch.cat([some, *(_highest(residual) for residual in _residuals(optima, points, log_density))])
+        some = torch.randint(len(points), (num,), device=points.device)
+        high = [r.topk(min(num, len(r))).indices for r in _residuals(optima, points, log_density)]
+        chosen = torch.cat([some, *high]).unique()
         optima = relevant(climb(joint, optima, points[chosen]))
         if len(optima.points) <= before and (not before or optima.unmet < UNMET):
             break
@@ -262,10 +247,6 @@ def _residuals(optima: Optima, points: Tensor, log_density: Tensor) -> list[Tens
         return [log_density]
     mixtures = laplace_mixture(optima), laplace_mixture(optima, df=math.inf, inflation=1.0)
     return [log_density - torch.cat([m.log_prob(part) for part in points.split(CHUNK)]) for m in mixtures]
-
-
-def _highest(residual: Tensor) -> Tensor:
-    return residual.topk(min(NUM_CLIMBERS, len(residual))).indices
 
 
 def screened(joint: LogJoint, optima: Optima) -> tuple[Optima, int]:
@@ -311,7 +292,7 @@ def _between(optima: Optima, num: int) -> Tensor:
     return optima.points.mean(0) + wide * (0.7 * index @ spread / math.sqrt(len(spread)) + 0.35 * within)
 
 
-class Pool(NamedTuple):
+class Sample(NamedTuple):
     """A weighted sample of the target: points ``(M, d)``, weights that sum to one and log densities ``(M,)``."""
 
     points: Tensor
@@ -319,7 +300,7 @@ class Pool(NamedTuple):
     log_density: Tensor
 
 
-def pooled(joint: LogJoint, law: PointLaw, particles: Particles, start: StudentMixture | None, num: int) -> Pool:
+def pooled(joint: LogJoint, law: PointLaw, particles: Particles, start: StudentMixture | None, num: int) -> Sample:
     r"""Particles of all temperatures and draws of a mixture, as one sample of the target.
 
     .. math:: w = p \Big/ \Big(\sum_l n_l \frac{q^{1 - \beta_l} p^{\beta_l}}{Z_l} + n\,\rho\Big)
@@ -364,4 +345,4 @@ def pooled(joint: LogJoint, law: PointLaw, particles: Particles, start: StudentM
         if start is not None:
             log_evidence[-1] = 0.0
     total = torch.logsumexp(share + states - log_evidence[:, None], 0)
-    return Pool(points, torch.softmax(log_density - total, 0), log_density)
+    return Sample(points, torch.softmax(log_density - total, 0), log_density)

@@ -1,6 +1,5 @@
 """The population unattended: evidence and moments against exact values, repairs, fallbacks and what it says."""
 
-import logging
 import math
 
 import pyro
@@ -154,14 +153,14 @@ def test_points_far_from_the_target_are_carried_to_it():
     law = torch.distributions.MultivariateNormal(torch.zeros(2, **F64), covariance)
     result = populate(LogJoint.from_batched(law.log_prob, 2), start=torch.randn(100, 2, **F64) - 30)
     assert_evidence(result, 0.0)
-    assert any("tempered SMC" in stage for stage in result.stages)
+    assert any(stage.startswith("tempered") for stage in result.stages)
 
 
 def test_a_good_start_needs_no_tempering():
     law, target = stiff_gaussian()
     result = populate(target, start=law.sample((2000,)))
     assert_evidence(result, -50.0, 0.02)
-    assert not any("tempered SMC" in stage for stage in result.stages)
+    assert not any(stage.startswith("tempered") for stage in result.stages)
 
 
 # ---- what it hands over ----
@@ -230,15 +229,15 @@ def funnel(z):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The population is poor")
-def test_a_funnel_is_said_and_a_wide_start_gives_its_evidence(caplog):
+def test_a_funnel_is_said_and_particles_give_its_evidence():
     v = torch.linspace(-60, 6, 60_001, **F64)  # the effects integrate out: Gaussians of variance 4 and exp(2 v)
     log_marginal = v - v.exp().square() / 50 - 2.5 * torch.log1p((2 * v).exp() / 4) + 2.5 * math.log(2 * math.pi)
     exact = float(torch.logsumexp(log_marginal, 0)) + math.log(66 / 60_000)
-    with caplog.at_level(logging.WARNING, logger="pyro_sb"):
+    with pytest.warns(RuntimeWarning, match="Tails may be cut"):
         result = populate(LogJoint.from_batched(funnel, 6))
-    assert "No maximum found from 32 starts" in caplog.text
     assert result.num_modes == 0
-    assert "wide start" in result.stages[0]
+    assert result.stages[0] == "search: no maximum from 64 starts"
+    assert result.sources[1].name == "wide law"
     assert abs(result.log_evidence - exact) < 0.1  # some percent of the mass lies deeper in the neck than any draw
     mean, error = expectation(result, result.points[:, 0])
     assert abs(float(mean) - float(log_marginal.softmax(0) @ v)) < 4 * float(error) + 0.1
