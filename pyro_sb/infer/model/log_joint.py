@@ -286,7 +286,8 @@ class LogJoint:
                 f"The prior must be proper to draw from it, got improper sites {list(prototype.improper)}. Use start()."
             )
         wanted = Wanted(list(prototype.transforms))
-        draws = prototype.runs.at(Row({}), num, wanted, checked=("plate",)).values
+        routes = [route for route in ("plate", "vmap", "loop") if route in self._density.runner.left]
+        draws = prototype.runs.at(Row({}), num, wanted, routes=routes, checked=("plate",)).values
         return self.pack({name: transform(draws[name]) for name, transform in prototype.transforms.items()})
 
     def without_data(self) -> "LogJoint":
