@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
+from pyro_sb.infer.model.matrices import CholeskyVector, PositiveDefiniteVector
+
 __all__ = [
     "Site",
     "base_of",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 Site = dict[str, Any]
+MATRICES = {type(kind.codomain): kind for kind in (CholeskyVector, PositiveDefiniteVector)}
 
 
 def is_sample(site: Site) -> bool:
@@ -76,8 +79,10 @@ def bijection(name: str, fn: Any) -> Transform:
     """Unconstrained to constrained for one site, or an error that names it."""
     try:
         support = fn.support
-        mixed = isinstance(support, MixtureSameFamilyConstraint)  # torch registers no bijection for a mixture's support
-        return biject_to(support.base_constraint if mixed else support)
+        if isinstance(support, MixtureSameFamilyConstraint):  # torch registers no bijection for a mixture's support
+            support = support.base_constraint
+        own = MATRICES.get(type(support))
+        return biject_to(support) if own is None else own()
     except NotImplementedError:
         raise NotImplementedError(
             f"Site {name!r} must have a support with a bijection from R^n, got {type(fn).__name__} on "
