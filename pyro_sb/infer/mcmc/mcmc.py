@@ -31,7 +31,16 @@ from pyro.infer.mcmc.logger import ProgressBar
 from pyro.util import optional
 from torch import Tensor
 
-from pyro_sb.infer.mcmc.record import Block, Record, floating, in_chunks, per_chain, site_diagnostics, states
+from pyro_sb.infer.mcmc.record import (
+    Block,
+    Record,
+    floating,
+    in_chunks,
+    moving_entries,
+    per_chain,
+    site_diagnostics,
+    states,
+)
 from pyro_sb.infer.model.run import Run
 from pyro_sb.threads import chosen_threads
 
@@ -301,7 +310,9 @@ class MCMC(api.MCMC):
             RuntimeError: There was no run.
             ValueError: A chain has fewer than 4 draws.
         """
-        samples = {name: floating(value) for name, value in self._results().items()}
+        samples: dict[str, Tensor] = {}
+        for name, value in self._results().items():
+            samples |= moving_entries(name, floating(value))
         if self.num_samples < 4:
             raise ValueError(f"summary needs at least 4 draws a chain, got {self.num_samples}. See get_samples().")
         util.print_summary(samples, prob=prob)

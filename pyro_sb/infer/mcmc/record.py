@@ -8,7 +8,7 @@ import torch
 from pyro.ops import stats
 from torch import Tensor
 
-__all__ = ["Block", "PerChain", "Record", "floating", "in_chunks", "per_chain", "site_diagnostics", "states"]
+__all__ = ["Block", "PerChain", "Record", "floating", "in_chunks", "moving_entries", "per_chain", "site_diagnostics", "states"]
 
 
 class Block(NamedTuple):
@@ -28,7 +28,7 @@ class PerChain(list[Any]):
     """A kernel's figure with one value a chain, which `per_chain` deals out."""
 
 
-class Draws(NamedTuple):
+class BlockDraws(NamedTuple):
     """A block with what belongs to its states: kept sites, deterministic and enumerated ones, statistics."""
 
     sites: dict[str, Tensor]
@@ -48,7 +48,7 @@ class Record:
         self.num_diverging = 0
         self._wanted = save_params
         self._log_joint: Any = None
-        self._blocks: list[Draws] = []
+        self._blocks: list[BlockDraws] = []
 
     def open(self, log_joint: Any) -> None:
         """Learn the model's sites; refuse unknown names before any work is done."""
@@ -67,7 +67,7 @@ class Record:
             z = states(block, log_joint)
             discrete = in_chunks(log_joint.discrete, z)
             deterministic = in_chunks(log_joint.deterministic, z, discrete)
-        self._blocks.append(Draws(self._kept(block.draws), self._kept(deterministic), discrete, block.stats))
+        self._blocks.append(BlockDraws(self._kept(block.draws), self._kept(deterministic), discrete, block.stats))
         self.num_draws += next(iter((block.draws | block.stats).values())).shape[0]
         self.num_diverging += int(block.stats["diverging"].sum()) if "diverging" in block.stats else 0
 
@@ -116,12 +116,23 @@ def in_chunks(
 
 
 def site_diagnostics(value: Tensor) -> OrderedDict[str, Tensor]:
-    """Effective sample size and split R-hat over (chains, draws, ...)."""
+    """Effective sample size and split R-hat over (chains, draws, ...); NaN of constant entries."""
     value = floating(value)
-    if value.shape[1] < 4:
-        nan = value.new_full(value.shape[2:], float("nan"))
-        return OrderedDict(n_eff=nan, r_hat=nan)
-    return OrderedDict(n_eff=stats.effective_sample_size(value), r_hat=stats.split_gelman_rubin(value))
+    moving = (value != value[:1, :1]).flatten(0, 1).any(0)
+    columns = value[:, :, moving]  # a constant would spoil Pyro's figures of its neighbours
+    figures = OrderedDict(n_eff=value.new_full(moving.shape, torch.nan), r_hat=value.new_full(moving.shape, torch.nan))
+    if value.shape[1] >= 4 and bool(moving.any()):
+        figures["n_eff"][moving] = stats.effective_sample_size(columns)
+        figures["r_hat"][moving] = stats.split_gelman_rubin(columns)
+    return figures
+
+
+def moving_entries(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A site, by entry where some are constant (data): Pyro's table has no figures beside those, and leaves them out."""
+    moving = (value != value[:1, :1]).flatten(0, 1).any(0)
+    if moving.all() or not moving.any():
+        return {name: value}
+    return {f"{name}{place}".replace(" ", ""): value[(slice(None), slice(None), *place)] for place in moving.nonzero().tolist()}
 
 
 def per_chain(diagnostics: dict[str, Any], diverging: Tensor | None, num_chains: int) -> list[dict[str, Any]]:

@@ -291,7 +291,7 @@ def discrete_sites(prototype: Prototype, values: Sites, num_chains: int, route: 
         "loop": partial(discrete_by_loop, prototype),
     }
     names = list(ways)
-    for name in names[names.index(route) if route in ways else 0 :]:
+    for name in names[names.index(route if route in ways else "vmap") :]:
         try:
             return ways[name](values, num_chains, temperature)
         except Exception as error:  # of Pyro's smoothing, which serves fewer models than its elimination does

@@ -74,6 +74,13 @@ class Gaps:
         """Log of how often an enumeration counts every configuration, as masked discrete entries run over values."""
         return sum((gap.free.numel() - gap.num_free) * log(gap.num_values) for gap in self.partial.values())
 
+    def without_missing(self, name: str, data: Tensor) -> Tensor:
+        """Data of an observed half as they were given: NaN where they are missing, if they are floats."""
+        there = self.masks[name]
+        if not data.is_floating_point() or data.dim() < there.dim():
+            return data
+        return torch.where(right_aligned(there, data.dim() - there.dim()), data, torch.nan)
+
     def close(self, model: Callable[..., Any]) -> Callable[..., Any]:
         """The model with its data in place, and halves without a missing entry fixed."""
         fixed = {name: gap.filled for name, gap in self.latent.items() if not gap.num_free}

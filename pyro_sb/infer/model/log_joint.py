@@ -43,6 +43,7 @@ from pyro_sb.infer.model.routes import (
     value_and_grad,
 )
 from pyro_sb.infer.model.runs import MAX_NUMBERS, Row, Wanted
+from pyro_sb.infer.model.sites import quiet_draws
 
 __all__ = ["Evaluations", "LogJoint", "log_joint"]
 
@@ -287,7 +288,8 @@ class LogJoint:
                 f"The prior must be proper to draw from it, got improper sites {list(prototype.improper)}. Use start()."
             )
         wanted = Wanted(list(prototype.transforms))
-        draws = prototype.runs.at(Row({}), num, wanted, routes=("vmap", "loop"), checked=()).values
+        with quiet_draws():
+            draws = prototype.runs.at(Row({}), num, wanted, routes=("vmap", "loop"), checked=()).values
         return self.pack({name: transform(draws[name]) for name, transform in prototype.transforms.items()})
 
     def start(self, num: int) -> Tensor:
@@ -480,6 +482,8 @@ def from_prototype(sites: Prototype, initial_params: Sites | None, points: Tenso
         given = rows_of(points, packing)
         if initial_params:
             given += sites.pack(initial_params).detach().reshape(-1, packing.dim).unbind()
+        if not packing.dim:  # nothing to compare routes at
+            return LogJoint(packing, [Batched(lambda z: density(z[0]).expand(len(z)))], prototype=sites)
         oracle = find_oracle(density, finite_starts(density, chain(given, candidate_starts(sites))))
         if oracle is None:
             raise ValueError(explain_no_start(sites))
@@ -494,7 +498,8 @@ def from_prototype(sites: Prototype, initial_params: Sites | None, points: Tenso
 def single_chain(sites: Prototype) -> ModelPotential:
     """Pyro's own potential; it cannot enumerate every distribution that says it can."""
     try:
-        return persist(partial(ModelPotential, sites))
+        with quiet_draws():
+            return persist(partial(ModelPotential, sites))
     except NotImplementedError as error:
         names = list(sites.enumerated)
         raise NotImplementedError(

@@ -1,6 +1,5 @@
 """A Pyro model as its first run shows it: the layout of its latents, their transforms, and where chains may start."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -25,6 +24,7 @@ from pyro_sb.infer.model.sites import (
     is_sample,
     latents,
     plate_nesting,
+    quiet_draws,
     refuse_moving_supports,
     refuse_nan_data,
     refuse_subsampling,
@@ -224,8 +224,7 @@ def run(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     """Trace of one run with latents drawn by ``start``, discrete ones sampled."""
 
     def once() -> poutine.Trace:
-        with torch.no_grad(), pyro.validation_enabled(False), poutine.block(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Singular sample detected", UserWarning)  # of Wishart: drawn once more
+        with torch.no_grad(), pyro.validation_enabled(False), poutine.block(), quiet_draws():
             return poutine.trace(InitMessenger(start)(model)).get_trace(*args, **kwargs)
 
     return persist(once)
@@ -276,7 +275,8 @@ def possible_starts(prototype: Prototype) -> Iterator[Tensor]:
     wanted = Wanted(list(prototype.transforms), list(prototype.runs.batch_shapes))
     for num in PRIOR_DRAWS:
         try:
-            found = prototype.runs.at(Row({}), num, wanted, routes=("vmap", "loop"), checked=())
+            with quiet_draws():
+                found = prototype.runs.at(Row({}), num, wanted, routes=("vmap", "loop"), checked=())
         except (NotImplementedError, ValueError, RuntimeError):  # a prior that cannot be drawn
             return
         total = sum(x.reshape(num, -1).sum(-1) for x in found.log_probs.values())

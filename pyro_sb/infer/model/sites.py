@@ -1,6 +1,8 @@
 """One site of a Pyro trace: its kind, the bijection from R^n to its support, and what is refused."""
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro.distributions as dist
@@ -24,6 +26,7 @@ __all__ = [
     "is_sample",
     "latents",
     "plate_nesting",
+    "quiet_draws",
     "refuse_moving_supports",
     "refuse_nan_data",
     "refuse_subsampling",
@@ -59,10 +62,18 @@ def latents(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
     return ((name, site) for name, site in trace.iter_stochastic_nodes() if is_sample(site))
 
 
+@contextmanager
+def quiet_draws() -> Iterator[None]:
+    """Without what torch says of every draw of a Wishart law."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Singular sample detected", UserWarning)
+        yield
+
+
 def can_sample(fn: Any) -> bool:
     """Whether a distribution can be drawn from; ``ImproperUniform`` cannot."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet_draws():
             fn.sample()
     except NotImplementedError:
         return False

@@ -34,6 +34,9 @@ FAIR_SHARE = 0.6
 POOR_SHARE = 0.1
 """Effective share of the population under which it is called poor."""
 
+LEAST_ALLOWED = 0.01
+"""Share of prior draws under which a start law is not made of them."""
+
 LIGHT_GUARD, HEAVY_GUARD = (0.1, 3.0, 4.0), (0.1, 3.0, 9.0)
 """Share, degrees of freedom and inflation of the wide components that bound the weights in the tails."""
 
@@ -322,9 +325,14 @@ def laplace_mixture(optima: Optima, df: float = 5.0, inflation: float = 2.25) ->
 
 
 def _prior_law(log_joint: LogJoint, num: int) -> StudentMixture:
+    """Of prior draws; where the data allow almost none of them, of starts that they allow."""
     points = log_joint.prior(num).to(torch.float64)
+    log_density = log_joint.log_prob(points)
+    if bool(torch.isfinite(log_density).double().mean() < LEAST_ALLOWED):
+        points = log_joint.start(num).to(torch.float64)
+        log_density = log_joint.log_prob(points)
     uniform = torch.full_like(points[:, 0], 1.0 / num)
-    return fit_mixture(points, uniform, log_joint.log_prob(points))
+    return fit_mixture(points, uniform, log_density)
 
 
 def _checked_points(log_joint: LogJoint, points: Tensor) -> Tensor:

@@ -157,3 +157,11 @@ def one_hot_latent(y):
     with pyro.plate("data", len(y)):
         z = pyro.sample("z", dist.OneHotCategorical(torch.ones(3)))
         pyro.sample("y", dist.Normal((z * m[..., None, :]).sum(-1), 0.5), obs=y)
+
+
+@idiom("one-hot latent, fixed", lambda: (torch.tensor([2.0, 0.2, 1.0]),))
+def one_hot_of_known(y):
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.OneHotCategorical(torch.tensor([0.2, 0.3, 0.5])))
+        pyro.sample("y", dist.Normal(m + (z * torch.arange(3.0)).sum(-1), 0.5), obs=y)

@@ -61,6 +61,13 @@ def wishart(y):
         pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), precision_matrix=tau.unsqueeze(-3)), obs=y)
 
 
+@idiom("wishart precision, 1-d", lambda: (numbers(5, 0, 1),), ours=True)
+def wishart_of_one(y):
+    tau = pyro.sample("tau", dist.Wishart(torch.tensor(3.0), torch.eye(1)))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(1), precision_matrix=tau.unsqueeze(-3)), obs=y)
+
+
 @idiom("flat Cholesky factor", lambda: (numbers(5, 0, 2),), ours=True)
 def flat_cholesky(y):
     tril = pyro.sample("tril", dist.ImproperUniform(constraints.lower_cholesky, (), (2, 2)))

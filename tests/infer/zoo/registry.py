@@ -63,4 +63,5 @@ def zoo() -> dict[str, Idiom]:
     import tests.infer.zoo.spellings  # noqa: F401
 
     old = {name: Idiom(c.model, lambda c=c: c.args, lambda c=c: c.kwargs, c.route) for name, c in CASES.items()}
+    assert not old.keys() & MEMBERS.keys()
     return old | MEMBERS

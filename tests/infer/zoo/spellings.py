@@ -44,7 +44,7 @@ def undeclared(y):
     pyro.sample("y", dist.Normal(x, 1.0), obs=y)
 
 
-@idiom("keywords", kwargs=lambda: {"y": numbers(3), "scale": 2.0})
+@idiom("keywords and defaults", kwargs=lambda: {"y": numbers(3), "scale": 2.0})
 def keywords(*, y, scale=1.0):
     mu = pyro.sample("mu", dist.Normal(0.0, scale))
     with pyro.plate("data", len(y)):
