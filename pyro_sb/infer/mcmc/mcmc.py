@@ -313,7 +313,7 @@ class MCMC(api.MCMC):
         samples: dict[str, Tensor] = {}
         for name, value in self._results().items():
             samples |= moving_entries(name, floating(value))
-        if self.num_samples < 4:
+        if samples and self.num_samples < 4:
             raise ValueError(f"summary needs at least 4 draws a chain, got {self.num_samples}. See get_samples().")
         util.print_summary(samples, prob=prob)
         print(f"Number of divergences: {sum(len(entry['divergences']) for entry in self._diagnostics)}")

@@ -20,7 +20,7 @@ from torch.distributions import Transform, constraints
 
 from pyro_sb.infer.model.sites import Site, is_deterministic
 
-__all__ = ["FreeEntries", "Gap", "Gaps", "find_gaps"]
+__all__ = ["MISSING", "FreeEntries", "Gap", "Gaps", "find_gaps"]
 
 THERE, MISSING = "_observed", "_unobserved"  # Pyro's names of the two halves
 

@@ -49,7 +49,7 @@ __all__ = ["Evaluations", "LogJoint", "log_joint"]
 
 Sites = dict[str, Tensor]
 ROUNDS = 8  # of starts of one kind, before others are tried
-JITTERS = (1e-1, 1e-2, 1e-4, 0.0)  # of known starts that are repeated, in unconstrained units
+JITTERS = (1e-1, 1e-2, 1e-3, 1e-5, 1e-7, 0.0)  # of known starts that are repeated, as shares of 1 + |z|
 ENUMERATION_COST = 64  # numbers held by an enumerated run for each number in its sites, a guess on the high side
 
 
