@@ -8,7 +8,17 @@ import torch
 from pyro.ops import stats
 from torch import Tensor
 
-__all__ = ["Block", "PerChain", "Record", "floating", "in_chunks", "moving_entries", "per_chain", "site_diagnostics", "states"]
+__all__ = [
+    "Block",
+    "PerChain",
+    "Record",
+    "floating",
+    "in_chunks",
+    "moving_entries",
+    "per_chain",
+    "site_diagnostics",
+    "states",
+]
 
 
 class Block(NamedTuple):
@@ -128,11 +138,14 @@ def site_diagnostics(value: Tensor) -> OrderedDict[str, Tensor]:
 
 
 def moving_entries(name: str, value: Tensor) -> dict[str, Tensor]:
-    """A site, by entry where some are constant (data): Pyro's table has no figures beside those, and leaves them out."""
+    """A site, by entry where some are constant (data): those are left out, Pyro's table has no figures beside them."""
     moving = (value != value[:1, :1]).flatten(0, 1).any(0)
     if moving.all() or not moving.any():
         return {name: value}
-    return {f"{name}{place}".replace(" ", ""): value[(slice(None), slice(None), *place)] for place in moving.nonzero().tolist()}
+    return {
+        f"{name}{place}".replace(" ", ""): value[(slice(None), slice(None), *place)]
+        for place in moving.nonzero().tolist()
+    }
 
 
 def per_chain(diagnostics: dict[str, Any], diverging: Tensor | None, num_chains: int) -> list[dict[str, Any]]:

@@ -131,7 +131,9 @@ class EnumeratedVmap:
         factors, _ = self.factors(rows.values, len(z))
         return log_det + contract(list(factors.values()), CHAIN_SYMBOL, len(z))
 
-    def factors(self, values: Sites, num_chains: int, *, scaled: bool = True) -> tuple[dict[str, Factor], poutine.Trace]:
+    def factors(
+        self, values: Sites, num_chains: int, *, scaled: bool = True
+    ) -> tuple[dict[str, Factor], poutine.Trace]:
         """Factors of all chains, chains first; and one chain's trace, whose structure is that of all."""
         seen = []
 
@@ -238,7 +240,7 @@ def in_turn(
         states = torch.arange(len(support), device=support.device)
         entries = [dim for dim in factor.dims[1:] if dim in factor.plates]  # plates of the site, left to right
         sizes = [factor.log_prob.shape[factor.dims.index(dim)] for dim in entries]
-        chosen = torch.zeros(num_chains, *sizes, dtype=torch.long, device=factor.log_prob.device)
+        chosen = []
         for place in product(*map(range, sizes)):
             log_probs = []
             for state in states:
@@ -246,10 +248,10 @@ def in_turn(
                 log_probs.append(contract(list(one.values()), CHAIN_SYMBOL, num_chains, ring))
             logits = torch.stack(log_probs, -1)
             index = torch.distributions.Categorical(logits=logits).sample() if temperature else logits.argmax(-1)
-            chosen[(slice(None), *place)] = index
+            chosen.append(index)
             keep = index[:, None] == states
             factors = factors | {name: restricted(factors[name], symbol, entries, place, keep)}
-        found[name] = support[chosen].reshape(num_chains, *shape)
+        found[name] = support[torch.stack(chosen, -1)].reshape(num_chains, *shape)
     return found
 
 
@@ -285,7 +287,7 @@ def discrete_sites(prototype: Prototype, values: Sites, num_chains: int, route: 
     Returns:
         ``{site: (C, *shape)}``.
     """
-    ways = {
+    ways: dict[str, Callable[[Sites, int, int], Sites]] = {
         "plate": EnumeratedPlate(prototype).discrete,
         "vmap": EnumeratedVmap(prototype).discrete,
         "loop": partial(discrete_by_loop, prototype),

@@ -1,27 +1,34 @@
-r"""Data with missing entries, by Pyro's ``obs_mask``: what is missing is a latent, what is there is none.
+r"""Masked entries of latents: those that reach nothing are no latents. First of all, data with missing entries.
 
 Pyro splits ``sample("y", fn, obs=y, obs_mask=mask)`` in two sites of the whole shape, ``y_observed`` and
 ``y_unobserved``, each masked where the other counts, and puts ``y`` together from both. A masked entry has no density
 and reaches nothing: as a latent it would be flat. Here it has a fixed value, and the vector of latents holds the others
-(`FreeEntries`). A site without any missing entry is no latent at all, and of a discrete site each masked entry counts as the
-one value that it has.
+(`FreeEntries`). A site without any missing entry is no latent at all, and of a discrete site each masked entry counts
+as the one value that it has.
+
+The same holds of what ``poutine.mask`` takes out of a latent site, as of a series beyond its end, where the log density
+shows that nothing depends on it; a masked entry that the data depend on has a flat prior.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import log
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from pyro_sb.infer.model.sites import Site, is_deterministic
+from pyro_sb.infer.model.sites import Site, is_deterministic, is_discrete, latents
 
-__all__ = ["MISSING", "FreeEntries", "Gap", "Gaps", "find_gaps"]
+__all__ = ["MISSING", "FreeEntries", "Gap", "Gaps", "find_gaps", "with_unused"]
 
+Draw = Callable[[], poutine.Trace]
+Total = Callable[[dict[str, Tensor]], Tensor]
+PAIRS = 3  # of runs that show whether a masked entry reaches anything
 THERE, MISSING = "_observed", "_unobserved"  # Pyro's names of the two halves
 
 
@@ -32,12 +39,10 @@ class Gap:
     Attributes:
         free: Which entries are latents. Shape ``batch_shape``.
         filled: Values of the others, inside the support. Shape ``(*batch_shape, *event_shape)``.
-        num_values: Values that a discrete entry can have; 1 of a continuous one.
     """
 
     free: Tensor
     filled: Tensor
-    num_values: int = 1
 
     @property
     def num_free(self) -> int:
@@ -51,28 +56,25 @@ class Gap:
 
 @dataclass(frozen=True)
 class Gaps:
-    """What ``obs_mask`` leaves open in a model's sites, as one run shows it.
+    """What masks leave open in a model's sites, as one run shows it.
 
     Attributes:
-        latent: By name of a latent half.
+        latent: By name of a latent half, or of another latent with masked entries that reach nothing.
         data: Values for the observed halves, the missing entries inside the support: whatever stood there, perhaps NaN,
             would spoil gradients through the mask.
         masks: Which entries of each observed half are there.
+        log_copies: Log of how often an enumeration counts every configuration: once a value of each masked entry.
     """
 
     latent: dict[str, Gap] = field(default_factory=dict)
     data: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
+    log_copies: float = 0.0
 
     @property
     def partial(self) -> dict[str, Gap]:
         """Those with a latent entry."""
         return {name: gap for name, gap in self.latent.items() if gap.num_free}
-
-    @property
-    def log_copies(self) -> float:
-        """Log of how often an enumeration counts every configuration, as masked discrete entries run over values."""
-        return sum((gap.free.numel() - gap.num_free) * log(gap.num_values) for gap in self.partial.values())
 
     def without_missing(self, name: str, data: Tensor) -> Tensor:
         """Data of an observed half as they were given: NaN where they are missing, if they are floats."""
@@ -89,7 +91,7 @@ class Gaps:
 
 def find_gaps(trace: poutine.Trace) -> Gaps:
     """The sites of a run that have an ``obs_mask``."""
-    gaps = Gaps()
+    gaps, log_copies = Gaps(), 0.0
     for name, site in trace.nodes.items():
         halves = [trace.nodes.get(name + half) for half in (THERE, MISSING)]
         if any(half is None or half["type"] != "sample" for half in halves) or not is_deterministic(site):
@@ -97,11 +99,68 @@ def find_gaps(trace: poutine.Trace) -> Gaps:
         there, missing = halves
         for half, other in ((there, missing), (missing, there)):
             if not half["is_observed"]:
-                gaps.latent[half["name"]] = gap_of(half, other)
+                gap = gaps.latent[half["name"]] = gap_of(half, other)
+                log_copies += log_values(half) * (gap.free.numel() - gap.num_free) if gap.num_free else 0.0
         if there["is_observed"]:
             gaps.masks[there["name"]] = mask_of(there)
             gaps.data[there["name"]] = spread(there["value"], gaps.masks[there["name"]], missing["value"], there)
-    return gaps
+    return replace(gaps, log_copies=log_copies)
+
+
+def log_values(site: Site) -> float:
+    """Log of how many values an entry can have that is summed over; 0 of a continuous site."""
+    return log(len(site["fn"].enumerate_support(expand=False))) if site["fn"].has_enumerate_support else 0.0
+
+
+def with_unused(gaps: Gaps, trace: poutine.Trace, draw: Draw, total: Total) -> Gaps:
+    """The gaps, and masked entries of other latents that nothing depends on.
+
+    Args:
+        gaps: Those of the run.
+        trace: The run.
+        draw: Makes a further run.
+        total: Log density of the model with its latents at given values.
+    """
+    unused = unused_entries({k: s for k, s in latents(trace) if k not in gaps.latent}, draw, total)
+    found, log_copies = dict(gaps.latent), gaps.log_copies
+    for name, entries in unused.items():
+        site = trace.nodes[name]
+        if is_discrete(site["fn"]):
+            log_copies += log_values(site) * int(entries.sum())
+        elif bool(entries.any()):
+            found[name] = Gap(~entries, site["value"].detach())
+    return replace(gaps, latent=found, log_copies=log_copies)
+
+
+def unused_entries(sites: dict[str, Site], draw: Draw, total: Total) -> dict[str, Tensor]:
+    """Which masked entries of latents have no gradient and, all moved together, leave the log density where it is."""
+    unused = {name: ~mask_of(site) for name, site in sites.items()}
+    unused = {name: entries for name, entries in unused.items() if bool(entries.any())}
+    for _ in range(PAIRS if unused else 0):
+        here, there = ({k: s["value"].detach() for k, s in latents(draw())} for _ in range(2))
+        if not unused.keys() <= here.keys() == there.keys():
+            return {}
+        for name, grad in gradients(total, here, [name for name in unused if here[name].is_floating_point()]).items():
+            still = (grad == 0).reshape(*unused[name].shape, -1).all(-1)
+            unused[name] = unused[name] & still
+        moved = {
+            name: torch.where(right_aligned(entries, here[name].dim() - entries.dim()), there[name], here[name])
+            for name, entries in unused.items()
+        }
+        if not bool(total(here) == total(here | moved)):
+            return {}
+    return unused
+
+
+def gradients(total: Total, values: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """Of a log density in some of its values; 0 where it does not depend on them."""
+    leaves = [values[name].clone().requires_grad_() for name in names]
+    with torch.enable_grad():
+        found = total(values | dict(zip(names, leaves)))
+    if not leaves or not found.requires_grad:
+        return {name: torch.zeros_like(values[name]) for name in names}
+    grads = torch.autograd.grad(found, leaves, allow_unused=True)
+    return {name: torch.zeros_like(values[name]) if g is None else g for name, g in zip(names, grads)}
 
 
 def gap_of(site: Site, other: Site) -> Gap:
@@ -111,13 +170,16 @@ def gap_of(site: Site, other: Site) -> Gap:
     if other["is_observed"]:
         usable = ~free & mask_of(other) & finite(other["value"], site)
         filled = torch.where(right_aligned(usable, site["fn"].event_dim), other["value"].to(value), value)
-    size = len(site["fn"].enumerate_support(expand=False)) if site["fn"].has_enumerate_support else 1
-    return Gap(free, filled, size)
+    return Gap(free, filled)
 
 
 def mask_of(site: Site) -> Tensor:
     """Which entries of a site count, in its batch shape; of a larger mask, those that count anywhere."""
-    shape, mask = site["fn"].batch_shape, torch.as_tensor(site["mask"], device=site["value"].device)
+    fn, masks = site["fn"], [True if site["mask"] is None else site["mask"]]
+    masks += [fn._mask] if isinstance(fn, MaskedDistribution) else []
+    shape, mask = fn.batch_shape, torch.ones((), dtype=torch.bool, device=site["value"].device)
+    for more in masks:
+        mask = mask & torch.as_tensor(more, device=mask.device)
     mask = mask.expand(torch.broadcast_shapes(mask.shape, shape))
     for _ in range(mask.dim() - len(shape)):
         mask = mask.any(0)
@@ -183,18 +245,9 @@ class FreeEntries(Transform):
         batch, unconstrained = gap.free.shape, inner.forward_shape(gap.filled.shape)
         self.batch, self.event = batch, torch.Size(unconstrained[len(batch) :])
         rank = gap.free.flatten().long().cumsum(0)  # place of each entry in [0, free entries ...]
+        self.domain = constraints.independent(inner.domain, gap.filled.dim() - inner.domain.event_dim)
+        self.codomain = constraints.independent(constraints.real, 1 + len(self.event))
         self.places, self.chosen = torch.where(gap.free.flatten(), rank, 0), gap.free.flatten().nonzero()[:, 0]
-
-    @property
-    def domain(self) -> constraints.Constraint:
-        """The site's, as one event."""
-        inner = self.inner.domain
-        return constraints.independent(inner, self.gap.filled.dim() - inner.event_dim)
-
-    @property
-    def codomain(self) -> constraints.Constraint:
-        """Real numbers, an event of the free entries."""
-        return constraints.independent(constraints.real, 1 + len(self.event))
 
     def _call(self, x: Tensor) -> Tensor:
         return self.select(self.inner(x))

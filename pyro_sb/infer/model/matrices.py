@@ -22,7 +22,7 @@ class CholeskyVector(Transform):
     """
 
     domain = constraints.real_vector
-    codomain = constraints.lower_cholesky
+    codomain: constraints.Constraint = constraints.lower_cholesky
     bijective = True
 
     def __eq__(self, other: object) -> bool:
@@ -61,7 +61,7 @@ class PositiveDefiniteVector(CholeskyVector):
                 [2., 5.]])
     """
 
-    codomain = constraints.positive_definite
+    codomain: constraints.Constraint = constraints.positive_definite
 
     def _call(self, u: Tensor) -> Tensor:
         factor = super()._call(u)

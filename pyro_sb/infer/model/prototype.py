@@ -12,7 +12,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_sb.infer.model.imputation import FreeEntries, Gaps, find_gaps
+from pyro_sb.infer.model.imputation import FreeEntries, Gaps, find_gaps, with_unused
 from pyro_sb.infer.model.packing import Packing
 from pyro_sb.infer.model.runs import ModelRuns, Row, Wanted
 from pyro_sb.infer.model.sites import (
@@ -127,7 +127,7 @@ class Prototype:
         return self.packing.pack({name: t(nodes[name]["value"].detach()) for name, t in self.transforms.items()})
 
     def pack(self, params: dict[str, Tensor]) -> Tensor:
-        """``{site: (*batch, *shape)}``, unconstrained, to ``(*batch, dim)``; a site with missing entries may be whole."""
+        """``{site: (*batch, *shape)}``, unconstrained, to ``(*batch, dim)``; a site with fixed entries may be whole."""
         return self.packing.pack({name: self._free_entries(name, torch.as_tensor(u)) for name, u in params.items()})
 
     def _free_entries(self, name: str, u: Tensor) -> Tensor:
@@ -194,15 +194,23 @@ def prototype(
 def closed(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], start: Start
 ) -> tuple[Callable[..., Any], Gaps, poutine.Trace]:
-    """The model without latents where an ``obs_mask`` has data; what it leaves open; and a run of that model."""
-    trace = run(model, args, kwargs, start)
-    gaps = find_gaps(trace)
+    """The model without latents where masks leave none; what they leave open; and a run of that model."""
+
+    def total(values: dict[str, Tensor]) -> Tensor:
+        with pyro.validation_enabled(False), poutine.block():
+            return poutine.trace(poutine.condition(model, values)).get_trace(*args, **kwargs).log_prob_sum()
+
+    def draw() -> poutine.Trace:
+        return run(model, args, kwargs, start)
+
+    trace = draw()
+    split = find_gaps(trace)
+    gaps = with_unused(split, trace, draw, total)
     if not gaps.latent and not gaps.data:
         return model, gaps, trace
-    model = gaps.close(model)
-    trace = run(model, args, kwargs, start)
-    refuse_moving_masks(gaps, find_gaps(trace))
-    return model, gaps, trace
+    again = run(gaps.close(model), args, kwargs, start)
+    refuse_moving_masks(split, find_gaps(again))
+    return gaps.close(model), gaps, again
 
 
 def refuse_moving_masks(gaps: Gaps, others: Gaps) -> None:
@@ -211,7 +219,7 @@ def refuse_moving_masks(gaps: Gaps, others: Gaps) -> None:
         other = others.latent.get(name)
         if other is None or not torch.equal(gaps.latent[name].free, other.free):
             raise NotImplementedError(
-                f"Site {name!r} must have the same obs_mask at every run, got two. Compute the mask from the data alone."
+                f"Site {name!r} must have the same obs_mask at every run, got two. Make the mask of the data alone."
             )
 
 
@@ -325,8 +333,8 @@ def explain_no_start(prototype: Prototype) -> str:
     ]
     culprits = ", ".join(bad) if bad else "no single site in the last run; perhaps the gradient"
     return (
-        f"The log joint and its gradient must be finite at some start, got none among {MAX_TRIES} by the init strategy, "
-        f"{sum(PRIOR_DRAWS)} draws of the prior (if it can be drawn) and {MAX_TRIES} far and wide. Not finite: "
-        f"{culprits}. Check the data for NaN and infinity and the parameters for their range, or pass init_strategy or "
-        "initial_params (start=) inside the support."
+        f"The log joint and its gradient must be finite at some start, got none among {MAX_TRIES} by the init "
+        f"strategy, {sum(PRIOR_DRAWS)} draws of the prior (if it can be drawn) and {MAX_TRIES} far and wide. Not "
+        f"finite: {culprits}. Check the data for NaN and infinity and the parameters for their range, or pass "
+        "init_strategy or initial_params (start=) inside the support."
     )

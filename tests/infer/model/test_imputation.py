@@ -19,8 +19,14 @@ def in_float64():
 LAWS = {
     "normal": (lambda a: dist.Normal(a, 2.0), lambda: torch.linspace(-1, 2, 4)),
     "positive": (lambda a: dist.Gamma(2.0, a.exp()), lambda: torch.linspace(0.3, 2, 4)),
-    "bounds by entry": (lambda a: dist.Uniform(torch.arange(4.0), 2 + torch.arange(4.0)), lambda: torch.arange(4.0) + 0.7),
-    "vectors": (lambda a: dist.Normal(a[..., None], torch.ones(3)).to_event(1), lambda: torch.linspace(0, 1, 12).view(4, 3)),
+    "bounds by entry": (
+        lambda a: dist.Uniform(torch.arange(4.0), 2 + torch.arange(4.0)),
+        lambda: torch.arange(4.0) + 0.7,
+    ),
+    "vectors": (
+        lambda a: dist.Normal(a[..., None], torch.ones(3)).to_event(1),
+        lambda: torch.linspace(0, 1, 12).view(4, 3),
+    ),
     "shares": (lambda a: dist.Dirichlet(a.exp()[..., None] * torch.ones(3)), lambda: torch.full((4, 3), 1 / 3)),
     "correlated": (
         lambda a: dist.MultivariateNormal(a[..., None] * torch.ones(2), torch.eye(2) + 0.5),
@@ -44,7 +50,9 @@ def followed_by_data(law, **given):
 def test_the_log_joint_does_not_care_which_entries_are_data(name, there):
     law, y, seen = LAWS[name][0], LAWS[name][1](), torch.tensor(MASKS[there])
     rows = (4, *[1] * (y.dim() - 1))
-    joint = log_joint(followed_by_data, args=(law,), kwargs={"obs": y.where(seen.view(rows), torch.nan), "obs_mask": seen})
+    joint = log_joint(
+        followed_by_data, args=(law,), kwargs={"obs": y.where(seen.view(rows), torch.nan), "obs_mask": seen}
+    )
     z = joint.start(3)
     value, grad = joint.value_and_grad(z)
     assert joint.route == "plate" and (grad != 0).all()
@@ -60,7 +68,9 @@ def test_the_log_joint_does_not_care_which_entries_are_data(name, there):
 def coins(y, seen):
     p = pyro.sample("p", dist.Beta(2.0, 1.0))
     with pyro.plate("data", len(y)):
-        y = pyro.sample("y", dist.Categorical(torch.stack([p / 2, p / 2, 1 - p], -1)[..., None, :]), obs=y, obs_mask=seen)
+        y = pyro.sample(
+            "y", dist.Categorical(torch.stack([p / 2, p / 2, 1 - p], -1)[..., None, :]), obs=y, obs_mask=seen
+        )
         pyro.deterministic("copy", 1.0 * y)
         pyro.sample("x", dist.Normal(y, 1.0), obs=torch.tensor([0.1, 1.2, 1.7]))
 
@@ -99,7 +109,9 @@ def test_counts_need_all_their_data():
     y = torch.tensor([1.0, 3.0])
     joint = log_joint(counts, args=(y, torch.tensor([True, True])))
     z = torch.linspace(-3, 3, 7)[:, None]
-    torch.testing.assert_close(joint.log_prob(z).diff(), (6 * z[:, 0] - 3 * z[:, 0].exp()).diff())  # Gamma(2 + 4, 1 + 2)
+    torch.testing.assert_close(
+        joint.log_prob(z).diff(), (6 * z[:, 0] - 3 * z[:, 0].exp()).diff()
+    )  # Gamma(2 + 4, 1 + 2)
     with pytest.raises(NotImplementedError, match="'y_unobserved' must have a finite support"):
         log_joint(counts, args=(y, torch.tensor([True, False])))
 
@@ -182,3 +194,53 @@ def test_matrix_bijections_are_what_autograd_says(transform, dim):
     rows, columns = torch.tril_indices(dim, dim)
     jacobian = torch.autograd.functional.jacobian(lambda v: transform(v)[rows, columns], u)
     torch.testing.assert_close(transform.log_abs_det_jacobian(u, matrix), jacobian.det().abs().log())
+
+
+def ragged(y, lengths, prior=True):
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("series", 3):
+        z = torch.zeros(3)
+        for t in range(4):
+            with poutine.mask(mask=t < lengths):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+                pyro.sample(f"y_{t}", dist.Normal(z, scale), obs=y[:, t])
+
+
+def test_states_beyond_the_end_of_a_series_are_no_latents():
+    lengths, y = torch.tensor([4, 2, 3]), torch.randn(3, 4)
+    joint = log_joint(ragged, args=(y, lengths))
+    assert joint.dim == 1 + int(lengths.sum()) and joint.route == "plate"
+    z = joint.start(2)
+    sites = joint.constrain(z)
+    scale = sites["scale"]
+    expected = dist.HalfNormal(1.0).log_prob(scale) + scale.log()
+    for i, length in enumerate(lengths.tolist()):
+        path = torch.stack([sites[f"z_{t}"][:, i] for t in range(length)], -1)
+        expected = expected + dist.Normal(0.0, 1.0).log_prob(path.diff(prepend=torch.zeros(2, 1))).sum(-1)
+        expected = expected + dist.Normal(path, scale[:, None]).log_prob(y[i, :length]).sum(-1)
+    torch.testing.assert_close(joint.log_prob(z), expected)
+
+
+def test_masked_priors_of_what_the_data_depend_on_stay_flat():
+    def model(y):
+        with pyro.plate("data", 3):
+            with poutine.mask(mask=torch.tensor([True, False, True])):
+                mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    joint = log_joint(model, args=(torch.zeros(3),))
+    z = torch.randn(4, 3)
+    torch.testing.assert_close(joint.log_prob(z).diff(), -(z**2 * torch.tensor([1.0, 0.5, 1.0])).sum(-1).diff())
+
+
+def test_masked_steps_of_a_discrete_chain_count_once():
+    def model(num):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        for t in pyro.markov(range(4)):
+            with poutine.mask(mask=torch.tensor(t < num)):
+                pyro.sample(f"z_{t}", dist.Bernoulli(0.3))
+                pyro.sample(f"y_{t}", dist.Normal(m, 1.0), obs=torch.tensor(0.5))
+
+    z = torch.randn(3, 1)
+    expected = dist.Normal(0.0, 1.0).log_prob(z[:, 0]) + 2 * dist.Normal(z[:, 0], 1.0).log_prob(torch.tensor(0.5))
+    torch.testing.assert_close(log_joint(model, args=(2,)).log_prob(z), expected)

@@ -63,5 +63,8 @@ def agreement(idiom: Idiom, num: int = 5) -> Agreement:
     assert usable.sum() >= 2, "fewer than two points to compare"
     gaps = (found - found[usable][0]) - (value - value[usable][0])
     return Agreement(
-        joint.route, float(gaps[usable].abs().max()), float((slope - grad)[usable].abs().max()), torch.finfo(joint.dtype).eps
+        joint.route,
+        float(gaps[usable].abs().max()),
+        float((slope - grad)[usable].abs().max()),
+        torch.finfo(joint.dtype).eps,
     )

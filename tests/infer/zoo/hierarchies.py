@@ -141,7 +141,10 @@ def weighted_likelihood(y, weights):
         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
 
-@idiom("imputation", lambda: (torch.tensor([1.2, 0.4, 2.0, torch.nan, torch.nan, 0.9]), torch.tensor([1, 1, 1, 0, 0, 1]).bool()))
+@idiom(
+    "imputation",
+    lambda: (torch.tensor([1.2, 0.4, 2.0, torch.nan, torch.nan, 0.9]), torch.tensor([1, 1, 1, 0, 0, 1]).bool()),
+)
 def imputation(y, seen):
     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
     with pyro.plate("data", len(y)):
@@ -178,7 +181,9 @@ def imputed_shares(y, seen):
         pyro.sample("y", dist.Dirichlet(a[..., None] * torch.ones(3)), obs=y, obs_mask=seen)
 
 
-@idiom("imputed classes", lambda: (torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0]), torch.tensor([True, False, True, True, False])))
+@idiom(
+    "imputed classes", lambda: (torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0]), torch.tensor([True, False, True, True, False]))
+)
 def imputed_classes(y, seen):
     p = pyro.sample("p", dist.Beta(2.0, 2.0))
     with pyro.plate("data", len(y)):

@@ -1,4 +1,4 @@
-"""Supports and priors: simplex, Cholesky, bounded, ordered, positive, circular, heavy-tailed, matrix-valued, improper."""
+"""Supports and priors: simplex, Cholesky, bounded, ordered, positive, circular, heavy-tailed, matrices, improper."""
 
 import pyro
 import pyro.distributions as dist

@@ -1,4 +1,4 @@
-"""Regressions of every likelihood, censored and truncated data, item response, survival, networks, Gaussian processes."""
+"""Regressions of all likelihoods, censored and truncated data, item response, survival, networks, processes."""
 
 import pyro
 import pyro.contrib.gp as gp

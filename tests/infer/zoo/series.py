@@ -47,7 +47,11 @@ def gaussian_hmm(y):
     eye = torch.eye(1)
     noise = dist.Normal(torch.zeros(1), scale[..., None]).to_event(1)
     hmm = dist.GaussianHMM(
-        dist.Normal(torch.zeros(1), 1.0).to_event(1), 0.9 * eye, noise, eye, dist.Normal(torch.zeros(1), 0.5).to_event(1)
+        dist.Normal(torch.zeros(1), 1.0).to_event(1),
+        0.9 * eye,
+        noise,
+        eye,
+        dist.Normal(torch.zeros(1), 0.5).to_event(1),
     )
     pyro.sample("y", hmm, obs=y)
 
@@ -99,8 +103,13 @@ def tones_hmm(notes):  # model 1 of Pyro's hmm.py, with a plate of tones
         for t in pyro.markov(range(3)):
             x = pyro.sample(f"x_{t}", dist.Categorical(Vindex(rows)[..., x, :]))
             with tones as tone:
-                pyro.sample(f"y_{t}", dist.Bernoulli(Vindex(emit)[..., x.squeeze(-1), tone] if x.dim() < 2 else
-                            Vindex(emit)[..., x, tone]), obs=notes[:, t])
+                pyro.sample(
+                    f"y_{t}",
+                    dist.Bernoulli(
+                        Vindex(emit)[..., x.squeeze(-1), tone] if x.dim() < 2 else Vindex(emit)[..., x, tone]
+                    ),
+                    obs=notes[:, t],
+                )
 
 
 @idiom("hmm, DiscreteHMM", lambda: (numbers(5),))
@@ -128,7 +137,9 @@ def logistic_growth(y):
         x = x + r * x * (1 - x / k)
         states.append(torch.as_tensor(x).expand(r.shape))
     with pyro.plate("time", 4):
-        pyro.sample("y", dist.Normal(torch.stack(states, -1).squeeze(-2) if r.dim() else torch.stack(states), 0.3), obs=y)
+        pyro.sample(
+            "y", dist.Normal(torch.stack(states, -1).squeeze(-2) if r.dim() else torch.stack(states), 0.3), obs=y
+        )
 
 
 @idiom("SIR, deterministic", lambda: (torch.tensor([2.0, 4.0, 6.0]),))
@@ -203,3 +214,14 @@ def seasonal(y):
         effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
     with pyro.plate("time", 8):
         pyro.sample("y", dist.Normal(trend * torch.arange(8.0).to(y) / 8 + torch.cat([effect, effect], -1), 1.0), obs=y)
+
+
+@idiom("state space, ragged series", lambda: (numbers(3, 0, 4), torch.tensor([4, 2, 3])))
+def ragged_states(y, lengths):
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("series", 3):
+        z = torch.zeros(3)
+        for t in range(4):
+            with poutine.mask(mask=t < lengths):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+                pyro.sample(f"y_{t}", dist.Normal(z, scale), obs=y[:, t])
