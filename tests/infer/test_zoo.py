@@ -5,6 +5,7 @@ import warnings
 import pyro
 import pytest
 import torch
+from pyro import poutine
 from pyro.ops.stats import effective_sample_size
 
 from pyro_sb.infer import MCMC, KernelLangevin
@@ -89,6 +90,42 @@ def test_differences_and_gradients_are_pyros(name):
         found = agreement(idiom)
     assert idiom.route in (None, found.route)
     assert found.values < 1e6 * found.eps and found.gradients < 1e6 * found.eps  # 1e-10 in float64, in nats
+
+
+def copying(model):
+    """The model with a deterministic copy of every discrete site that is not data."""
+
+    def copied(*args, **kwargs):
+        with poutine.trace() as tracer:
+            model(*args, **kwargs)
+        for name, site in list(tracer.trace.nodes.items()):
+            if site["type"] == "sample" and site["fn"].has_enumerate_support and not name.endswith("_observed"):
+                value = torch.as_tensor(site["value"])
+                pyro.deterministic(f"{name}_copy", value, event_dim=value.dim())
+
+    return copied
+
+
+WITH_DISCRETE = {
+    name: idiom
+    for name, idiom in ZOO.items()
+    if any(word in name for word in ("mixture", "hmm", "classes", "labels", "group", "switchpoint, s", "occup", "two d"))
+    or name in ("annotators", "one-hot latent", "binomial latent", "second-order markov", "zero inflation by a latent")
+}
+
+
+@pytest.mark.parametrize("name", WITH_DISCRETE)
+@pytest.mark.filterwarnings("ignore:.*Found vars in model but not guide:UserWarning")
+def test_one_draw_of_discrete_sites_is_behind_everything(name):
+    model, args, kwargs = ZOO[name].build()
+    joint = log_joint(copying(model), args=args, kwargs=kwargs)
+    z = joint.start(1).expand(20, -1)
+    drawn = joint.discrete(z)
+    found = joint.deterministic(z, drawn)
+    for site, value in drawn.items():
+        assert torch.equal(found[f"{site}_copy"].to(value), value)
+    again = joint.discrete(z)
+    assert not drawn or len(drawn) == len(again) == len(joint.prototype.enumerated)
 
 
 def grid(joint: LogJoint) -> tuple[torch.Tensor, torch.Tensor]:

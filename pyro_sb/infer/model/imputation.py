@@ -264,7 +264,7 @@ class FreeEntries(Transform):
         """Unconstrained values of the whole site, 0 at the fixed entries."""
         lead = u.shape[: u.dim() - 1 - len(self.event)]
         padded = torch.cat([u.new_zeros(*lead, 1, *self.event), u], len(lead))
-        return padded.index_select(len(lead), self.places).reshape(*lead, *self.batch, *self.event)
+        return padded.index_select(len(lead), self.places).reshape((*lead, *self.batch, *self.event))
 
     def log_abs_det_jacobian(self, x: Tensor, u: Tensor) -> Tensor:
         """Of the free entries. Shape ``(*lead,)``."""

@@ -305,15 +305,15 @@ class LogJoint:
             ValueError: If none is finite.
         """
         kept = self._packed_rows([])
-        for starts in self._starts():
+        for starts, enough in self._starts(num):
             for _ in range(ROUNDS):
+                if len(kept) >= enough:
+                    break
                 found = self._finite(islice(starts, num - len(kept)))
                 kept = torch.cat([kept, found])
-                if len(kept) == num:
-                    return kept
                 if not len(found):
                     break
-        return torch.cat([kept, self._near(kept, num - len(kept))])
+        return kept if len(kept) == num else torch.cat([kept, self._near(kept, num - len(kept))])
 
     def _near(self, found: Tensor, num: int) -> Tensor:
         """Starts beside those that are known to be finite, the closer the rarer they are."""
@@ -342,11 +342,12 @@ class LogJoint:
         value, grad = self._density(z, gradient=True)
         return z[torch.isfinite(value) & torch.isfinite(grad).all(-1)]
 
-    def _starts(self) -> list[Iterator[Tensor]]:
-        """Kinds of starts, in the order in which they are tried."""
+    def _starts(self, num: int) -> list[tuple[Iterator[Tensor], int]]:
+        """Kinds of starts in the order in which they are tried, and how many need no more of the kind."""
+        wide = wide_starts(self.packing), 1 + num // 8
         if self.prototype is None:
-            return [uniform_starts(self.packing), wide_starts(self.packing)]
-        return [model_starts(self.prototype), possible_starts(self.prototype), wide_starts(self.packing)]
+            return [(uniform_starts(self.packing), num), wide]
+        return [(model_starts(self.prototype), num), (possible_starts(self.prototype), num), wide]
 
 
 def shortened(text: str, most: int = 200) -> str:

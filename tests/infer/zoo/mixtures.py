@@ -165,3 +165,37 @@ def one_hot_of_known(y):
     with pyro.plate("data", len(y)):
         z = pyro.sample("z", dist.OneHotCategorical(torch.tensor([0.2, 0.3, 0.5])))
         pyro.sample("y", dist.Normal(m + (z * torch.arange(3.0)).sum(-1), 0.5), obs=y)
+
+
+@idiom("mixture with missing data", lambda: (numbers(5), torch.tensor([True, False, True, True, False])))
+def mixture_with_gaps(y, seen):
+    m = pyro.sample("m", dist.Normal(2.0, 1.0))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("y", dist.Normal((2 * z - 1) * m, 1.0), obs=y, obs_mask=seen)
+
+
+@idiom("hmm with missing data", lambda: (numbers(4), torch.tensor([True, False, True, True])), route=None)
+def hmm_with_gaps(y, seen):
+    m = pyro.sample("m", dist.Normal(1.0, 1.0))
+    z = torch.tensor(0.0)
+    for t in pyro.markov(range(4)):
+        z = pyro.sample(f"z_{t}", dist.Bernoulli(0.2 + 0.6 * z))
+        pyro.sample(f"y_{t}", dist.Normal(m * z, 1.0), obs=y[t], obs_mask=seen[t])
+
+
+@idiom("hmm with missing classes", lambda: (torch.tensor([1.0, 0.0, 1.0]), torch.tensor([True, False, True])), route=None)
+def hmm_with_missing_classes(y, seen):
+    p = pyro.sample("p", dist.Beta(2.0, 1.0))
+    z = torch.tensor(0.0)
+    for t in pyro.markov(range(3)):
+        z = pyro.sample(f"z_{t}", dist.Bernoulli(0.2 + 0.6 * z))
+        pyro.sample(f"y_{t}", dist.Bernoulli(0.1 + 0.8 * p * z), obs=y[t], obs_mask=seen[t])
+
+
+@idiom("labels partly seen", lambda: (numbers(5), torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0]), torch.arange(5) < 2))
+def semi_supervised(y, label, seen):
+    m = pyro.sample("m", dist.Normal(2.0, 1.0))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(0.3), obs=label, obs_mask=seen)
+        pyro.sample("y", dist.Normal((2 * z - 1) * m, 1.0), obs=y)
