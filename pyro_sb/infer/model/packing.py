@@ -83,6 +83,8 @@ class Packing:
 
     def batch_shape(self, sites: dict[str, Tensor]) -> torch.Size:
         """The leading dimensions that all sites share, ``()`` for one chain."""
+        if not self.shapes:
+            raise ValueError("The model must have a continuous latent site for a vector of latents, got none.")
         batches = set()
         for name, shape in self.shapes.items():
             found = torch.as_tensor(sites[name]).shape

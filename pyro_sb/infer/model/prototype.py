@@ -8,7 +8,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample, init_to_uniform
 from torch import Tensor
 from torch.distributions import Transform
 
@@ -123,8 +123,11 @@ class Prototype:
 
     def draw(self) -> Tensor:
         """One start of the init strategy, unconstrained. Shape ``(dim,)``."""
-        nodes = self.trace().nodes
-        return self.packing.pack({name: t(nodes[name]["value"].detach()) for name, t in self.transforms.items()})
+        return self.unconstrained(self.trace())
+
+    def unconstrained(self, trace: poutine.Trace) -> Tensor:
+        """The latents of a run. Shape ``(dim,)``."""
+        return self.packing.pack({name: t(trace.nodes[name]["value"].detach()) for name, t in self.transforms.items()})
 
     def pack(self, params: dict[str, Tensor]) -> Tensor:
         """``{site: (*batch, *shape)}``, unconstrained, to ``(*batch, dim)``; a site with fixed entries may be whole."""
@@ -277,8 +280,14 @@ def wide_starts(packing: Packing) -> Iterator[Tensor]:
 
 
 def possible_starts(prototype: Prototype) -> Iterator[Tensor]:
-    """Draws of the prior under which every site's density is positive, from ever more draws. Shape ``(dim,)`` each."""
-    if prototype.improper or not prototype.packing.dim:
+    """Draws of the prior under which every site's density is positive, from ever more draws. Shape ``(dim,)`` each.
+
+    Improper sites are uniform on (-2, 2), unconstrained.
+    """
+    if not prototype.packing.dim:
+        return
+    if prototype.improper:
+        yield from drawn_one_by_one(prototype, sum(PRIOR_DRAWS[:2]))
         return
     wanted = Wanted(list(prototype.transforms), list(prototype.runs.batch_shapes))
     for num in PRIOR_DRAWS:
@@ -292,6 +301,16 @@ def possible_starts(prototype: Prototype) -> Iterator[Tensor]:
         if not len(rows):
             continue
         yield from prototype.packing.pack({k: t(found.values[k][rows]) for k, t in prototype.transforms.items()})
+
+
+def drawn_one_by_one(prototype: Prototype, num: int) -> Iterator[Tensor]:
+    """Those of ``num`` runs, with latents from their priors where there are any, that have a positive density."""
+    runs, start = prototype.runs, Start(init_to_sample, like=prototype.start.like)
+    for _ in range(num):
+        trace = run(runs.model, runs.args, runs.kwargs, start)
+        with torch.no_grad(), pyro.validation_enabled(False):
+            if bool(torch.isfinite(torch.as_tensor(trace.log_prob_sum()))):
+                yield prototype.unconstrained(trace)
 
 
 def candidate_starts(prototype: Prototype) -> Iterator[Tensor]:

@@ -52,6 +52,19 @@ def test_improper_priors_are_looked_for_far_and_wide():
     assert (z > torch.tensor(1e4).log()).all()
 
 
+def test_improper_sites_do_not_keep_the_others_from_their_prior():
+    def model(y):
+        loc = pyro.sample("loc", dist.ImproperUniform(constraints.real, (), ()))
+        taxi(y)
+        with pyro.plate("more", 6):
+            x = pyro.sample("x", dist.LogNormal(3.0, 0.1))
+            pyro.sample("low", dist.Uniform(torch.zeros_like(x), x), obs=torch.full((6,), 15.0))
+        pyro.sample("z", dist.Normal(loc, 1.0), obs=torch.tensor(3.0))
+
+    joint = log_joint(model, args=(torch.tensor([FAR / 3]),))
+    assert torch.isfinite(joint.log_prob(joint.start(50))).all()
+
+
 def test_points_of_the_user_serve_where_nothing_else_does():
     far = torch.tensor(5000.0)  # 50 sds of the prior away
     with pytest.raises(ValueError, match=r"observed site 'x'.*initial_params \(start=\) inside the support"):
