@@ -10,6 +10,7 @@ The same holds of what ``poutine.mask`` takes out of a latent site, as of a seri
 shows that nothing depends on it; a masked entry that the data depend on has a flat prior.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import log
@@ -26,6 +27,7 @@ from pyro_sb.infer.model.sites import Site, is_deterministic, is_discrete, laten
 
 __all__ = ["MISSING", "FreeEntries", "Gap", "Gaps", "find_gaps", "with_unused"]
 
+logger = logging.getLogger(__name__)
 Draw = Callable[[], poutine.Trace]
 Total = Callable[[dict[str, Tensor]], Tensor]
 PAIRS = 3  # of runs that show whether a masked entry reaches anything
@@ -121,7 +123,12 @@ def with_unused(gaps: Gaps, trace: poutine.Trace, draw: Draw, total: Total) -> G
         draw: Makes a further run.
         total: Log density of the model with its latents at given values.
     """
-    unused = unused_entries({k: s for k, s in latents(trace) if k not in gaps.latent}, draw, total)
+    sites = {name: site for name, site in latents(trace) if name not in gaps.latent}
+    try:
+        unused = unused_entries(sites, draw, total)
+    except Exception as error:  # whatever the user's model raises at values that one run did not have together
+        logger.info("masked latents are left as they are: %s", error)
+        unused = {}
     found, log_copies = dict(gaps.latent), gaps.log_copies
     for name, entries in unused.items():
         site = trace.nodes[name]
