@@ -4,8 +4,8 @@ Threads of one operation wait for each other. On a core that another process use
 slice of the scheduler: a product of 1,024 x 7 by 7 x 7 that takes 46 microseconds with one thread was seen to take 9
 milliseconds with two. Large operations do gain. So a run, opened by `chosen_threads`, holds torch and the BLAS and
 OpenMP libraries to one thread, and the calls that carry its work, such as an update of a fit or an evaluation of a log
-joint, are timed where they happen: the first three with one thread, then up to three with as many as were found. A
-`Pace` keeps the better. Nothing is computed for the timing's sake, and no random number is drawn for it.
+joint, are timed where they happen: with one thread and with as many as were found by turns, three of each. A `Pace`
+keeps the better, and asks again later. Nothing is computed for the timing's sake, and no random number is drawn for it.
 
 Sums of long tensors may round otherwise with another number of threads. After ``torch.set_num_threads(1)`` nothing is
 timed, and a seed fixes every bit.
@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from itertools import chain, islice
+from statistics import fmean, median_low
 from time import perf_counter
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -36,7 +37,7 @@ LONG = 0.2
 LEAST = 1e-4  # seconds of a call below which there is nothing to share
 GAIN = 1.1  # factor by which many threads must be faster than one
 HOPELESS = 2.0  # factor by which one call may be slower before the trial of many ends
-AGAIN = 10.0  # seconds until the choice is made again: another process may have come or gone
+SOON, AGAIN = 1.0, 10.0  # seconds until the choice is made again, at first and at last: processes come and go
 SHARE = 0.02  # of the time that trials of the worse number may cost: where they cost more, the next comes later
 CPU = torch.device("cpu")
 Item = TypeVar("Item")
@@ -229,7 +230,7 @@ class Trial:
     def __init__(self) -> None:
         self.num_calls, self.verdict = 0, ""
         self._one, self._many = list[float](), list[float]()  # seconds over size
-        self._choice, self._until, self._size = 0, 0.0, 1
+        self._choice, self._until, self._pause = 0, 0.0, SOON
 
     @property
     def due(self) -> bool:
@@ -237,41 +238,45 @@ class Trial:
         return perf_counter() > self._until
 
     def next(self, most: int) -> int:
-        """The number for the next call."""
+        """The number for the next call: the choice, or while it is open one and as many as there are by turns."""
         if self._choice and self.due:
             self._one, self._many, self._choice = [], [], 0
-        return min(self._choice, most) or (most if self._enough(self._one) else 1)
+        return min(self._choice, most) or (1 if len(self._one) <= len(self._many) else most)
 
     def note(self, num: int, most: int, seconds: float, size: int) -> None:
         """Take the time of a call in, and choose when there are enough.
 
         The wall time counts, and not that of the processors: threads that wait for each other spin, which costs
-        nothing on cores that are idle, and is seen in the wall time on cores that are not. Against the best of one
-        thread stands the mean of many: a single stall speaks against them.
+        nothing on cores that are idle, and is seen in the wall time on cores that are not. Against the median of one
+        thread stands the mean of many: a single stall speaks against them. The first call of all is cold, and does not
+        count.
         """
-        self.num_calls, self._size = self.num_calls + 1, size
+        self.num_calls += 1
+        if self.num_calls == 1:
+            return
         if self._choice:
-            if self._choice > 1 and seconds / size > HOPELESS * min(self._one):
+            if self._choice > 1 and seconds / size > HOPELESS * median_low(self._one):
                 self._until = 0.0  # another process has come: compare from the next call on
             return
         (self._one if num == 1 else self._many).append(seconds / size)
-        if not self._enough(self._one):
-            return
-        one = min(self._one) * size
-        if not self._many and one < LEAST:
+        one = median_low(self._one) * size
+        if one < LEAST:
             self._choose(1, 0.0, f"1 of {most} ({_time(one)} a call)")
-        elif self._enough(self._many) or (self._many and self._many[-1] * size > HOPELESS * one):
-            many = sum(self._many) / len(self._many) * size
-            better, own, other = (num, many, one) if GAIN * many < one else (1, one, many)
+        elif self._many and (self._many[-1] * size > HOPELESS * one or self._enough(size)):
+            many = fmean(self._many) * size
+            better, own, other = (most, many, one) if GAIN * many < one else (1, one, many)
             lost = (other - own) * len(self._one if better > 1 else self._many)
             self._choose(better, lost, f"{better} of {most} ({_time(own)} for {_time(other)} a call)")
 
-    def _enough(self, times: list[float]) -> bool:
-        return len(times) >= TRIES or (len(times) == 2 and sum(times) * self._size > LONG)
+    def _enough(self, size: int) -> bool:
+        few = min(len(self._one), len(self._many))
+        return few >= TRIES or (few == 2 and sum(self._one) * size > LONG)
 
     def _choose(self, num: int, lost: float, verdict: str) -> None:
+        """Keep a number for a while, which doubles: first choices rest on calls of a process that has just begun."""
         self._choice, self.verdict = num, verdict
-        self._until = perf_counter() + max(AGAIN, lost / SHARE)
+        self._until = perf_counter() + max(self._pause, lost / SHARE)
+        self._pause = min(2 * self._pause, AGAIN)
 
 
 class Pace:

@@ -24,8 +24,8 @@ from pyro_sb.bridges.dsb.bridge import DSB
 from pyro_sb.bridges.langevin.bridge import KernelLangevinBridge
 from pyro_sb.bridges.latent.bridge import LatentBridge
 from pyro_sb.bridges.light.bass import LightSBBM
+from pyro_sb.bridges.light.fit import Likelihood
 from pyro_sb.bridges.light.light import LightSB, LightSBM
-from pyro_sb.bridges.light.solvers import Likelihood
 from pyro_sb.bridges.tails.bridge import TailMatched
 from pyro_sb.diagnostics import mode_audit
 from pyro_sb.infer.amortized.amortized import AmortizedPosterior
@@ -57,9 +57,16 @@ def two_threads():
 # ---- the choice ----
 
 
+def warm_trial(most=2, size=1):
+    """A trial after its first call, which is slow and does not count."""
+    trial = Trial()
+    trial.note(trial.next(most), most, 9.0, size)
+    return trial
+
+
 def choice(one, many, size=1, most=4):
-    """The number that a trial comes to, given the seconds of calls with one thread and with many."""
-    trial, one, many = Trial(), iter(one), iter(many)
+    """The number that a trial comes to, given the seconds of calls with one thread and with many after a cold one."""
+    trial, one, many = warm_trial(most, size), iter(one), iter(many)
     for _ in range(6):
         num = trial.next(most)
         trial.note(num, most, next(one if num == 1 else many), size)
@@ -74,7 +81,7 @@ def choice(one, many, size=1, most=4):
         ([0.010] * 6, [0.021], 1),  # hopeless: one call is enough
         ([0.010] * 6, [0.004, 0.004, 0.019], 4),
         ([0.010] * 6, [0.006, 0.006, 0.019], 1),  # a stall speaks against many
-        ([0.010, 0.500, 0.010] * 2, [0.012] * 3, 1),  # and for one thread the first call, or a stall, does not
+        ([0.010, 0.500, 0.010] * 2, [0.012] * 3, 1),  # and one of one thread does not
         ([0.00005] * 9, [], 1),  # nothing to share: many are not even tried
         ([1.0] * 2, [0.6] * 4, 4),  # long calls: two of each are enough
     ],
@@ -84,8 +91,8 @@ def test_the_better_number_is_chosen(one, many, expected):
 
 
 def test_calls_are_compared_by_their_time_over_their_size():
-    trial = Trial()
-    for num, rows in ((1, 1024), (1, 1536), (1, 2000), (4, 1024), (4, 1100), (4, 1050)):
+    trial = warm_trial(4)
+    for num, rows in ((1, 1024), (4, 1024), (1, 1536), (4, 1100), (1, 2000), (4, 1050)):
         assert trial.next(4) == num
         trial.note(num, 4, rows * (2e-5 if num == 1 else 1.9e-5), rows)  # many are no faster, their calls are smaller
     assert trial.next(4) == 1
@@ -94,12 +101,14 @@ def test_calls_are_compared_by_their_time_over_their_size():
 def test_the_choice_is_made_again_after_a_while(monkeypatch):
     now = 0.0
     monkeypatch.setattr(module, "perf_counter", lambda: now)
-    trial = Trial()
-    for seconds in [0.010] * 3 + [0.005] * 3:
+    trial = warm_trial()
+    for seconds in [0.010, 0.005] * 3:
         trial.note(trial.next(2), 2, seconds, 1)
     assert trial.next(2) == 2
-    now = module.AGAIN + 1
-    for seconds in [0.010] * 3 + [0.030]:  # a busy machine
+    now = 0.9
+    assert trial.next(2) == 2
+    now = 1.1
+    for seconds in [0.010, 0.030]:  # a busy machine
         trial.note(trial.next(2), 2, seconds, 1)
     assert trial.next(2) == 1
     assert trial.verdict == "1 of 2 (10 ms for 30 ms a call)"
@@ -108,8 +117,8 @@ def test_the_choice_is_made_again_after_a_while(monkeypatch):
 def test_a_trial_that_cost_much_is_not_made_again_soon(monkeypatch):
     now = 0.0
     monkeypatch.setattr(module, "perf_counter", lambda: now)
-    trial = Trial()
-    for seconds in [0.010] * 3 + [2.010]:
+    trial = warm_trial()
+    for seconds in [0.010, 2.010]:
         trial.note(trial.next(2), 2, seconds, 1)
     now = 99.0
     trial.note(trial.next(2), 2, 0.010, 1)
@@ -121,10 +130,24 @@ def test_a_trial_that_cost_much_is_not_made_again_soon(monkeypatch):
 
 
 def test_a_choice_keeps_to_a_smaller_bound():
-    trial = Trial()
-    for seconds in [0.010] * 3 + [0.005] * 3:
+    trial = warm_trial(8)
+    for seconds in [0.010, 0.005] * 3:
         trial.note(trial.next(8), 8, seconds, 1)
     assert (trial.next(8), trial.next(2)) == (8, 2)
+
+
+def test_choices_grow_rarer(monkeypatch):
+    now, times = 0.0, []
+    monkeypatch.setattr(module, "perf_counter", lambda: now)
+    trial = warm_trial()
+    for _ in range(6):
+        while not trial.due and trial.verdict:
+            now += 0.25
+        times.append(now)
+        for seconds in [0.010, 0.005] * 3:
+            trial.note(trial.next(2), 2, seconds, 1)
+    waits = [late - early for early, late in zip(times, times[1:], strict=False)]
+    assert waits == [1.25, 2.25, 4.25, 8.25, 10.25]
 
 
 # ---- runs ----
@@ -138,7 +161,7 @@ def test_a_run_holds_one_thread_and_tries_the_number_found():
             seen.append(counts())
             torch.linalg.eigvalsh(torch.eye(100))
         assert set(counts().values()) == {1}
-    assert [set(number.values()) for number in seen[:4]] == [{1}] * 3 + [{2}]
+    assert [set(number.values()) for number in seen[:4]] == [{1}, {1}, {2}, {1}]
     assert pace.describe().startswith("threads: ")
     assert " of 2 (" in pace.describe()
 
@@ -533,8 +556,8 @@ def test_two_threads_cost_no_more_cpu_than_one():
 
 
 def test_one_stalled_call_ends_the_choice_of_many():
-    trial = Trial()
-    for num in (1, 1, 1, 2, 2, 2):
+    trial = warm_trial()
+    for num in (1, 2, 1, 2, 1, 2):
         assert trial.next(2) == num
         trial.note(num, 2, 1e-2 if num == 1 else 5e-3, 1)
     trial.note(trial.next(2), 2, 1.9e-2, 1)

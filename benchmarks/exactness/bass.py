@@ -21,7 +21,7 @@ from benchmarks.lib.fits import quiet
 from benchmarks.lib.report import header, table, write
 from benchmarks.lib.store import command
 from pyro_sb.bridges import LightSBBM
-from pyro_sb.bridges.light.solvers import DualProblem
+from pyro_sb.ops.bass import DualProblem
 from pyro_sb.ops.closed_form import alternating_bass_scalar, commuting_bass_bridge
 
 SEED, NUM, EPSILON, GOAL, FLOAT = 0, 1000, 1.0, 1e-3, torch.float64

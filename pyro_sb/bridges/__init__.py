@@ -6,7 +6,7 @@ from pyro_sb.bridges.codecs.base import Codec
 from pyro_sb.bridges.codecs.pair import PairCodec
 from pyro_sb.bridges.codecs.pca import PCACodec
 from pyro_sb.bridges.codecs.report import ReconstructionReport, reconstruction_report
-from pyro_sb.bridges.diffusion.bridge import Sampler
+from pyro_sb.bridges.diffusion.sampler import Sampler
 from pyro_sb.bridges.diffusion.smoothed import SmoothedBridge
 from pyro_sb.bridges.diffusion.vsdm import SGM, VSDM
 from pyro_sb.bridges.dsb.bridge import DSB

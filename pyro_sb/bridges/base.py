@@ -1,9 +1,10 @@
-"""A bridge: fitted on draws, called on a context, it is a Pyro distribution."""
+"""A bridge: fitted on draws, called on a context, it is a Pyro distribution. With it the options that fits share."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from operator import index
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from pyro_sb.nn import embedding_from_config
 from pyro_sb.training import FitHistory
 
 FORMAT = 1
+MOST = 2**22  # numbers in an array of rows, components and axes
 
 
 class Fitted(nn.Module):
@@ -278,6 +280,56 @@ class Bridge(Fitted):
         return context
 
 
+class FitOptions(NamedTuple):
+    """Options that every fit by gradients has.
+
+    Args:
+        num_updates: Updates, at least 1.
+        batch_size: Draws an update, at least 1.
+        learning_rate: Of the first update, positive.
+        ema: Decay of the parameters' moving average, in [0, 1); None for none.
+        num_law_draws: How many draws a distribution gives, at least 2.
+        progress: Whether to show a bar.
+        checkpoint: Path of the fit's file, or None.
+    """
+
+    num_updates: int
+    batch_size: int
+    learning_rate: float
+    ema: float | None
+    num_law_draws: int
+    progress: bool
+    checkpoint: str | Path | None
+
+    def check(self) -> None:
+        """Refuse what no fit can use."""
+        check_counts(num_updates=self.num_updates, batch_size=self.batch_size)
+        check_counts(2, num_law_draws=self.num_law_draws)
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}. Write 2e-3.")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema}. Write None for no average.")
+
+
+def check_counts(least: int = 1, **counts: int) -> None:
+    """Refuse numbers below the least.
+
+    Example:
+        >>> check_counts(2, num_law_draws=1)
+        Traceback (most recent call last):
+        ValueError: num_law_draws must be at least 2, got 1. Omit it for the default.
+    """
+    for name, count in counts.items():
+        if count < least:
+            raise ValueError(f"{name} must be at least {least}, got {count}. Omit it for the default.")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a name that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")
+
+
 def check_points(name: str, x: Tensor, dim: int) -> None:
     """Refuse points of another size."""
     if x.dim() == 0 or x.shape[-1] != dim:
@@ -376,3 +428,12 @@ def check_fit_options(call: str, bridge: Bridge | type[Bridge], options: Iterabl
     if isinstance(bridge, type) and kind.fit_options is not Bridge.fit_options:
         known |= set(options)  # of an inner bridge not known yet: its own fit refuses them
     check_names(f"{kind.__name__}.fit ({call})", options, known, given)
+
+
+def chunked(function: Callable[..., Any], *rows: Tensor | None, width: int) -> Any:
+    """A function of rows, evaluated some at a time, such that ``width`` numbers a row stay within memory."""
+    num, size = next(len(r) for r in rows if r is not None), max(1, MOST // width)
+    if num <= size:
+        return function(*rows)
+    parts = [function(*(None if r is None else r[i : i + size] for r in rows)) for i in range(0, num, size)]
+    return torch.cat(parts)

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.ends import DrawsEnd
-from pyro_sb.bridges.options import FitOptions
-from pyro_sb.bridges.pairs import PairsReading
+from pyro_sb.bridges.base import FitOptions
+from pyro_sb.bridges.data import DrawsEnd, PairsReading
 from pyro_sb.files import read_file, write_file
 from pyro_sb.training import random_state, set_random_state
 

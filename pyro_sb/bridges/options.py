@@ -1,61 +1,8 @@
-"""Options of fits and constructors: those that fits share, and checks that name what is wrong."""
+"""Names of options: those that a method takes, and the refusal of others."""
 
 import difflib
 import inspect
-import math
 from collections.abc import Iterable
-from pathlib import Path
-from typing import NamedTuple
-
-
-class FitOptions(NamedTuple):
-    """Options that every fit by gradients has.
-
-    Args:
-        num_updates: Updates, at least 1.
-        batch_size: Draws an update, at least 1.
-        learning_rate: Of the first update, positive.
-        ema: Decay of the parameters' moving average, in [0, 1); None for none.
-        num_law_draws: How many draws a distribution gives, at least 2.
-        progress: Whether to show a bar.
-        checkpoint: Path of the fit's file, or None.
-    """
-
-    num_updates: int
-    batch_size: int
-    learning_rate: float
-    ema: float | None
-    num_law_draws: int
-    progress: bool
-    checkpoint: str | Path | None
-
-    def check(self) -> None:
-        """Refuse what no fit can use."""
-        check_counts(num_updates=self.num_updates, batch_size=self.batch_size)
-        check_counts(2, num_law_draws=self.num_law_draws)
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}. Write 2e-3.")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema must lie in [0, 1), got {self.ema}. Write None for no average.")
-
-
-def check_counts(least: int = 1, **counts: int) -> None:
-    """Refuse numbers below the least.
-
-    Example:
-        >>> check_counts(2, num_law_draws=1)
-        Traceback (most recent call last):
-        ValueError: num_law_draws must be at least 2, got 1. Omit it for the default.
-    """
-    for name, count in counts.items():
-        if count < least:
-            raise ValueError(f"{name} must be at least {least}, got {count}. Omit it for the default.")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a name that is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")
 
 
 def keyword_names(kind: type, method: str) -> frozenset[str]:

@@ -5,8 +5,9 @@ import torch
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 from pyro_sb.bridges import DSB, VSDM, AutoencoderCodec, Bridge, LatentBridge, LightSB, PCACodec, TailMatched
-from pyro_sb.bridges.ends import read_source, read_target
-from pyro_sb.bridges.options import FitOptions, keyword_names
+from pyro_sb.bridges.base import FitOptions
+from pyro_sb.bridges.data import read_source, read_target
+from pyro_sb.bridges.options import keyword_names
 from pyro_sb.files import read_file, write_file
 
 LAW = MultivariateNormal(torch.zeros(2), torch.eye(2))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.options import check_choice, check_counts
+from pyro_sb.bridges.base import check_choice, check_counts
 from pyro_sb.ops.linear_sde import LinearSDE, fixed_point_rates, tolerance_rates
 from pyro_sb.ops.solvers import Model, score, step_law
 

@@ -1,67 +1,29 @@
 r"""A bridge by denoising: a linear noising, the learnt mean :math:`E[x_{\tau = 0} | x_\tau]`, steps backwards."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_sb.bridges.base import Bridge
+from pyro_sb.bridges.base import Bridge, check_choice
+from pyro_sb.bridges.data import PairsReading, summarise
 from pyro_sb.bridges.diffusion.adapt import axes_of, check_drift_matrix
 from pyro_sb.bridges.diffusion.network import DiffusionNet, factor_covariance
-from pyro_sb.bridges.options import check_choice
-from pyro_sb.bridges.pairs import PairsReading, summarise
+from pyro_sb.bridges.diffusion.sampler import FLOW_SOLVERS, SOLVERS, Sampler, solved
 from pyro_sb.distributions import Draws
 from pyro_sb.nn import embedding_config, with_constant_parameters
 from pyro_sb.ops.linear_sde import LinearSDE, Schedule, start_covariance
 from pyro_sb.ops.regression import Affine
-from pyro_sb.ops.solvers import (
-    Conditional,
-    Flow,
-    ancestral,
-    euler,
-    euler_maruyama,
-    flow_change,
-    heun,
-    multistep,
-    noising,
-    score,
-)
+from pyro_sb.ops.solvers import Conditional, Flow, ancestral, flow_change, noising, score
 
 CLEANEST = 0.01  # noise of the last evaluated time, in standard deviations of the narrowest direction
 NUM_KNOTS, NUM_PROBES = 33, 8  # of the analytic covariance, and of the divergence above 20 dimensions
 SOURCE_LAWS, STEP_COVARIANCES = ("moment", "conditional"), ("learnt", "analytic")
 PRECONDITIONINGS = ("direction", "scalar")
-FLOW_SOLVERS = ("multistep", "heun", "euler")
-SOLVERS = (*FLOW_SOLVERS, "euler-maruyama", "ancestral")
 CHUNK = 2**22  # numbers of a batch of covariances at once
-
-
-@dataclass(kw_only=True)
-class Sampler:
-    """Solver and numbers of steps of a diffusion's draws; assign a new one to ``bridge.sampler`` at any time.
-
-    Args:
-        num_steps: Steps of `sample` and `transport`, at least 1. An evaluation each; two with ``"heun"``.
-        solver: ``"multistep"`` (exponential integrator of the probability flow), ``"heun"``, ``"euler"``; with noise
-            ``"euler-maruyama"`` or ``"ancestral"``.
-        path_steps: Steps of `draws`, whose log weights are exact for any number; more steps, more effective draws.
-
-    Example:
-        >>> Sampler(num_steps=6, solver="heun").path_steps
-        20
-    """
-
-    num_steps: int = 10
-    solver: str = "multistep"
-    path_steps: int = 20
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1 or self.path_steps < 1:
-            raise ValueError(f"num_steps and path_steps must be at least 1, got {self.num_steps}, {self.path_steps}.")
-        check_choice("solver", self.solver, SOLVERS)
 
 
 class DiffusionBridge(Bridge):
@@ -446,16 +408,8 @@ class DiffusionBridge(Bridge):
 
     def _solve(self, z: Tensor, features: Tensor | None, times: Tensor, solver: str) -> list[Tensor]:
         """States at all times from those at the first."""
-        denoise = partial(self._denoise, features=features)
-        if solver == "multistep":
-            return multistep(denoise, self.sde, times, z)
-        if solver == "heun":
-            return heun(denoise, self.sde, times, z, self.spread)
-        if solver == "euler":
-            return euler(denoise, self.sde, times, z)
-        if solver == "euler-maruyama":
-            return euler_maruyama(denoise, self.sde, times, z)
-        return ancestral(partial(self._model, features=features), self.sde, times, z).states
+        denoise, model = partial(self._denoise, features=features), partial(self._model, features=features)
+        return solved(solver, denoise, model, self.sde, times, z, self.spread)
 
     def _start(self, num: int, mean: Tensor) -> Tensor:
         """Draws of the source in the eigenbasis, less the noised mean. Shape ``(num, dim)``."""

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyro_sb.bridges.base import FitOptions
 from pyro_sb.bridges.checkpoint import check_same, fingerprint, go_on, on_device, write
+from pyro_sb.bridges.data import Batch, DrawsEnd, PairsReading, read_pairs, read_target, summarise
 from pyro_sb.bridges.diffusion.adapt import NUM_GRID, NUM_PARTICLES, Adaptation, best_matrix, project, step_size
 from pyro_sb.bridges.diffusion.bridge import NUM_KNOTS, DiffusionBridge
 from pyro_sb.bridges.diffusion.network import factor_loss
-from pyro_sb.bridges.ends import Batch, DrawsEnd, read_target
-from pyro_sb.bridges.options import FitOptions
-from pyro_sb.bridges.pairs import PairsReading, read_pairs, summarise
 from pyro_sb.ops.regression import Affine
 from pyro_sb.ops.solvers import Flow
+from pyro_sb.threads import Pace
 from pyro_sb.training import FitHistory, train
 
 NUM_JUDGES = 512  # of them, at each stage of the stochastic approximation
@@ -91,7 +91,7 @@ class DiffusionFit:
         self.bridge, self.options, self.adaptation, self.end = bridge, options, adaptation, read.end
         self.covariance = read.covariance
         self.random, self.name = random, name
-        self.history = FitHistory()
+        self.pace = Pace()
         self.phases = ["adapt"] * (bridge.drift_rule == "stochastic") + ["mean"]
         self.phases += ["covariance"] * (bridge.step_covariance == "learnt")
         self.done: list[FitHistory] = []
@@ -237,7 +237,7 @@ class DiffusionFit:
         levels = bridge.sde.log_snr(ends).mean(-1)
         times = bridge.sde.time_at(torch.lerp(levels[0], levels[1], torch.linspace(0, 1, NUM_KNOTS).to(levels)))
         errors, judge = [], self.judge.first(num)
-        for tau in times:
+        for tau in self.pace.each(times, times.device):
             rows = judge._replace(tau=tau.expand_as(judge.tau), noise=torch.randn_like(judge.noise))
             _, goal, answer = self._answers(rows)
             errors.append(weighted((goal - answer).square().mean(-1), rows.weights))

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sb.bridges.diffusion.bridge import DiffusionBridge, Sampler
+from pyro_sb.bridges.base import FitOptions, check_choice
+from pyro_sb.bridges.data import DrawsEnd, PairsReading
+from pyro_sb.bridges.diffusion.bridge import DiffusionBridge
 from pyro_sb.bridges.diffusion.fit import fit_diffusion
-from pyro_sb.bridges.ends import DrawsEnd
-from pyro_sb.bridges.options import FitOptions, check_choice
-from pyro_sb.bridges.pairs import PairsReading
+from pyro_sb.bridges.diffusion.sampler import Sampler
 from pyro_sb.ops.linear_sde import Schedule
 from pyro_sb.threads import chosen_threads
 from pyro_sb.training import FitHistory

@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from pyro_sb.bridges.base import Bridge
+from pyro_sb.bridges.base import Bridge, FitOptions
 from pyro_sb.bridges.diffusion.adapt import Adaptation
 from pyro_sb.bridges.diffusion.bridge import DiffusionBridge
 from pyro_sb.bridges.diffusion.fit import fit_diffusion
-from pyro_sb.bridges.options import FitOptions
 from pyro_sb.threads import chosen_threads
 from pyro_sb.training import FitHistory
 

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import Bridge
+from pyro_sb.bridges.base import Bridge, FitOptions, check_choice, chunked
+from pyro_sb.bridges.data import PairsReading, summarise
 from pyro_sb.bridges.dsb.data import SourceReading
-from pyro_sb.bridges.dsb.fit import Iterations, fit_dsb
-from pyro_sb.bridges.dsb.half import LATEST, Chain, Given, Guide, HalfBridge, log_ratio
-from pyro_sb.bridges.options import FitOptions, check_choice
-from pyro_sb.bridges.pairs import PairsReading, summarise
-from pyro_sb.bridges.rows import chunked
+from pyro_sb.bridges.dsb.fit import Iterations, default_pairs, fit_dsb
+from pyro_sb.bridges.dsb.half import LATEST, Chain, Given, Guide, HalfBridge, chunked_rows, log_ratio
 from pyro_sb.distributions import Draws
 from pyro_sb.nn import embedding_config
 from pyro_sb.ops.brownian import SCHEDULES, step_times
@@ -253,7 +251,8 @@ class DSB(Bridge):
         """
         begun = time.perf_counter()
         options = FitOptions(num_updates, batch_size, learning_rate, ema, num_law_draws, progress, checkpoint)
-        plan = Iterations(num_iterations, self._num_pairs(num_pairs), pairs, loss, reference, warm_start, refresh)
+        num_pairs = default_pairs(self.method, self.dim) if num_pairs is None else num_pairs
+        plan = Iterations(num_iterations, num_pairs, pairs, loss, reference, warm_start, refresh)
         with chosen_threads(target, source):
             history = fit_dsb(self, options, plan, target, source, context, weights, held_out, on_iteration)
         history.seconds = max(history.seconds, time.perf_counter() - begun)
@@ -353,7 +352,8 @@ class DSB(Bridge):
         if self.density is None:
             raise NotImplementedError(f"{self.describe()} has no density of its draws. {self.density_hint}")
         x, rows, shape = self._rows(x, context)
-        total = torch.stack([self._redrawn_in_chunks(x, rows) for _ in range(num_paths)])
+        width = self.dim * (self.num_steps + 1)
+        total = torch.stack([chunked(self._redrawn, x, rows, width=width) for _ in range(num_paths)])
         return (total.logsumexp(0) - math.log(num_paths)).reshape(shape[:-1])
 
     # Both halves, what they know, and the source
@@ -424,11 +424,6 @@ class DSB(Bridge):
         x, context, shape = self.flat_rows(x, context)
         return x, self._context_rows(context), shape
 
-    def _num_pairs(self, num: int | None) -> int:
-        if num is not None:
-            return num
-        return 10_000 if self.method == "ipf" else max(10_000, min(25_000, 1250 * self.dim), 500 * self.dim)
-
     def _draws(self, num: int, rows: Tensor | None) -> Draws:
         given, behind = self.given(self.ahead, rows), self.given(self.back, rows)
         x = self.start(num, given)
@@ -436,9 +431,6 @@ class DSB(Bridge):
         states = chains[0].run(x, given)
         log_q = self._start_log_prob(x, given) + log_ratio(states, (chains[0], given), (chains[1], behind))
         return Draws(states[-1], log_q)
-
-    def _redrawn_in_chunks(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        return chunked(self._redrawn, x, rows, width=self.dim * (self.num_steps + 1))
 
     def _redrawn(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Log density of one path each, drawn backwards from its end. Shape ``(n,)``."""
@@ -453,9 +445,3 @@ class DSB(Bridge):
         chain = self.chain(forward)
         given = self.given(chain.half, rows)
         return chunked_rows(lambda x, given: chain.run(x, given)[-1], x, given).reshape(shape)
-
-
-def chunked_rows(function: Callable[[Tensor, Given], Tensor], x: Tensor, given: Given) -> Tensor:
-    """A function of states and what is given of them, evaluated some rows at a time."""
-    index = torch.arange(len(x), device=x.device)
-    return chunked(lambda rows: function(x[rows], given.rows(rows)), index, width=8 * x.shape[1])

@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import as_draws
+from pyro_sb.bridges.data import PairsReading, read_source
 from pyro_sb.bridges.dsb.half import Chain, Given, Guide, spread_times
-from pyro_sb.bridges.ends import read_source
-from pyro_sb.bridges.pairs import PairsReading
 from pyro_sb.ops.brownian import pinned
 from pyro_sb.ops.regression import Affine
 from pyro_sb.ops.sinkhorn import sinkhorn

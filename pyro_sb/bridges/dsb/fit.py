@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pyro_sb.bridges.base import FitOptions, check_choice, check_counts
 from pyro_sb.bridges.checkpoint import check_same, fingerprint, go_on, on_device, write
+from pyro_sb.bridges.data import Batch, DrawsEnd, PairsReading, read_pairs, read_target
 from pyro_sb.bridges.dsb.data import (
     EndPairs,
     Lesson,
@@ -24,9 +26,6 @@ from pyro_sb.bridges.dsb.data import (
     unpacked,
 )
 from pyro_sb.bridges.dsb.half import Chain, Given, HalfBridge, knot_times
-from pyro_sb.bridges.ends import Batch, DrawsEnd, read_target
-from pyro_sb.bridges.options import FitOptions, check_choice, check_counts
-from pyro_sb.bridges.pairs import PairsReading, read_pairs
 from pyro_sb.training import FitHistory, train
 
 PAIRS, LOSSES, REFERENCES = ("independent", "sinkhorn"), ("mean", "drift"), ("brownian", "ou")
@@ -54,6 +53,11 @@ class Iterations(NamedTuple):
             raise ValueError('pairs must be "independent" where there is a context, got "sinkhorn": it mixes contexts.')
         if self.reference == "ou" and method != "ipf":
             raise ValueError('reference "ou" needs method="ipf", got "imf", whose bridges are Brownian.')
+
+
+def default_pairs(method: str, dim: int) -> int:
+    """Pairs (IMF) or paths (IPF) to learn from at a time: few say little of many covariances."""
+    return 10_000 if method == "ipf" else max(10_000, min(25_000, 1250 * dim), 500 * dim)
 
 
 class Chains(Protocol):

@@ -1,12 +1,13 @@
 """One direction of a diffusion Schrödinger bridge: from where its paths begin to the end ahead of them."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pyro_sb.bridges.base import Fitted
+from pyro_sb.bridges.base import Fitted, chunked
 from pyro_sb.nn import ResidualNet, embedding_size
 from pyro_sb.ops.brownian import bridge_gain, step_towards
 from pyro_sb.ops.regression import Affine
@@ -232,3 +233,9 @@ def log_ratio(states: list[Tensor], ahead: tuple[Chain, Given], back: tuple[Chai
         forwards = ahead[0].log_prob(k, x, then, ahead[1])
         total = total + forwards - back[0].log_prob(last - k, then, x, back[1])
     return total
+
+
+def chunked_rows(function: Callable[[Tensor, Given], Tensor], x: Tensor, given: Given) -> Tensor:
+    """A function of states and what is given of them, evaluated some rows at a time."""
+    index = torch.arange(len(x), device=x.device)
+    return chunked(lambda rows: function(x[rows], given.rows(rows)), index, width=8 * x.shape[1])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import Bridge
-from pyro_sb.bridges.ends import Target, read_source, read_target
+from pyro_sb.bridges.base import Bridge, check_choice, check_points
+from pyro_sb.bridges.data import Target, read_source, read_target
 from pyro_sb.bridges.langevin.posterior import (
     LogLikelihood,
     check_options,
@@ -18,9 +18,18 @@ from pyro_sb.bridges.langevin.posterior import (
     posterior_weights,
     score,
 )
-from pyro_sb.bridges.langevin.schemes import SCHEMES, Dynamics, SmoothedDraws, end_of_walk, log_path_ratio, walk
+from pyro_sb.bridges.langevin.schemes import (
+    SCHEMES,
+    Dynamics,
+    SmoothedDraws,
+    end_of_walk,
+    log_path_ratio,
+    smoothed_draws,
+    walk,
+)
 from pyro_sb.bridges.langevin.setup import (
     Bandwidths,
+    check_bandwidths,
     check_metric,
     choose_bandwidths,
     make_keys,
@@ -28,7 +37,6 @@ from pyro_sb.bridges.langevin.setup import (
     solve,
     whiten,
 )
-from pyro_sb.bridges.options import check_choice
 from pyro_sb.distributions import Draws
 from pyro_sb.ops.attention import Transitions
 from pyro_sb.ops.sinkhorn import SymmetricScaling
@@ -134,13 +142,7 @@ class KernelLangevinBridge(Bridge):
         bandwidth_exponent: float = 0.0,
     ) -> None:
         super().__init__(dim, context_dim=context_dim)
-        for name, value in (("epsilon", epsilon), ("context_epsilon", context_epsilon)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}. Omit it for the default.")
-        if context_epsilon is not None and context_dim == 0:
-            raise ValueError("context_epsilon is the bandwidth of a context, got context_dim = 0. Omit one of them.")
-        if not -math.inf < bandwidth_exponent <= 0:
-            raise ValueError(f"bandwidth_exponent must be 0 or negative, got {bandwidth_exponent}. Write -1 / {dim}.")
+        check_bandwidths(dim, context_dim, epsilon, context_epsilon, bandwidth_exponent)
         check_metric("metric", metric, dim)
         if not 0 < step_size < math.inf:
             raise ValueError(
@@ -430,10 +432,7 @@ class KernelLangevinBridge(Bridge):
 
     def _rows(self, x: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
         """Points and contexts as flat rows, whitened and in units of the bandwidth."""
-        if x.dim() == 0 or x.shape[-1] != self.dim:
-            raise ValueError(
-                f"x must have shape (*, {self.dim}), got {tuple(x.shape)}. Put coordinates in the last axis."
-            )
+        check_points("x", x, self.dim)
         x, context = x.to(self.like()), self.check_context(context)
         if context is not None:
             context = context.expand(*x.shape[:-1], self.context_dim).reshape(-1, self.context_dim)
@@ -458,11 +457,7 @@ class KernelLangevinBridge(Bridge):
 
     def _smoothed(self) -> SmoothedDraws:
         """Starts of chains: the draws, each smoothed by half a step of noise."""
-        law = self._dynamics().law
-        variance = torch.full_like(self.weights, 0.5 * self.epsilon)
-        variance = variance if law.scale is None else variance * law.scale
-        context = (law.keys + law.centre)[:, : self.context_dim] if self.context_dim else None
-        return SmoothedDraws(law.values, self.weights.log(), variance, context)
+        return smoothed_draws(self._dynamics().law, self.weights, self.epsilon, self.context_dim)
 
     def _start(self, num: int, y: Tensor | None) -> Tensor:
         if self._source is None and not len(self.source_points):

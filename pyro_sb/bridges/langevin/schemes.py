@@ -230,6 +230,14 @@ class SmoothedDraws:
         return max(1, CHUNK_ELEMENTS // len(self.points))
 
 
+def smoothed_draws(law: Transitions, weights: Tensor, epsilon: float, context_dim: int) -> SmoothedDraws:
+    """The draws, each smoothed by half a step of noise."""
+    variance = torch.full_like(weights, 0.5 * epsilon)
+    variance = variance if law.scale is None else variance * law.scale
+    context = (law.keys + law.centre)[:, :context_dim] if context_dim else None
+    return SmoothedDraws(law.values, weights.log(), variance, context)
+
+
 def walk(dynamics: Dynamics, scheme: str, z: Tensor, y: Tensor | None, num_steps: int) -> Iterator[Tensor]:
     """States after each of ``num_steps`` steps from ``z``. Shapes ``(C, d)``."""
     step, noises = SCHEMES[scheme], NOISES.get(scheme, 1)

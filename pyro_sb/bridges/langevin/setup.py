@@ -80,6 +80,19 @@ def solve(keys: Keys, weights: Tensor, epsilon: float, progress: bool, **options
     return result, pace.describe()
 
 
+def check_bandwidths(
+    dim: int, context_dim: int, epsilon: float | None, context_epsilon: float | None, exponent: float
+) -> None:
+    """Refuse bandwidths that are not positive, one of a context that is not there, and a positive exponent."""
+    for name, value in (("epsilon", epsilon), ("context_epsilon", context_epsilon)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}. Omit it for the default.")
+    if context_epsilon is not None and context_dim == 0:
+        raise ValueError("context_epsilon is the bandwidth of a context, got context_dim = 0. Omit one of them.")
+    if not -math.inf < exponent <= 0:
+        raise ValueError(f"bandwidth_exponent must be 0 or negative, got {exponent}. Write -1 / {dim}.")
+
+
 def check_metric(name: str, matrix: Any, dim: int) -> None:
     """Refuse what is neither a known name nor a symmetric positive definite matrix."""
     if isinstance(matrix, str) and matrix in ("identity", "covariance"):

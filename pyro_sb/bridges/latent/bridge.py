@@ -14,8 +14,8 @@ from pyro_sb.bridges.codecs.base import Codec, CodecTransform, encoded
 from pyro_sb.bridges.codecs.pair import PairCodec
 from pyro_sb.bridges.codecs.pca import PCACodec
 from pyro_sb.bridges.codecs.rows import shaped
+from pyro_sb.bridges.data import read_target
 from pyro_sb.bridges.diffusion.smoothed import SmoothedBridge
-from pyro_sb.bridges.ends import read_target
 from pyro_sb.bridges.latent.fit import Parts, latent_rows, latent_source, target_size
 from pyro_sb.bridges.options import check_names, keyword_names
 from pyro_sb.bridges.proposals import MappedLaw

@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 from pyro_sb.bridges.base import as_draws
 from pyro_sb.bridges.codecs.base import Codec, check_pair, encoded
 from pyro_sb.bridges.codecs.rows import advice, numerical_rank, shaped
-from pyro_sb.bridges.ends import read_source
+from pyro_sb.bridges.data import read_source
 from pyro_sb.files import read_file, write_file
 from pyro_sb.training import random_state, set_random_state
 

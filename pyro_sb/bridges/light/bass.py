@@ -1,17 +1,21 @@
 r"""Light Schrödinger-Bass bridge, least :math:`E \int |\alpha|^2 + \beta |\sigma - \sqrt\epsilon I|^2 dt`."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_sb.bridges.ends import Batch
-from pyro_sb.bridges.light.laws import LearnedMap
+from pyro_sb.bridges.data import Batch, Ends
+from pyro_sb.bridges.light.fit import HELD_OUT, Dual, LightOptions, find_solver, learning, options_for
+from pyro_sb.bridges.light.laws import MixtureLaws
 from pyro_sb.bridges.light.mixture import MixtureBridge
-from pyro_sb.bridges.light.solvers import ChosenBeta, Solver, find_solver, options_for
+from pyro_sb.bridges.light.solvers import BASS
 from pyro_sb.training import FitHistory
+
+CANDIDATES = (2.0, 5.0, 20.0, 100.0, math.inf)  # of beta="auto"
 
 
 class LightSBBM(MixtureBridge):
@@ -63,7 +67,7 @@ class LightSBBM(MixtureBridge):
         torch.Size([4, 1, 1])
     """
 
-    default_solver = "dual"
+    solvers, default_solver = BASS, "dual"
 
     def __init__(
         self,
@@ -99,7 +103,6 @@ class LightSBBM(MixtureBridge):
                 '"auto".'
             )
         self.beta = float(beta)
-        self.scores: dict[float, float] = {}
 
     def fit(
         self,
@@ -147,12 +150,14 @@ class LightSBBM(MixtureBridge):
         Warns:
             RuntimeWarning: As `LightSB.fit`; or an axis is narrower than beta allows.
         """
-        chosen: Solver = find_solver(self, solver)
+        chosen = find_solver(self, solver)
         chosen = ChosenBeta() if self.asked_beta == "auto" else chosen
         options = options_for(
             self, chosen, num_updates, batch_size, learning_rate, num_law_draws, progress, checkpoint, patience
         )
-        return self.learn(chosen, options, target, source, context, weights, held_out)
+        with learning(self, chosen, options, target, source, context, weights, held_out) as fit:
+            fit.history = chosen.solve(self, fit.ends, options)
+        return fit.history
 
     @torch.no_grad()
     def dual(self, x0: Tensor, x1: Tensor) -> float:
@@ -169,20 +174,50 @@ class LightSBBM(MixtureBridge):
         """The constructor's arguments."""
         return super().config() | {"beta": self.asked_beta}
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Kind of the source, words on the fit, the beta in use, and whether the inverse is learnt."""
-        learned = self.learned_map is not None
-        return super().get_extra_state() | {"beta": self.beta, "learned": learned, "scores": self.scores}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take them back."""
-        super().set_extra_state(state)
-        self.beta, self.scores = state["beta"], state["scores"]
-        self.learned_map = LearnedMap(self.dim).to(self.location) if state["learned"] else None
-
     def describe_lines(self) -> list[str]:
         """As `MixtureBridge`'s, with beta."""
         first, *rest = super().describe_lines()
         beta = "auto" if self.asked_beta == "auto" and not self.scores else f"{self.beta:g}"
         chosen = ' (chosen by beta="auto")' if self.scores else ""
         return [f"{first}, beta {beta}{chosen}", *rest]
+
+
+class ChosenBeta:
+    """The dual for the largest beta whose held-out likelihood is within a standard error of the best candidate's."""
+
+    name, num_updates = "dual", 5000
+
+    def check(self, bridge: MixtureBridge) -> None:
+        """Refuse nothing."""
+
+    def solve(self, bridge: Any, ends: Ends, options: LightOptions) -> FitHistory:
+        """A short fit at each candidate, and a long one at the chosen."""
+        chosen = self.choose(bridge, ends, options)
+        return chosen if chosen.interrupted else Dual().solve(bridge, ends, options)
+
+    def choose(self, bridge: Any, ends: Ends, options: LightOptions) -> FitHistory:
+        """Set the bridge's beta and scores."""
+        steps = max(1, options.fit.num_updates // 5)
+        short = options._replace(fit=options.fit._replace(num_updates=steps, checkpoint=None, progress=False))
+        scores, history = {}, FitHistory()
+        judge = ends.target.held_out(HELD_OUT)
+        base = ends.source.held_out(HELD_OUT).points
+        for beta in CANDIDATES:
+            bridge.beta = beta
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*has not converged", RuntimeWarning)  # a short run need not
+                warnings.filterwarnings("ignore", ".*kept its start", RuntimeWarning)
+                history = Dual().solve(bridge, ends, short)
+            if history.interrupted:
+                return history
+            with torch.no_grad():
+                scores[beta] = MixtureLaws(bridge.process).mean_log_prob(judge.points, base, judge.context)
+        weights = judge.weights if judge.weights is not None else judge.points.new_full((len(judge.points),), 1.0)
+        weights = weights / weights.sum()
+        best = max(scores.values(), key=lambda score: float(weights @ score))
+        gaps = {beta: best - score for beta, score in scores.items()}
+        errors = {beta: float(weights.square() @ (gap - weights @ gap).square()) ** 0.5 for beta, gap in gaps.items()}
+        bridge.beta = max(beta for beta, gap in gaps.items() if float(weights @ gap) <= errors[beta])
+        unit = bridge.dim * bridge.scale.log()
+        bridge.scores = {beta: float(weights @ score - unit) for beta, score in scores.items()}
+        return history

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_sb.bridges.light.fit import find_solver, learning, options_for
 from pyro_sb.bridges.light.mixture import MixtureBridge
-from pyro_sb.bridges.light.solvers import find_solver, options_for
+from pyro_sb.bridges.light.solvers import LIGHT
 from pyro_sb.training import FitHistory
 
 
@@ -51,7 +52,7 @@ class LightSB(MixtureBridge):
         torch.Size([4, 2])
     """
 
-    default_solver = "likelihood"
+    solvers, default_solver = LIGHT, "likelihood"
 
     def fit(
         self,
@@ -105,7 +106,9 @@ class LightSB(MixtureBridge):
         options = options_for(
             self, chosen, num_updates, batch_size, learning_rate, num_law_draws, progress, checkpoint, patience
         )
-        return self.learn(chosen, options, target, source, context, weights, held_out)
+        with learning(self, chosen, options, target, source, context, weights, held_out) as fit:
+            fit.history = chosen.solve(self, fit.ends, options)
+        return fit.history
 
 
 class LightSBM(LightSB):

@@ -1,9 +1,7 @@
 r"""Bridge with potential :math:`v = \sum_j a_j N(r_j, \epsilon S_j)`: source, units, closed forms for the rest."""
 
-import copy
 import math
-import time
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -11,16 +9,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import Bridge, check_points
-from pyro_sb.bridges.ends import DrawsEnd, Ends, Needs, read_ends, read_source
-from pyro_sb.bridges.light.laws import FixedMixture, LearnedMap, MixtureProcess, Plan, condition_mixture
-from pyro_sb.bridges.light.parameters import COVARIANCES, MixtureParameters
-from pyro_sb.bridges.light.solvers import LightOptions, Solver
+from pyro_sb.bridges.data import Units
+from pyro_sb.bridges.light.laws import FixedMixture, MixtureLaws, Plan, condition_mixture
+from pyro_sb.bridges.light.process import LearnedMap, MixtureParameters, MixtureProcess
 from pyro_sb.bridges.proposals import HeldSources
-from pyro_sb.bridges.units import Units
 from pyro_sb.distributions import BridgeDistribution, Draws, PathLaw
-from pyro_sb.nn import embedding_config, embedding_from_config
-from pyro_sb.threads import chosen_threads
-from pyro_sb.training import FitHistory
+from pyro_sb.nn import embedding_config
 
 MIN_SOURCES, MAX_SOURCES, CONTEXT_SOURCES = 256, 4096, 64  # source points that a path weight averages over
 HELD_SOURCES = 1024  # the same while chains propose
@@ -30,19 +24,22 @@ BUFFERS = ("location", "scale", "source_location", "context_location", "context_
 class MixtureBridge(Bridge):
     r"""Bridge whose adjusted potential is a Gaussian mixture; arguments as of `LightSB`.
 
-    In its own units it is a `MixtureProcess`; here are the source, the units, and what is asked of a `Bridge`. A
-    subclass names its default solver, and its ``fit`` hands one of them to `learn`.
+    In its own units it is a `MixtureProcess` with `MixtureLaws`; here are the source, the units, and what is asked of a
+    `Bridge`. A subclass names its solvers, and its ``fit`` hands the data to one of them.
 
     Attributes:
+        solvers: Ways to fit it, by name.
         default_solver: Name of the solver where none is asked for.
         asked_beta: Price of volatility as the constructor has it, ``"auto"`` where a fit is to choose it; None where
             the class has none.
         beta: Price of volatility; infinite here, where the bridge's space is the user's.
+        scores: Held-out log likelihood of each beta that a fit chose among; empty where it chose none.
         learned_map: Network in place of the inverse of the Bass map; None for the exact one.
         source: The distribution that draws leave from, if it is one. It is not saved.
         fitted_to: The data and the way of the last fit in words; empty before it.
     """
 
+    solvers: ClassVar[dict[str, Any]] = {}
     default_solver: str = ""
     asked_beta: float | str | None = None
     location: Tensor
@@ -65,20 +62,10 @@ class MixtureBridge(Bridge):
         embedding: nn.Module | None = None,
     ) -> None:
         super().__init__(dim, context_dim=context_dim)
-        if embedding is not None and not context_dim:
-            raise ValueError("embedding needs context_dim > 0, got 0: it maps contexts to features.")
-        if num_components < 1:
-            raise ValueError(f"num_components must be at least 1, got {num_components}. Omit it for 50.")
         if not 0 < epsilon < math.inf:
             raise ValueError(
                 f"epsilon must be positive and finite, got {epsilon}. Write the variance of the reference over [0, 1]."
             )
-        if not hidden:
-            raise ValueError("hidden must name at least one layer, got (). Omit it for (64, 64).")
-        if covariance not in COVARIANCES:
-            raise ValueError(f"covariance must be one of {list(COVARIANCES)}, got {covariance!r}.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}. Write 0.1, or omit it for none.")
         self.dropout = float(dropout)
         self.num_components, self.epsilon, self.covariance = int(num_components), float(epsilon), covariance
         self.hidden = tuple(map(int, hidden))
@@ -88,6 +75,7 @@ class MixtureBridge(Bridge):
         for name in BUFFERS:
             self.register_buffer(name, torch.empty(0))
         self.beta = math.inf
+        self.scores: dict[float, float] = {}
         self.learned_map: LearnedMap | None = None
         self.source: Distribution | None = None
         self._source_kind, self._source_variance = "point", 0.0
@@ -113,38 +101,14 @@ class MixtureBridge(Bridge):
         epsilon = self.epsilon / float(self.scale) ** 2
         return MixtureProcess(self.parameters_of, epsilon, self.beta, self._source_variance, self.learned_map)
 
+    @property
+    def _laws(self) -> MixtureLaws:
+        """Its draws, paths and densities."""
+        return MixtureLaws(self.process)
+
     def units(self, t: float | Tensor = 1.0) -> Units:
         """The units at time t: the centre moves from the source's mean to the target's, and the drift with it."""
         return Units(torch.lerp(self.source_location, self.location, torch.as_tensor(t).to(self.location)), self.scale)
-
-    def learn(
-        self, solver: Solver, options: LightOptions, target: Any, source: Any, context: Any, weights: Any, held_out: Any
-    ) -> FitHistory:
-        """The way of every fit: read the data and let a solver change the parameters.
-
-        What fails before the solver has begun leaves the bridge as it was.
-        """
-        options.check()
-        begun, before = time.perf_counter(), (copy.deepcopy(self.state_dict()), self.source)
-        self.parameters_of.changed = False
-        try:
-            self.learned_map = None
-            with chosen_threads(target, source):
-                ends = self._read(target, source, context, weights, options.fit.num_law_draws, held_out)
-                history = solver.solve(self, ends, options)
-        except BaseException:
-            if not self.parameters_of.changed:
-                self.load_state_dict(before[0])
-                self.source = before[1]
-            raise
-        data = f"{ends.target.num_draws} draws" if isinstance(ends.target, DrawsEnd) else "a distribution"
-        start = {"point": "a point", "draws": "draws", "law": "a distribution"}[self._source_kind]
-        way = f'{history.iterations} updates of solver "{solver.name}"'
-        self.fitted_to = f"{data} from {start}, by {way}"
-        if options.fit.checkpoint is not None:
-            self.save(options.fit.checkpoint)
-        history.seconds = time.perf_counter() - begun
-        return history
 
     @torch.no_grad()
     def transport(self, x0: Tensor, context: Any = None, *, t: float = 1.0) -> Tensor:
@@ -160,7 +124,7 @@ class MixtureBridge(Bridge):
         """
         t = _check_time(t)
         z, rows, shape = self.unit_rows(x0, context, 0.0)
-        return self.units(t).back(self.process.move(z, rows, t)).reshape(shape)
+        return self.units(t).back(self._laws.move(z, rows, t)).reshape(shape)
 
     def plan(self, x0: Tensor, context: Any = None) -> BridgeDistribution:
         r"""The law :math:`\pi(x_1 | x_0)` of the ends of bridges from given points, with an exact log_prob.
@@ -267,7 +231,7 @@ class MixtureBridge(Bridge):
         t = _check_time(t)
         z, rows, shape = self.unit_rows(x, context, t)
         shift = self.location - self.source_location
-        return self.scale * self.process.drift(t, z, rows).reshape(shape) + shift
+        return self.scale * self._laws.drift(t, z, rows).reshape(shape) + shift
 
     @torch.no_grad()
     def volatility(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
@@ -277,7 +241,7 @@ class MixtureBridge(Bridge):
         """
         t = _check_time(t)
         z, rows, shape = self.unit_rows(x, context, t)
-        jacobian = self.process.jacobian(t, z, rows)
+        jacobian = self._laws.jacobian(t, z, rows)
         return math.sqrt(self.epsilon) * jacobian.reshape(*shape, self.dim)
 
     @torch.no_grad()
@@ -285,7 +249,7 @@ class MixtureBridge(Bridge):
         """Largest :math:`|X_t(Y_t(x)) - x|` relative to :math:`1 + |x|`, in the bridge's units, at a time t."""
         t = _check_time(t)
         z, rows, _ = self.unit_rows(x, context, t)
-        return self.process.residual(t, z, rows)
+        return self._laws.residual(t, z, rows)
 
     @torch.no_grad()
     def paths(self, num_paths: int, num_steps: int, context: Any = None) -> tuple[Tensor, Tensor]:
@@ -301,7 +265,7 @@ class MixtureBridge(Bridge):
         rows = None if context is None else context.expand(*shape, -1).reshape(-1, self.context_dim)
         z = self.units(0.0).to(self._start(shape.numel()))
         times = torch.linspace(0, 1, num_steps + 1).to(z)
-        path = self.process.path(z, self._context_rows(rows), times)
+        path = self._laws.path(z, self._context_rows(rows), times)
         states = [self.units(0.0).back(z), *(self.units(t).back(x) for t, x in zip(times[1:], path))]
         return times, torch.stack(states).reshape(num_steps + 1, *shape, self.dim)
 
@@ -317,8 +281,8 @@ class MixtureBridge(Bridge):
         """Ends of bridges from source points."""
         rows, process = self._context_rows(context), self.process
         if process.factored and rows is not None:
-            return self.units().back(process.ends(rows))
-        return self.units().back(process.move(self.units(0.0).to(self._start(num)), rows))
+            return self.units().back(self._laws.ends(rows))
+        return self.units().back(self._laws.move(self.units(0.0).to(self._start(num)), rows))
 
     @torch.no_grad()
     def draws_rows(self, num: int, context: Tensor | None) -> Draws:
@@ -333,7 +297,7 @@ class MixtureBridge(Bridge):
             return super().draws_rows(num, context)
         z0, rows = self._sources(num, context), self._context_rows(context)
         chosen = z0[torch.randint(len(z0), (num,), device=z0.device)] if rows is None else z0[:, 0]
-        z1 = self.process.move(chosen, rows)
+        z1 = self._laws.move(chosen, rows)
         return Draws(self.units().back(z1), self._given_sources(z1, z0, rows))
 
     @torch.no_grad()
@@ -359,7 +323,7 @@ class MixtureBridge(Bridge):
     def _given_sources(self, z1: Tensor, z0: Tensor, rows: Tensor | None) -> Tensor:
         """Log density of ends given the source points, in the user's units."""
         self.check_exact()
-        return self.process.mean_log_prob(z1, z0, rows) - self.dim * self.scale.log()
+        return self._laws.mean_log_prob(z1, z0, rows) - self.dim * self.scale.log()
 
     @torch.no_grad()
     def log_prob_from(self, x: Tensor, x0: Tensor) -> Tensor:
@@ -382,7 +346,7 @@ class MixtureBridge(Bridge):
         rows, process = self._context_rows(context), self.process
         if process.factored and rows is not None:
             z = self.units().to(x.to(self.location))
-            return process.end_log_prob(z, rows) - self.dim * self.scale.log()
+            return self._laws.end_log_prob(z, rows) - self.dim * self.scale.log()
         return self.plan_log_prob_rows(x, self.source_points.expand(len(x), -1), context)
 
     def plan_log_prob_rows(self, x: Tensor, x0: Tensor, context: Tensor | None) -> Tensor:
@@ -393,7 +357,7 @@ class MixtureBridge(Bridge):
         """
         self.check_exact()
         z1, z0 = self.units().to(x.to(self.location)), self.units(0.0).to(x0)
-        return self.process.plan_log_prob(z1, z0, self._context_rows(context)) - self.dim * self.scale.log()
+        return self._laws.plan_log_prob(z1, z0, self._context_rows(context)) - self.dim * self.scale.log()
 
     def like(self) -> Tensor:
         """A fitted tensor; an error before ``fit``."""
@@ -407,30 +371,29 @@ class MixtureBridge(Bridge):
         embedding = {"embedding": embedding_config(self.parameters_of.embedding)}
         return super().config() | {name: getattr(self, name) for name in names} | embedding
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "MixtureBridge":
-        """Build the bridge that `config` describes, its embedding among it."""
-        return cls(**config | {"embedding": embedding_from_config(config.get("embedding"))})
-
     def get_extra_state(self) -> dict[str, Any]:
-        """Kind and variance of the source, and words on the fit."""
-        source = {"source_kind": self._source_kind, "source_variance": self._source_variance}
-        return source | {"fitted_to": self.fitted_to}
+        """Kind and variance of the source, words on the fit, and with a price of volatility that and what chose it."""
+        state = {
+            "source_kind": self._source_kind,
+            "source_variance": self._source_variance,
+            "fitted_to": self.fitted_to,
+        }
+        if self.asked_beta is None:
+            return state
+        return state | {"beta": self.beta, "learned": self.learned_map is not None, "scores": self.scores}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take them back; a distribution must be given again."""
         self._source_kind, self._source_variance = state["source_kind"], state["source_variance"]
         self.fitted_to = state.get("fitted_to", "")
+        if self.asked_beta is not None:
+            self.beta, self.scores = state["beta"], state["scores"]
+            self.learned_map = LearnedMap(self.dim).to(self.location) if state["learned"] else None
 
     def describe_lines(self) -> list[str]:
         """Components, and what the bridge was fitted on: for `repr`."""
-        fitted = (f"fitted to {self.fitted_to}" if self.fitted_to else "fitted") if self.fitted else "not fitted"
-        return [f"{self.num_components} {self.covariance} components, epsilon {self.epsilon:g}", fitted]
-
-    def __repr__(self) -> str:
-        """The class with its sizes, and `describe_lines`."""
-        context = f", context_dim={self.context_dim}" if self.context_dim else ""
-        return "\n  ".join([f"{type(self).__name__}(dim={self.dim}{context})", *self.describe_lines()])
+        numbers = f"{self.num_components} {self.covariance} components, epsilon {self.epsilon:g}"
+        return [numbers, *super().describe_lines()]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         saved = state_dict.get(prefix + "location")
@@ -438,24 +401,30 @@ class MixtureBridge(Bridge):
             self.to(saved)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _read(self, target: Any, source: Any, context: Any, weights: Any, num_law_draws: int, held_out: Any) -> Ends:
-        """Checked ends in the bridge's units; the bridge changes when all has gone well."""
-        raw = self.parameters_of.embedding is not None
-        wanted = Needs(self.dim, self.context_dim, self.num_components, self.covariance == "full", raw)
-        read = read_ends(wanted, target, source, context, weights, num_law_draws, held_out)
-        units = read.units
+    def adopt(
+        self, source: Any, units: Units, mean: Tensor, variance: float, deviations: Tensor, contexts: Any
+    ) -> None:
+        """Take what was read from the data.
+
+        Args:
+            source: A distribution, draws or a point as rows ``(n, dim)``, or None for the point at the target's mean.
+            units: Those of the target.
+            mean: Of the source. Shape ``(dim,)``.
+            variance: Of the source, averaged over the axes, in the bridge's units.
+            deviations: The target's standard deviations, in the bridge's units. Shape ``(dim,)``.
+            contexts: Mean and standard deviation of the contexts. Shape ``(context_dim,)``.
+        """
         self.to(units.location)
         self.location, self.scale = units
-        self.source_location, self._source_variance = read.source_location, read.source_variance
-        self.parameters_of.measure(read.deviations)
-        self.context_location, self.context_scale = read.contexts
+        self.source_location, self._source_variance = mean, variance
+        self.parameters_of.measure(deviations)
+        self.context_location, self.context_scale = contexts
         self.source = source if isinstance(source, Distribution) else None
         if self.source is not None:
             self.source_points, self._source_kind = units.location.new_empty(0), "law"
         else:
-            points = units.location[None] if source is None else read_source(source, self.dim, units.location)
+            points = units.location[None] if source is None else source
             self.source_points, self._source_kind = points, "point" if len(points) == 1 else "draws"
-        return read.ends
 
     def _start(self, num: int) -> Tensor:
         """Source points in the user's units."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, TransformedDistribution, constraints
 
 from pyro_sb.bridges.base import Bridge, class_named
-from pyro_sb.bridges.ends import read_source, read_target
+from pyro_sb.bridges.data import read_source, read_target
 from pyro_sb.bridges.options import check_names
 from pyro_sb.bridges.proposals import MappedLaw
 from pyro_sb.bridges.tails.fit import quantile, tail_index

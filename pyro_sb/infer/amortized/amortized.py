@@ -23,7 +23,7 @@ from pyro_sb.infer.amortized.choice import (
     nearest,
 )
 from pyro_sb.infer.amortized.features import Features, Observation, read_observation
-from pyro_sb.infer.amortized.paired import PairedJoint, paired_joint, plate_serves
+from pyro_sb.infer.amortized.paired import PairedJoint, paired_joint
 from pyro_sb.infer.amortized.posterior import Posterior
 from pyro_sb.infer.amortized.simulator import Simulations, Simulator, simulator
 from pyro_sb.infer.amortized.training_set import Store, TrainingSet, exchangeable_sites, training_set
@@ -224,7 +224,6 @@ class AmortizedPosterior:
 
     def _simulated(self, source: Simulator, num: int, keep_finite: bool, progress: bool) -> Simulations:
         """Fresh simulations; those made before Ctrl-C are kept."""
-        source.plated = plate_serves(source)
         try:
             with chosen_threads(*source.args, *source.kwargs.values()):
                 return source.simulate(num, keep_finite=keep_finite, progress=progress)

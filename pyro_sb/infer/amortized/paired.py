@@ -1,5 +1,6 @@
 r"""The log joint with another observation in every row: :math:`\log p(z_c, y_c)` for rows of pairs."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -8,18 +9,19 @@ import torch
 from torch import Tensor
 
 from pyro_sb.infer.amortized.simulator import Simulations, Simulator
+from pyro_sb.infer.model.joint import CheckedDensity, find_oracle, with_twins
 from pyro_sb.infer.model.log_joint import Evaluations
 from pyro_sb.infer.model.packing import Packing
 from pyro_sb.infer.model.routes import (
-    CheckedDensity,
     Loop,
-    Oracle,
     Plate,
     SingleRow,
     Vmap,
     as_density,
     constrain,
-    find_oracle,
+    doubled,
+    in_double,
+    in_float64,
 )
 from pyro_sb.infer.model.runs import Row
 
@@ -46,17 +48,19 @@ class PairedJoint:
 
     def __init__(self, simulator: Simulator, pairs: Simulations, masked: bool = False) -> None:
         self.data, self.dim, self.masked = simulator.data, simulator.dim, masked
-        plate, single = pair_densities(simulator, masked)
         starts = torch.cat([pairs.latents, pairs.observations.to(pairs.latents)], -1)
         if masked:
             starts = torch.cat([starts, starts.new_ones(len(starts), self.data.dim)], -1)
-        oracle = known_pairs(single, starts)
+        routes = pair_routes(simulator, masked)
+        with pyro.validation_enabled(False):
+            oracle = find_oracle(routes[-1].density, iter(starts.unbind()), random=True)
         if oracle is None:
             raise ValueError(
                 f"the log joint and its gradient must be finite at some simulated pair, got none in {len(starts)}. The "
                 "observed sites' log_prob does not fit their sample: correct it, or do without corrections."
             )
-        self._density = CheckedDensity([plate, Vmap(single), Loop(single)], oracle)
+        oracle = with_twins(oracle, lambda: pair_routes(doubled_simulator(simulator), masked))
+        self._density = CheckedDensity(routes, oracle)
 
     @property
     def route(self) -> str:
@@ -66,7 +70,7 @@ class PairedJoint:
     @property
     def threads(self) -> str:
         """Threads of an evaluation, chosen by its wall time (`pyro_sb.threads`)."""
-        return self._density.pace.describe()
+        return self._density.runner.pace.describe()
 
     def value_and_grad(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Values ``(C,)`` and gradients ``(C, dim)``; not finite becomes ``-inf`` and zero."""
@@ -76,6 +80,10 @@ class PairedJoint:
     def log_prob(self, z: Tensor, y: Tensor) -> Tensor:
         """Values ``(C,)`` without a graph."""
         return self._rows(z, y, gradient=False)[0]
+
+    def recheck(self, z: Tensor, y: Tensor) -> str | None:
+        """What speaks against the route at these rows, as `LogJoint.recheck` says it."""
+        return self._density.recheck(torch.cat([z.detach(), y.to(z)], -1))
 
     def _rows(self, z: Tensor, y: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
         joined = torch.cat([z.detach(), y.to(z)], -1)
@@ -97,6 +105,10 @@ class ObservedJoint:
     def log_prob(self, z: Tensor) -> Tensor:
         """Values ``(C,)``."""
         return self.pairs.log_prob(z, self._rows(z))
+
+    def recheck(self, z: Tensor) -> str | None:
+        """What speaks against the route at these rows."""
+        return self.pairs.recheck(z, self._rows(z))
 
     def _rows(self, z: Tensor) -> Tensor:
         """The observations, repeated along leading blocks of rows."""
@@ -123,21 +135,17 @@ def paired_joint(simulator: Simulator, pairs: Simulations, masked: bool = False)
     return PairedJoint(simulator, pairs, masked)
 
 
-def plate_serves(simulator: Simulator) -> bool:
-    """Whether one outer plate runs the model rightly: its log joint then agrees with single runs, at several sizes."""
-    if not simulator.has_density:
-        return False
-    few = simulator.singles(6)
-    plate, single = pair_densities(simulator, masked=False)
-    oracle = known_pairs(single, torch.cat([few.latents, few.observations.to(few.latents)], -1))
-    with pyro.validation_enabled(False):
-        return oracle is not None and oracle.objection(plate) is None
-
-
-def pair_densities(simulator: Simulator, masked: bool) -> tuple[Plate, SingleRow]:
-    """Log density of packed pairs by one run of the model on all of them, and that of a single one."""
+def pair_routes(simulator: Simulator, masked: bool) -> list[Any]:
+    """Routes to the log density of packed pairs."""
     unpack = partial(unpack_pairs, simulator, masked)
-    return Plate(simulator.runs, unpack), SingleRow(simulator.runs, unpack)
+    single = SingleRow(simulator.runs, unpack)
+    return [Plate(simulator.runs, unpack), Vmap(single), Loop(single)]
+
+
+def doubled_simulator(simulator: Simulator) -> Simulator:
+    """The same model in float64."""
+    runs = replace(simulator.runs, args=doubled(simulator.args), kwargs=doubled(simulator.kwargs))
+    return replace(simulator, runs=runs, prototype=in_float64(simulator.prototype), data=in_double(simulator.data))
 
 
 def unpack_pairs(simulator: Simulator, masked: bool, pairs: Tensor) -> tuple[Row, Tensor]:
@@ -147,12 +155,6 @@ def unpack_pairs(simulator: Simulator, masked: bool, pairs: Tensor) -> tuple[Row
     row, log_det = constrain(simulator.prototype, z)
     present = {} if not masked else {name: x > 0.5 for name, x in data.unpack(rest[1]).items()}
     return Row(row.values | data.unpack(rest[0]), present), log_det
-
-
-def known_pairs(single: SingleRow, pairs: Tensor) -> Oracle | None:
-    """The density of single pairs with some where it is finite; None if it is nowhere."""
-    with pyro.validation_enabled(False):
-        return find_oracle(single, iter(pairs.unbind()))
 
 
 def refuse_split_events(simulator: Simulator, present: Tensor) -> None:
@@ -211,6 +213,10 @@ class BatchJoint:
         self.evaluations.gradient += len(z)
         value, grad = self.rows.value_and_grad(z.to(self.dtype))
         return value.to(z), grad.to(z)
+
+    def recheck(self, z: Tensor) -> str | None:
+        """What speaks against the route where the chains stand, as `LogJoint.recheck` says it."""
+        return self.rows.recheck(z.to(self.dtype))
 
     def unpack_rows(self, z: Tensor) -> Sites:
         """``(*lead, B, dim)`` to unconstrained sites ``(*lead, *batch, *site)``."""

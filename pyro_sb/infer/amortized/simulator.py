@@ -46,7 +46,6 @@ class Simulator:
         data: Layout of the observations in one vector.
         returned: Whether the observations are the function's return value, so that they have no density.
         hidden: Discrete latents that cannot be summed out: they are simulated, and leave the log joint unknown.
-        plated: Whether one outer plate simulates many runs at once.
         interrupted: What was simulated when Ctrl-C came.
     """
 
@@ -56,7 +55,6 @@ class Simulator:
     data: Packing
     returned: bool
     hidden: tuple[str, ...] = ()
-    plated: bool = False
     interrupted: Simulations | None = None
 
     @property
@@ -99,7 +97,7 @@ class Simulator:
         """
         if num < 1:
             raise ValueError(f"num_simulations must be at least 1, got {num}. Write 10_000.")
-        routes = ["plate", "vmap", "loop"] if self.plated else ["vmap", "loop"]
+        routes = ["plate", "vmap", "loop"]
         if self.returned:  # a plain function's noise may come from outside torch
             routes = ["loop"]
         parts: list[Simulations] = []
@@ -113,10 +111,6 @@ class Simulator:
                 self.interrupted = self.finite(joined(parts), True)
             raise
         return self.finite(joined(parts), keep_finite)
-
-    def singles(self, num: int) -> Simulations:
-        """Pairs of so many runs one by one."""
-        return self._pairs(self.runs.at(Row({}), num, self._wanted, routes=["loop"]))
 
     @property
     def has_density(self) -> bool:

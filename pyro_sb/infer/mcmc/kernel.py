@@ -3,6 +3,7 @@ r"""Contract of kernels that learn moves in warm-up, freeze them and walk: :math
 `WalkingKernel` is the contract of Pyro and of `MCMC`; `ModelKernel` its form for a model or a ``potential_fn``.
 """
 
+import warnings
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -164,6 +165,7 @@ class WalkingKernel(MCMCKernel):
         walk = self._walk = self._walk_from(self._rows(params))
         if self._steps_left == 0:
             walk.forget_warmup()
+            walk = self._walk = self._confirmed(walk)
         states, stats = walk.run(num_transitions)
         self._steps_left -= num_transitions
         draws = self._sites(states)
@@ -173,6 +175,27 @@ class WalkingKernel(MCMCKernel):
         stats = self._by_chain(stats)
         walk.count_divergences(stats["diverging"])
         return Block(draws, stats)
+
+    def _confirmed(self, walk: Walk) -> Walk:
+        """The walk after warm-up, its target compared with single chains where they stand, once.
+
+        Where another route of the target must be taken, warm-up learns again, and the chains start from what it finds.
+        """
+        objection = self._target.recheck(walk.x)
+        if objection is None:
+            return walk
+        warnings.warn(
+            "A batch of chains is not what single chains are, where they stand after warm-up: what warm-up learnt was "
+            f"wrong ({objection}). It learns again, and the draws are right but slower, by {self._target.route}. Write "
+            "the model so that chains can be a leading dimension: dim=-1 in means and sums.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+        self.frozen = None
+        self._prepare()
+        assert self.frozen is not None
+        x = self._starts(1 if self.num_chains is None else self.num_chains)
+        return self.walk_kind(self._target, self.frozen, x, self._target.log_prob(x))
 
     @property
     def walk(self) -> Walk | None:

@@ -26,6 +26,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
+from pyro_sb.infer.model.agreement import vmapped
 from pyro_sb.infer.model.prototype import Prototype
 from pyro_sb.infer.model.routes import constrain
 from pyro_sb.infer.model.runs import Row, unknown_site
@@ -142,7 +143,7 @@ class EnumeratedVmap:
             seen.append((trace, packed_factors(trace, scaled=scaled)))
             return {name: factor.log_prob for name, factor in seen[-1][1].items()}
 
-        log_probs = torch.func.vmap(lambda _, row: one(row))(torch.zeros(num_chains), values)
+        log_probs = vmapped(lambda _, row: one(row), torch.zeros(num_chains), values)
         trace, layout = seen[-1]
         factors = {
             name: Factor(log_probs[name], CHAIN_SYMBOL + factor.dims, factor.plates | {CHAIN_SYMBOL})

@@ -8,12 +8,11 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.infer import config_enumerate
 from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_sb.infer.model.enumeration import EnumeratedPlate, EnumeratedVmap, discrete_sites
+from pyro_sb.infer.model.joint import CheckedDensity, Oracle, find_oracle, refuse_random_density, with_twins
 from pyro_sb.infer.model.packing import Packing
 from pyro_sb.infer.model.prototype import (
     MAX_TRIES,
@@ -29,18 +28,17 @@ from pyro_sb.infer.model.prototype import (
     wide_starts,
 )
 from pyro_sb.infer.model.routes import (
-    CheckedDensity,
+    Batched,
     Loop,
     ModelPotential,
-    Oracle,
     Plate,
     SingleRow,
     UserPotential,
     Vmap,
     as_density,
     constrain,
-    find_oracle,
-    value_and_grad,
+    in_double,
+    in_float64,
 )
 from pyro_sb.infer.model.runs import MAX_NUMBERS, Row, Wanted
 from pyro_sb.infer.model.sites import quiet_draws
@@ -99,7 +97,7 @@ class LogJoint:
         self.transforms = transforms or {}
         self.evaluations = Evaluations()
         self._density = CheckedDensity(routes, oracle)
-        self._known = None if oracle is None else oracle.points  # finite, whatever other starts are
+        self._known = None if oracle is None else oracle.known.points  # finite, whatever other starts are
         self._log_copies = 0.0 if prototype is None else prototype.gaps.log_copies
 
     @classmethod
@@ -159,7 +157,7 @@ class LogJoint:
     @property
     def threads(self) -> str:
         """Threads of an evaluation, chosen by its wall time (`pyro_sb.threads`)."""
-        return self._density.pace.describe()
+        return self._density.runner.pace.describe()
 
     @property
     def model(self) -> Callable[..., Any] | None:
@@ -195,6 +193,14 @@ class LogJoint:
         value = as_density(value) - self._log_copies
         grad = torch.where(torch.isfinite(grad) & torch.isfinite(value)[:, None], grad, 0.0)
         return value.to(z), grad.to(z)
+
+    def recheck(self, z: Tensor) -> str | None:
+        r"""Compare the route with single chains where the chains stand, ``(C, dim)``, in value and gradient.
+
+        Returns:
+            None; or what spoke against the route there: another has taken its place.
+        """
+        return self._density.recheck(self._own(z))
 
     def _own(self, z: Tensor) -> Tensor:
         if z.dim() != 2 or z.shape[1] != self.dim:
@@ -355,19 +361,6 @@ def shortened(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
-class Batched:
-    """A function that is batched already."""
-
-    name = "batched"
-
-    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self.fn = fn
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """``(C, dim)`` to ``(C,)``."""
-        return self.fn(z)
-
-
 def log_joint(
     model: Callable[..., Any] | None = None,
     potential_fn: Callable[[Sites], Tensor] | None = None,
@@ -465,7 +458,8 @@ def from_potential(
             f"potential_fn and its gradient must be finite at some start, got none in {MAX_TRIES} tries. Pass "
             "initial_params where it is finite."
         )
-    return LogJoint(packing, [Vmap(density), Loop(density)], oracle=oracle, transforms=transforms)
+    oracle = with_twins(oracle, lambda: routes_of(UserPotential(potential_fn, in_double(packing))))
+    return LogJoint(packing, routes_of(density), oracle=oracle, transforms=transforms)
 
 
 def rows_of(points: Tensor | None, packing: Packing) -> list[Tensor]:
@@ -478,7 +472,7 @@ def rows_of(points: Tensor | None, packing: Packing) -> list[Tensor]:
 def from_prototype(sites: Prototype, initial_params: Sites | None, points: Tensor | None = None) -> LogJoint:
     """Log joint of a model that passed the refusals: chain plate, vmap, or a loop."""
     packing = sites.packing
-    with pyro.validation_enabled(False):
+    with pyro.validation_enabled(False), quiet_draws():
         density = single_chain(sites)
         given = rows_of(points, packing)
         if initial_params:
@@ -488,36 +482,32 @@ def from_prototype(sites: Prototype, initial_params: Sites | None, points: Tenso
         oracle = find_oracle(density, finite_starts(density, chain(given, candidate_starts(sites))))
         if oracle is None:
             raise ValueError(explain_no_start(sites))
-        refuse_changing_runs(sites, oracle)
+        refuse_random_density(oracle)
+        oracle = with_twins(oracle, lambda: model_routes(in_float64(sites), ModelPotential))
+    routes = model_routes(sites, lambda _: density)
+    return LogJoint(packing, routes, oracle=oracle, prototype=sites, transforms=sites.transforms)
+
+
+def routes_of(density: UserPotential) -> list[Any]:
+    """Of a function of one chain."""
+    return [Vmap(density), Loop(density)]
+
+
+def model_routes(sites: Prototype, density: Callable[[Prototype], ModelPotential]) -> list[Any]:
+    """Of a model, with Pyro's own potential in the loop."""
     unpack = partial(constrain, sites)
     batched: list[Any] = [Plate(sites.runs, unpack), Vmap(SingleRow(sites.runs, unpack))]
     if sites.enumerated:
         batched = [EnumeratedPlate(sites), EnumeratedVmap(sites)]
-    return LogJoint(packing, [*batched, Loop(density)], oracle=oracle, prototype=sites, transforms=sites.transforms)
+    return [*batched, Loop(density(sites))]
 
 
 def single_chain(sites: Prototype) -> ModelPotential:
     """Pyro's own potential; it cannot enumerate every distribution that says it can."""
     try:
-        with quiet_draws():
-            return persist(partial(ModelPotential, sites))
+        return persist(partial(ModelPotential, sites))
     except NotImplementedError as error:
         names = list(sites.enumerated)
         raise NotImplementedError(
             f"Discrete sites must be enumerable, got {names}, of which Pyro says: {error}"
         ) from error
-
-
-def refuse_changing_runs(sites: Prototype, oracle: Oracle) -> None:
-    """A model whose sites come and go, or whose density is random, has no log joint that a kernel could target."""
-    model = sites.runs.model
-    if sites.enumerated:
-        model = poutine.enum(config_enumerate(model), first_available_dim=-sites.max_plate_nesting - 1)
-    for z in oracle.points:
-        sites.runs.terms(constrain(sites, z)[0], model)
-    again, _ = value_and_grad(oracle.density, oracle.points[0])
-    if not oracle.same(again, oracle.values[0]):
-        raise ValueError(
-            f"The log joint must be the same at every run, got {float(oracle.values[0]):g} and {float(again):g} at one "
-            "point. Make every random number of the model a sample site, and put networks into eval mode."
-        )

@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 MAX_TRIES = 100  # runs or starts before we give up, as in Pyro
+MOVES = 3  # random runs that are looked at for supports that move
 RADIUS = 2.0  # of starts, in unconstrained space, as Pyro's and Stan's
 RADII = (0.1, 5.0, 10.0, 30.0)  # where those fail
 PRIOR_DRAWS = (64, 512, 4096)  # looked through for a start, as long as there is none
@@ -178,8 +179,9 @@ def prototype(
             )
         raise ValueError(f"The model must have a continuous latent site, got {found}. {advice}")
     chosen = complete(transforms, continuous)
-    if transforms is None:
-        refuse_moving_supports(chosen, run(model, args, kwargs, start))
+    own = {name: transform for name, transform in chosen.items() if name not in (transforms or {})}
+    for _ in range(MOVES):  # at random points, whatever the user's starts are
+        refuse_moving_supports(own, run(model, args, kwargs, Start(like=start.like)))
     chosen = {name: FreeEntries(t, gaps.latent[name]) if name in gaps.latent else t for name, t in chosen.items()}
     return Prototype(
         runs=ModelRuns.of(trace, model, args, kwargs, max_plate_nesting),

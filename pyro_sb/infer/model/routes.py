@@ -1,56 +1,71 @@
-r"""Routes to a batched log joint, ``(C, dim)`` to ``(C,)``, and their test against a single row's log joint.
+r"""Routes to a batched log joint, ``(C, dim)`` to ``(C,)``, and the single row's log joint that they must agree with.
 
 - :class:`Plate`: one run of the model with the rows as an outermost batch dimension. Fastest; asks that the model's
   own tensor code broadcasts from the left.
 - :class:`Vmap`: ``torch.func.vmap`` over a single row's run. Semantically safe, a little slower.
 - :class:`Loop`: a single row's log joint, row after row. Always right, slow.
 
-The first that agrees with the single row's log joint is taken (:class:`CheckedDensity`). Models with discrete latents
-have their own two batched routes, in ``enumeration``.
+Models with discrete latents have their own two batched routes, in ``enumeration``; which one serves is decided in
+``agreement``.
 """
 
-import logging
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from torch.distributions import Transform
 from torch.distributions.transforms import ComposeTransform, IndependentTransform
 
+from pyro_sb.infer.model.agreement import precision, vmapped
 from pyro_sb.infer.model.packing import Packing
-from pyro_sb.infer.model.prototype import MAX_TRIES, Prototype
-from pyro_sb.infer.model.runs import ModelRuns, Row, close
-from pyro_sb.threads import Pace
+from pyro_sb.infer.model.prototype import Prototype
+from pyro_sb.infer.model.runs import ModelRuns, Row
 
 __all__ = [
-    "CheckedDensity",
+    "Batched",
+    "InFloat64",
     "Loop",
     "ModelPotential",
-    "Oracle",
     "Plate",
+    "Single",
     "SingleRow",
+    "Size",
     "UserPotential",
     "Vmap",
     "as_density",
     "constrain",
-    "find_oracle",
+    "default_float64",
+    "doubled",
+    "evaluate",
+    "in_double",
+    "in_float64",
     "value_and_grad",
 ]
 
-logger = logging.getLogger(__name__)
 Density = Callable[[Tensor], Tensor]
 Unpack = Callable[[Tensor], tuple[Row, Tensor]]
 Potential = Callable[[dict[str, Tensor]], Tensor]
-Route = Any  # an object with a `name` that maps (C, dim) to (C,)
-# accidental broadcasting depends on the batch size: 1 hides it, a coincidence with one size shows at another
-BATCH_SIZES = (1, 2, 3, 5)
-NUM_POINTS = 4
-NATS = 1e-3  # by which a batched log joint may differ from a single one, beyond rounding
+
+
+class Batched:
+    """A function that is batched already."""
+
+    name = "batched"
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.fn = fn
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """``(C, dim)`` to ``(C,)``."""
+        return self.fn(z)
 
 
 class Plate:
@@ -74,16 +89,48 @@ class Plate:
         return total.expand(len(z))
 
 
-class SingleRow:
-    """Log joint of one row by our own run of the model, free of what vmap cannot do; arguments as of `Plate`."""
+class Size(NamedTuple):
+    r"""How a log joint is rounded at a row: :math:`\sum |\text{terms}|` of it, and their coarsest epsilon."""
 
-    def __init__(self, runs: ModelRuns, unpack: Unpack) -> None:
-        self.runs, self.unpack = runs, unpack
+    total: float
+    eps: float
+
+
+class Single(Protocol):
+    """A single row's log density."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """``(dim,)`` to ``()``."""
+
+    def size(self, z: Tensor) -> Size:
+        """How it is rounded at ``z``."""
+
+
+class SingleRow:
+    """Log joint of one row by our own run of the model, free of what vmap cannot do.
+
+    Args:
+        runs: As of `Plate`.
+        unpack: As of `Plate`.
+        enumeration: Marks the model's discrete sites for `size`, if it has any: they are no part of a row.
+    """
+
+    def __init__(self, runs: ModelRuns, unpack: Unpack, enumeration: Callable[[Any], Any] | None = None) -> None:
+        self.runs, self.unpack, self.enumeration = runs, unpack, enumeration
 
     def __call__(self, z: Tensor) -> Tensor:
         """``(dim,)`` to ``()``."""
         row, log_det = self.unpack(z)
         return sum((term.sum() for term in self.runs.terms(row)), log_det)
+
+    def size(self, z: Tensor) -> Size:
+        """How it is rounded at ``z``; refuses a run with other sites than the first."""
+        with torch.no_grad():
+            row, log_det = self.unpack(z)
+            model = None if self.enumeration is None else self.enumeration(self.runs.model)
+            terms = [log_det, *self.runs.terms(row, model)]
+        total = sum(float(term[torch.isfinite(term)].abs().sum()) for term in terms)
+        return Size(total, precision(*(x.dtype for x in (*row.values.values(), *terms))))
 
 
 class Vmap:
@@ -96,7 +143,8 @@ class Vmap:
 
     def __call__(self, z: Tensor) -> Tensor:
         """``(C, dim)`` to ``(C,)``."""
-        return torch.func.vmap(self.density)(z)
+        values: Tensor = vmapped(self.density, z)
+        return values
 
 
 class Loop:
@@ -117,6 +165,9 @@ class ModelPotential:
 
     def __init__(self, prototype: Prototype) -> None:
         self.packing, runs = prototype.packing, prototype.runs
+        first_dim = -prototype.max_plate_nesting - 1
+        enumeration = partial(enumerated, first_dim) if prototype.enumerated else None
+        self.size = SingleRow(runs, partial(constrain, prototype), enumeration).size
         _, self.potential, _, _ = initialize_model(
             runs.model,
             runs.args,
@@ -132,6 +183,11 @@ class ModelPotential:
         return -self.potential(self.packing.unpack(z))
 
 
+def enumerated(first_dim: int, model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model with its discrete sites enumerated."""
+    return poutine.enum(config_enumerate(model), first_available_dim=first_dim)
+
+
 class UserPotential:
     """Log joint of one chain by the user's ``potential_fn``."""
 
@@ -144,6 +200,12 @@ class UserPotential:
         if value.numel() != 1:
             raise ValueError(f"potential_fn must return one number for one chain, got shape {tuple(value.shape)}.")
         return -value.reshape(())
+
+    def size(self, z: Tensor) -> Size:
+        """How it is rounded at ``z``: its terms are not known, but their sum."""
+        with torch.no_grad():
+            value = self(z)
+        return Size(float(value.abs()), precision(value.dtype, *self.packing.dtypes.values()))
 
 
 def constrain(prototype: Prototype, z: Tensor) -> tuple[Row, Tensor]:
@@ -191,157 +253,69 @@ def as_density(value: Tensor) -> Tensor:
     return torch.where(torch.isfinite(value), value, -torch.inf)
 
 
-@dataclass
-class Oracle:
-    r"""The single row's log joint with a few points where it and its gradient are known and finite.
-
-    Attributes:
-        density: ``(dim,)`` to ``()``.
-        points: Shape ``(P, dim)``; ``values`` ``(P,)`` and ``grads`` ``(P, dim)`` belong to them.
-    """
-
-    density: Density
-    points: Tensor
-    values: Tensor
-    grads: Tensor
-
-    def objection(self, route: Density) -> str | None:
-        """Why ``route`` cannot be used; None if it agrees in value and gradient for several batch sizes."""
-        for size in BATCH_SIZES:
-            rows = torch.arange(size) % len(self.points)
-            try:
-                value, grad = value_and_grad(route, self.points[rows])
-            except Exception as error:  # whatever the user's model raises when it meets a batch
-                return f"{type(error).__name__}: {first_line(error)}"
-            if value.shape != (size,):
-                return f"values of shape {tuple(value.shape)} for {size} chains"
-            if not self.same(value, self.values[rows]):
-                return f"wrong values for {size} chains"
-            known = self.grads[rows]
-            if not close(grad, known, floor=torch.inf, scale=known.abs().amax(-1, keepdim=True)):
-                return f"wrong gradients for {size} chains"
-        return None
-
-    def confirms(self, z: Tensor, value: Tensor) -> bool:
-        """Whether ``value`` at one row of ``z`` is right; rows that are not finite cannot tell and are left alone."""
-        finite = torch.isfinite(value).nonzero()
-        if not len(finite):
-            return True
-        row = int(finite[-1])
-        try:
-            with torch.no_grad():
-                return self.same(value[row], self.density(z[row]))
-        except torch.linalg.LinAlgError:  # on the edge of what can be factored, which a batch may do and one row not
-            return True
-
-    @staticmethod
-    def same(value: Tensor, known: Tensor) -> bool:
-        """Whether log joints are equal up to :data:`NATS` and the rounding of numbers of their size."""
-        return close(value, known, floor=NATS, scale=known.abs().amax())
-
-
-def find_oracle(density: Density, starts: Iterator[Tensor]) -> Oracle | None:
-    """Collect points with a finite log joint and gradient from ``starts``; None if there is none."""
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for _, z in zip(range(MAX_TRIES), starts, strict=False):
-        try:
-            value, grad = value_and_grad(density, z)
-        except torch.linalg.LinAlgError:
-            continue
-        if torch.isfinite(value) and torch.isfinite(grad).all():
-            found.append((z, value, grad))
-        if len(found) == NUM_POINTS:
-            break
-    return Oracle(density, *map(torch.stack, zip(*found, strict=True))) if found else None
-
-
-class CheckedDensity:
-    r"""A batched density that may change its route, never its values.
-
-    The first of ``routes`` that agrees with the oracle at several batch sizes is used. A plate of chains can still go
-    wrong in silence where the number of chains equals another size of the model, so each new batch size is checked on
-    one row.
-
-    Args:
-        routes: Fastest first; a loop, which is taken to be right, last.
-        oracle: The single chain's density at a few points; None to trust the first route.
-    """
-
-    def __init__(self, routes: list[Route], oracle: Oracle | None) -> None:
-        self.routes = routes
-        self.oracle = oracle
-        self.objections: list[str] = []
-        self.sizes_checked: set[int] = set()
-        self.pace = Pace()
-        self._settle()
-
-    @property
-    def route(self) -> str:
-        """Name of the route in use."""
-        return self.routes[0].name
-
-    def __call__(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-        """Values ``(C,)`` and, if asked, gradients ``(C, dim)``, as the route in use gives them, NaN included."""
-        if not len(z):
-            return z.new_zeros(0), torch.zeros_like(z)
-        with self.pace.call(len(z), kind=gradient, device=z.device):
-            value, grad = self._attempt(z, gradient)
-        if self.route != "plate" or len(z) in self.sizes_checked:
-            return value, grad
-        if self._confirmed(z, value):
-            self.sizes_checked.add(len(z))
-            return value, grad
-        self._demote(f"wrong values for {len(z)} chains")
-        return self(z, gradient)
-
-    def _attempt(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-        """One call of the route; a row whose matrix cannot be factored gets NaN and does not spoil its neighbours."""
-        try:
-            with pyro.validation_enabled(False):
-                if gradient:
-                    return value_and_grad(self.routes[0], z)
-                with torch.no_grad():
-                    return self.routes[0](z), torch.empty_like(z)
-        except torch.linalg.LinAlgError:
-            if len(z) == 1:
-                return z.new_full((1,), torch.nan), torch.zeros_like(z)
-            halves = [self._attempt(half, gradient) for half in z.tensor_split(2)]
-            return torch.cat([value for value, _ in halves]), torch.cat([grad for _, grad in halves])
-
-    def _confirmed(self, z: Tensor, value: Tensor) -> bool:
-        """Whether the single chain agrees: a batch size that equals a data size can broadcast in silence."""
-        if self.oracle is None:
-            return True
-        if len(z) > 1 and bool((z == z[0]).all()):  # equal rows hide mixed-up chains, so spread them
-            z = z + torch.linspace(-0.05, 0.05, len(z), dtype=z.dtype, device=z.device)[:, None]
-            value, _ = self._attempt(z, gradient=False)
+def evaluate(density: Density, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Values and, if asked, gradients; a row whose matrix cannot be factored gets NaN and spoils no other."""
+    try:
         with pyro.validation_enabled(False):
-            return self.oracle.confirms(z, value)
-
-    def _demote(self, objection: str) -> None:
-        """Drop the route in use for the next one that agrees with the single chain; the loop always does."""
-        self.objections.append(f"{self.routes.pop(0).name}: {objection}")
-        self._settle()
-
-    def _settle(self) -> None:
-        """Make the first route that agrees with the oracle the one in use, and warn if only the loop is left."""
-        while self.route != "loop" and self.oracle is not None:
-            with pyro.validation_enabled(False):
-                objection = self.oracle.objection(self.routes[0])
-            if objection is None:
-                logger.info("log joint by route %r (%s)", self.route, "; ".join(self.objections) or "first choice")
-                return
-            self.objections.append(f"{self.routes.pop(0).name}: {objection}")
-        if self.route == "loop":
-            warnings.warn(
-                "Chains are evaluated one by one, which is slow: no batched route agrees with the single chain "
-                f"({'; '.join(self.objections)}). Write the model so that batches of chains can pass: dim=-1 in sums, "
-                "Vindex for indices, torch.where for Python's if, no .item().",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            if gradient:
+                return value_and_grad(density, z)
+            with torch.no_grad():
+                return density(z), torch.empty_like(z)
+    except torch.linalg.LinAlgError:
+        if len(z) == 1:
+            return z.new_full((1,), torch.nan), torch.zeros_like(z)
+        halves = [evaluate(density, half, gradient) for half in z.tensor_split(2)]
+        return torch.cat([value for value, _ in halves]), torch.cat([grad for _, grad in halves])
 
 
-def first_line(error: Exception) -> str:
-    """The beginning of an error's message."""
-    return (str(error).strip() or "no message").splitlines()[0][:200]
+class InFloat64:
+    """A density in float64, whose model makes its constants in float64 too."""
+
+    def __init__(self, density: Any) -> None:
+        self.density = density
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """As the density's."""
+        with default_float64():
+            value: Tensor = self.density(z)
+            return value
+
+    def size(self, z: Tensor) -> Size:
+        """As the density's."""
+        with default_float64():
+            size: Size = self.density.size(z)
+            return size
+
+
+@contextmanager
+def default_float64() -> Iterator[None]:
+    """Constants are made in float64 meanwhile."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def in_float64(prototype: Prototype) -> Prototype:
+    """The same model with its floating point arguments and latents in float64."""
+    runs = replace(prototype.runs, args=doubled(prototype.runs.args), kwargs=doubled(prototype.runs.kwargs))
+    return replace(prototype, runs=runs, packing=in_double(prototype.packing))
+
+
+def in_double(packing: Packing) -> Packing:
+    """The same layout with its floating point numbers in float64."""
+    dtypes = {name: torch.float64 if dtype.is_floating_point else dtype for name, dtype in packing.dtypes.items()}
+    return replace(packing, dtypes=dtypes)
+
+
+def doubled(value: Any) -> Any:
+    """Floating point tensors, and those in lists, tuples and dicts, in float64; all else as it is."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: doubled(part) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(doubled, value))
+    return value

@@ -6,10 +6,9 @@ from the left; ``torch.func.vmap`` of single runs; and a loop over them, which i
 pairs, a simulator's batches and what `to_arviz` adds to draws are all made here.
 """
 
-import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -22,12 +21,12 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_sb.infer.model.agreement import NATS, ROUNDING, STILL, Runner, disagreement, precision, vmapped
 from pyro_sb.infer.model.sites import Site, base_of, is_deterministic, is_sample, plate_nesting
 from pyro_sb.threads import Pace
 
-__all__ = ["Found", "ModelRuns", "PlainSampling", "Row", "close", "unknown_site"]
+__all__ = ["Found", "ModelRuns", "PlainSampling", "Row", "unknown_site"]
 
-logger = logging.getLogger(__name__)
 Sites = dict[str, Tensor]
 MAX_NUMBERS = 2**22  # numbers in the sites of one batch of runs, 32 MB in float64
 BLOCK = 256  # runs one by one in a batch
@@ -42,6 +41,18 @@ class Row(NamedTuple):
 
     values: Sites
     present: Sites = {}
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Row":
+        """``fn`` of every tensor."""
+        return Row(*({name: fn(x) for name, x in sites.items()} for sites in self))
+
+    def single(self, i: int) -> "Row":
+        """One of many rows."""
+        return self.map(lambda x: x[i])
+
+    def part(self, start: int, size: int) -> "Row":
+        """Some of many rows."""
+        return self.map(lambda x: x[start : start + size])
 
 
 class Found(NamedTuple):
@@ -252,25 +263,22 @@ class ModelRuns:
             num: Number of runs.
             wanted: What is read.
             routes: Fastest first, the loop last.
-            checked: Routes whose first, middle and last row of every batch must be what single runs give with every
-                site at that row's value. Vmap may go unchecked: its rows are independent by construction.
+            checked: Routes whose first batch of any size is compared: three rows by single runs with every site at that
+                row's value, and one among other rows. Vmap may go unchecked: its rows are independent by construction.
             progress: Show a bar where rows are run one by one.
         """
-        left, done = list(routes), 0
-        while len(left) > 1 and done < num:
+        runner, done = Runner(routes, pace=self.pace), 0
+        while runner.route != "loop" and done < num:
             size = min(self._batch_size(), num - done)
-            with self.pace.call(size, kind=left[0]):
-                found = self._served(left[0], slice_rows(rows, done, size), size, wanted, left[0] in checked)
-            if found is None:
-                left.pop(0)
-            else:
+            found = self._attempt(runner, rows.part(done, size), size, wanted, checked)
+            if found is not None:
                 yield found
                 done += size
         with tqdm(total=num, initial=done, desc="Run one by one", disable=not progress or done >= num) as bar:
             while done < num:
                 size = min(BLOCK, num - done)
                 with self.pace.call(size, kind="loop"):
-                    found = self._loop(slice_rows(rows, done, size), size, wanted, bar.update)
+                    found = self._loop(rows.part(done, size), size, wanted, bar.update)
                 yield found
                 done += size
 
@@ -280,28 +288,39 @@ class ModelRuns:
         sizes = {size for shape in self.shapes.values() for size in (*shape, shape.numel())}
         return next(n for n in range(rows, rows + len(sizes) + 2) if n not in sizes)
 
-    def _served(self, route: str, rows: Row, num: int, wanted: Wanted, checked: bool) -> Found | None:
-        """A batch by a route; None where it fails or disagrees with single runs."""
-        asked = Wanted(list(self.shapes), list(self.batch_shapes), wanted.resample) if checked else wanted
-        try:
-            with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
-                found = self._plate(rows, num, asked) if route == "plate" else self._vmap(rows, num, asked)
-                if not checked or all(self._agrees(found, i, rows.present) for i in {0, num // 2, num - 1}):
-                    return Found(pick(found.values, wanted.values), pick(found.log_probs, wanted.log_probs))
-            reason = "it disagrees with a single run"
-        except Exception as error:  # whatever the user's model raises when it meets a batch
-            reason = f"{type(error).__name__}: {error}"
-        logger.info("The model cannot be run by %s: %s.", route, reason)
-        return None
+    def _attempt(self, runner: Runner, rows: Row, num: int, wanted: Wanted, checked: Sequence[str]) -> Found | None:
+        """A batch by the route in use; None where it was dropped."""
+        everything = Wanted(list(self.shapes), list(self.batch_shapes), wanted.resample)
 
-    def _agrees(self, found: Found, i: int, present: Sites) -> bool:
-        """Whether a row of a batch is what a single run gives with every site at that row's value."""
-        row = Row(
-            {name: found.values[name][i] for name in self.batch_shapes}, {name: x[i] for name, x in present.items()}
-        )
-        single = self.read(row, Wanted(list(found.values), list(found.log_probs), resample=True))
-        pairs = [(sites[name][i], value) for sites, one in zip(found, single) for name, value in one.items()]
-        return all(a.shape == b.shape and close(a, b, floor=1e-5) for a, b in pairs)
+        def run(route: str, rows: Row, wanted: Wanted) -> Found:
+            with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+                return self._plate(rows, num, wanted) if route == "plate" else self._vmap(rows, num, wanted)
+
+        def objection(route: str, found: Found) -> str | None:
+            return self._objection(partial(run, route), found, num, rows.present) if route in checked else None
+
+        def ask(route: str) -> Found:
+            return run(route, rows, everything if route in checked else wanted)
+
+        found = runner.attempt(ask, num, objection)
+        return found and Found(pick(found.values, wanted.values), pick(found.log_probs, wanted.log_probs))
+
+    def _objection(self, run: Callable[[Row, Wanted], Found], found: Found, num: int, present: Sites) -> str | None:
+        """What speaks against a batch: its first, middle and last row by single runs, the last among strangers too."""
+        wanted = Wanted(list(found.values), list(found.log_probs), resample=True)
+        placed = Row({name: found.values[name] for name in self.batch_shapes}, present)
+        rows = sorted({0, num // 2, num - 1})
+        with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+            known = joined([self.read(placed.single(i), wanted) for i in rows], torch.stack)
+        alike = placed.map(lambda x: x[-1:].expand(x.shape).contiguous())
+        strangers = figures(run(alike, wanted)) if num > 1 else None
+        amounts = {name: largest(x) for name, x in figures(known).items()}
+        eps = {name: precision(x.dtype) for name, x in figures(known).items()}
+        allowed = {name: eps[name] ** 0.5 * x for name, x in amounts.items()} | {
+            name: NATS + ROUNDING * eps[name] * amounts[name] for name in figures(Found({}, known.log_probs))
+        }
+        still = {name: STILL * eps[name] * x for name, x in amounts.items()}
+        return disagreement(figures(found), figures(known), rows, strangers, allowed, still)
 
     def _plate(self, rows: Row, num: int, wanted: Wanted) -> Found:
         with pyro.plate(ROWS, num, dim=-self.depth - 1):
@@ -314,40 +333,31 @@ class ModelRuns:
         )
 
     def _vmap(self, rows: Row, num: int, wanted: Wanted) -> Found:
-        with PlainSampling(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)  # of what torch cannot batch
-            one = torch.func.vmap(lambda _, row: self.read(row, wanted), randomness="different")
-            return one(torch.zeros(num), rows)
+        with PlainSampling():
+            found: Found = vmapped(
+                lambda _, row: self.read(row, wanted), torch.zeros(num), rows, randomness="different"
+            )
+        return found
 
     def _loop(self, rows: Row, num: int, wanted: Wanted, tick: Callable[[], Any] = lambda: None) -> Found:
         found = []
         with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
             for i in range(num):
-                found.append(self.read(Row(*({name: x[i] for name, x in sites.items()} for sites in rows)), wanted))
+                found.append(self.read(rows.single(i), wanted))
                 tick()
         return joined(found, torch.stack)
 
 
-def close(a: Tensor, b: Tensor, *, floor: float, scale: Tensor | None = None) -> bool:
-    r"""Whether figures of a batch are those of single runs: the test of agreement of every route.
+def figures(found: Found) -> Sites:
+    """All that was read, under names that say what it is."""
+    log_probs = {f"log densities of {name!r}": x for name, x in found.log_probs.items()}
+    return {f"values of {name!r}": x for name, x in found.values.items()} | log_probs
 
-    The gap must be within :math:`\min(\epsilon^{0.4} (1 + s), \text{floor} + 2^9 \epsilon s)`, with s the size of the
-    numbers and epsilon their dtype's: an absolute amount (of nats, where they are log densities) beyond what sums of
-    that size are rounded by, and never a share of a log joint, which may be huge where its differences are small.
 
-    Args:
-        a: Of the batch.
-        b: Of single runs, of the same shape.
-        floor: What may differ where s is small.
-        scale: s. Omitted: entry by entry.
-    """
-    if not b.is_floating_point():
-        return bool((a == b).all())
-    a, eps = a.to(b), torch.finfo(b.dtype).eps
-    size = b.abs() if scale is None else scale
-    allowed = torch.minimum(eps**0.4 * (1 + size), floor + 2**9 * eps * size)
-    same = (a == b) | (a.isnan() & b.isnan())
-    return bool((same | ((a - b).abs() <= allowed)).all())
+def largest(figure: Tensor) -> Tensor:
+    """The largest size of an entry, of those that are finite."""
+    finite = figure.double().nan_to_num(0.0, 0.0, 0.0).abs()
+    return finite.amax() if finite.numel() else finite.sum()
 
 
 def log_prob_of(site: Site, scale: Any = 1.0) -> Tensor:
@@ -368,11 +378,6 @@ def unknown_site(name: str) -> ValueError:
         f"The model must have the same latent sites at every run, got a new one, {name!r}. Sample it always and ignore "
         "it where it is not used."
     )
-
-
-def slice_rows(rows: Row, start: int, size: int) -> Row:
-    """Some of many rows."""
-    return Row(*({name: x[start : start + size] for name, x in sites.items()} for sites in rows))
 
 
 def pick(sites: Sites, names: Iterable[str]) -> Sites:

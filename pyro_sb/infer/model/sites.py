@@ -170,7 +170,8 @@ def refuse_moving_supports(transforms: dict[str, Transform], other: poutine.Trac
         here = transform.inv
         there = bijection(name, other.nodes[name]["fn"])
         value = other.nodes[name]["value"]
-        u = torch.zeros(there.inverse_shape(value.shape), dtype=value.dtype, device=value.device)
+        shape = there.inverse_shape(value.shape)
+        u = torch.empty(shape, dtype=value.dtype, device=value.device).uniform_(-2, 2)  # 0 is blind to (-top, top)
         if not torch.equal(here(u), there(u)):
             raise NotImplementedError(
                 f"Site {name!r} must have a fixed support, got one that depends on another latent. Sample a standard "

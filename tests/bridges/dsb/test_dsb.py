@@ -9,12 +9,11 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from pyro_sb.bridges import DSB, SGM, Bridge
+from pyro_sb.bridges.base import FitOptions
+from pyro_sb.bridges.data import read_pairs, read_target
 from pyro_sb.bridges.dsb.data import ReferenceChain, read_source_law, reversed_paths, sinkhorn_pairs
 from pyro_sb.bridges.dsb.fit import DSBFit, Iterations, measured_steps
 from pyro_sb.bridges.dsb.half import Guide
-from pyro_sb.bridges.ends import read_target
-from pyro_sb.bridges.options import FitOptions
-from pyro_sb.bridges.pairs import read_pairs
 from pyro_sb.ops.brownian import SCHEDULES
 from pyro_sb.ops.closed_form import gaussian_bridge, gaussian_ipf
 from pyro_sb.ops.mixture import MixturePotential

@@ -9,9 +9,10 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from pyro_sb.bridges import Bridge, LightSB, LightSBBM
-from pyro_sb.bridges.light import solvers
-from pyro_sb.bridges.light.laws import MixtureProcess
-from pyro_sb.bridges.light.solvers import CANDIDATES, DualLoss, begin
+from pyro_sb.bridges.light import fit
+from pyro_sb.bridges.light.bass import CANDIDATES
+from pyro_sb.bridges.light.fit import DualLoss, begin, read_ends
+from pyro_sb.bridges.light.laws import MixtureLaws
 from pyro_sb.ops.closed_form import alternating_bass_scalar, bass_gain, commuting_bass_bridge
 from tests.bridges.light.fits import CENTRES, bumps, clusters, full_or_not, quick, scaled, standard_normal, z_of_two
 from tests.ops.potentials import F64
@@ -20,7 +21,7 @@ from tests.ops.potentials import F64
 @pytest.fixture(autouse=True)
 def small_pool(monkeypatch):
     """Fewer pairs than a real fit inverts at once: its inverses are as exact."""
-    monkeypatch.setattr(solvers, "POOL", 512)
+    monkeypatch.setattr(fit, "POOL", 512)
 
 
 def gain_of(bridge):
@@ -316,7 +317,7 @@ def test_the_fit_is_free_of_units_and_of_the_origin(kind):
 @pytest.mark.parametrize("beta", [3.0, 1e5])
 def test_a_pool_never_moves_the_points_it_inverts(beta):
     bridge = quick(LightSBBM(2, num_components=3, epsilon=0.5, beta=beta), num_updates=1)
-    ends = bridge._read(clusters(300), standard_normal(), None, None, 1000, 0.1)
+    ends = read_ends(bridge, clusters(300), standard_normal(), None, None, 1000, 0.1)
     loss = DualLoss(begin(bridge, ends), ends, 64)
     loss()
     before = [loss.pool.pairs.x0.clone(), loss.pool.pairs.x1.clone()]
@@ -347,7 +348,7 @@ def test_auto_takes_the_largest_within_a_standard_error_of_the_best(monkeypatch,
     noise = torch.randn(60, **F64)  # gaps to the best have a standard error of about .1 but for their means
     scores = iter([mean + torch.randn(60, **F64) * 0.8 + noise - noise.mean() for mean in means])
     centred = (score - score.mean() + mean for score, mean in zip(scores, means))
-    monkeypatch.setattr(MixtureProcess, "mean_log_prob", lambda *args: next(centred))
+    monkeypatch.setattr(MixtureLaws, "mean_log_prob", lambda *args: next(centred))
     bridge = LightSBBM(1, num_components=2, epsilon=1.0, beta="auto")
     quick(bridge, scaled(600, 0.5), num_updates=5)
     assert bridge.beta == choice

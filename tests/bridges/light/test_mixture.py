@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Normal
 
 from pyro_sb.bridges import Bridge, LightSB, LightSBBM, TailMatched
-from pyro_sb.bridges.ends import DrawsEnd, read_held_out
+from pyro_sb.bridges.data import DrawsEnd, read_held_out
 from tests.bridges.light.fits import QUICK, either, pairs, quick, quiet_fit, sources, standard_normal
 from tests.ops.potentials import F64
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from pyro_sb.bridges import Bridge, LightSB
-from pyro_sb.bridges.light.parameters import MixtureParameters, lower_triangular
-from pyro_sb.bridges.light.solvers import SOLVERS, Likelihood
+from pyro_sb.bridges.light.fit import Likelihood
+from pyro_sb.bridges.light.process import MixtureParameters, lower_triangular
+from pyro_sb.bridges.light.solvers import LIGHT
 from pyro_sb.nn import SetEmbedding
 from tests.bridges.light.fits import QUICK, clusters, pairs, quick, quiet_fit
 from tests.ops.potentials import F64, random_potential
@@ -103,7 +104,7 @@ def test_dropout_is_on_in_the_fit_alone(monkeypatch):
             raise KeyError("enough")
 
     target, context = pairs()
-    monkeypatch.setitem(SOLVERS, "likelihood", Watched())
+    monkeypatch.setitem(LIGHT, "likelihood", Watched())
     bridge = LightSB(2, num_components=3, epsilon=0.5, context_dim=3, covariance="full", hidden=(16, 16), dropout=0.5)
     with pytest.raises(KeyError, match="enough"):
         bridge.fit(target, context=context, **QUICK)

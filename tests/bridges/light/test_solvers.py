@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pyro_sb.bridges import Bridge, LightSB, LightSBBM, LightSBM
-from pyro_sb.bridges.light import parameters as mixture_start
-from pyro_sb.bridges.light import solvers
-from pyro_sb.bridges.light.solvers import SOLVERS, find_solver
+from pyro_sb.bridges.light import fit as light_fit
+from pyro_sb.bridges.light import process as mixture_start
+from pyro_sb.bridges.light.fit import find_solver
+from pyro_sb.bridges.light.solvers import SOLVERS
 from pyro_sb.ops import mixture as mixture_module
 from pyro_sb.ops.mixture import MixturePotential, likelihood_loss, matching_loss
 from tests.bridges.light.fits import (
@@ -42,7 +43,7 @@ def short_fit(**options):
 def judged(monkeypatch, losses):
     """Held-out losses as given, from the start's on."""
     losses = itertools.chain(losses, itertools.repeat(9.0))
-    monkeypatch.setattr(solvers, "held_out_loss", lambda process, ends, num=0: next(losses))
+    monkeypatch.setattr(light_fit, "held_out_loss", lambda process, ends, num=0: next(losses))
 
 
 # The losses
@@ -189,7 +190,7 @@ def test_a_saturated_epsilon_warns():
 
 @either
 def test_ctrl_c_keeps_what_was_learnt(make, tmp_path, monkeypatch):
-    kind = type(SOLVERS[make.default_solver])
+    kind = type(make.solvers[make.default_solver])
     bridge, original, calls = make(2, num_components=3, epsilon=0.5), kind.loss, iter(range(1, 1000))
 
     def loss(self, *args):
@@ -211,7 +212,7 @@ def test_ctrl_c_keeps_what_was_learnt(make, tmp_path, monkeypatch):
 
 @either
 def test_a_loss_that_is_not_finite_raises_and_leaves_a_bridge_that_works(make, monkeypatch):
-    kind = type(SOLVERS[make.default_solver])
+    kind = type(make.solvers[make.default_solver])
     bridge, original, calls = make(2, num_components=3, epsilon=0.5), kind.loss, iter(range(1, 1000))
 
     def loss(self, *args):

@@ -84,7 +84,7 @@ def branching(y):  # asks for a number
 @pytest.mark.parametrize("num_draws", [1, 4])
 def test_log_likelihood_is_each_datums_log_density(caplog, model, site, shape, mean, route, num_draws):
     draws = torch.randn(C, num_draws, *shape, dtype=F64)
-    with caplog.at_level(logging.INFO, logger="pyro_sb.infer.model.runs"):
+    with caplog.at_level(logging.INFO, logger="pyro_sb.infer.model.agreement"):
         made = to_groups(finished(model, {site: draws}), log_likelihood=True).arrays
     assert set(made["log_likelihood"]) == {"y"} and made["log_likelihood"]["y"].shape == (C, num_draws, 4)
     expected = normal_log_density(Y, mean(draws), torch.tensor(2.0, dtype=F64))
@@ -202,7 +202,7 @@ def test_a_number_of_replicates_are_evenly_spaced_draws_of_each_chain():
 def test_replicates_are_new_data(caplog, model, site, shape, mean, num_draws):
     # (y* - mean) / 2 is standard normal and independent, whatever the draw
     draws = torch.randn(C, num_draws, *shape, dtype=F64)
-    with caplog.at_level(logging.INFO, logger="pyro_sb.infer.model.runs"):
+    with caplog.at_level(logging.INFO, logger="pyro_sb.infer.model.agreement"):
         made = replicates(model, {site: draws})
     assert ("vmap" in [record.args[0] for record in caplog.records]) == (model is branching)
     residual = (made - mean(draws)) / 2

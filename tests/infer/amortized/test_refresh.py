@@ -8,7 +8,7 @@ import pyro.infer
 import pytest
 import torch
 
-from pyro_sb.bridges.diffusion.bridge import Sampler
+from pyro_sb.bridges.diffusion.sampler import Sampler
 from pyro_sb.bridges.diffusion.vsdm import VSDM
 from pyro_sb.diagnostics import report
 from pyro_sb.infer.amortized.latent_law import LatentLaw, Residuals

@@ -8,8 +8,9 @@ import pytest
 import torch
 from pyro.distributions import constraints
 
+from pyro_sb.infer.model.joint import Known, Oracle
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
-from pyro_sb.infer.model.routes import Oracle
+from pyro_sb.infer.model.routes import Size
 from tests.infer.models import CASES, joint_of, regression_left, regression_right
 from tests.infer.zoo.check import pyros
 from tests.infer.zoo.registry import zoo
@@ -92,7 +93,7 @@ def test_every_new_batch_size_is_checked_against_the_single_chain(equal_rows, ca
     z = torch.ones(11, 1) if equal_rows else torch.randn(11, 1)
     with caplog.at_level(logging.INFO):
         value = joint.log_prob(z)
-    assert joint.route == "vmap" and "wrong values for 11 chains" in caplog.text
+    assert joint.route == "vmap" and "for 11 chains" in caplog.text
     mu = z[:, 0]
     expected = dist.Normal(0.0, 1.0).log_prob(mu) + dist.Normal(mu, 1.0).log_prob(torch.tensor(0.3))
     torch.testing.assert_close(value, expected)
@@ -106,13 +107,48 @@ def test_the_regression_that_needs_vmap_survives_as_many_chains_as_columns_and_r
     torch.testing.assert_close(right.log_prob(z), left.log_prob(z))
 
 
-def test_right_values_with_wrong_gradients_do_not_pass():
-    points = torch.randn(4, 2)
-    oracle = Oracle(density=torch.sum, points=points, values=points.sum(-1), grads=torch.ones(4, 2))
-    assert oracle.objection(lambda z: z.sum(-1)) is None
-    assert oracle.objection(lambda z: z.sum(-1).detach()) == "wrong gradients for 1 chains"
-    assert oracle.objection(lambda z: z.sum(-1) + 0.1) == "wrong values for 1 chains"
-    assert oracle.objection(lambda z: z.sum(0)) == "values of shape (2,) for 1 chains"
+class Total:
+    """The sum of a row."""
+
+    name = "total"
+
+    def __call__(self, z):
+        return z.sum()
+
+    def size(self, z):
+        return Size(float(z.abs().sum()), torch.finfo(z.dtype).eps)
+
+
+class Batch:
+    """A route to it."""
+
+    name = "plate"
+
+    def __init__(self, fn):
+        self.fn = fn
+
+    def __call__(self, z):
+        return self.fn(z)
+
+
+@pytest.mark.parametrize(
+    ("fn", "objection"),
+    [
+        (lambda z: z.sum(-1), None),
+        (lambda z: z.sum(-1).detach(), "wrong gradients for 1 chains"),
+        (lambda z: z.sum(-1) + 1e-3, "wrong values for 1 chains"),
+        (lambda z: z.sum(-1) + 1e-5 * (z.mean() - z.mean(-1)), "values of a row move with the other rows for 2 chains"),
+        (lambda z: z.sum(-1) + 1e-7 * z.detach().mean(), "values of a row move with the other rows for 2 chains"),
+        (lambda z: z.sum(0), r"values of shape (2,) for 1 chains"),
+    ],
+)
+def test_what_speaks_against_a_route(fn, objection):
+    oracle = Oracle(Total(), Known.at(Total(), torch.randn(6, 2)))
+    try:
+        found = oracle.objection(Batch(fn))
+    except ValueError as error:
+        found = str(error)
+    assert found is None if objection is None else objection in found
 
 
 def test_the_loop_warns_with_its_reasons():

@@ -62,9 +62,6 @@ def agreement(idiom: Idiom, num: int = 5) -> Agreement:
     usable = torch.isfinite(value) & torch.isfinite(found)
     assert usable.sum() >= 2, "fewer than two points to compare"
     gaps = (found - found[usable][0]) - (value - value[usable][0])
-    return Agreement(
-        joint.route,
-        float(gaps[usable].abs().max()),
-        float((slope - grad)[usable].abs().max()),
-        torch.finfo(joint.dtype).eps,
-    )
+    slopes = (slope - grad).abs() / (1 + grad.abs())  # of steep ones a share, as they may be sums of large numbers
+    eps = torch.finfo(joint.dtype).eps
+    return Agreement(joint.route, float(gaps[usable].abs().max()), float(slopes[usable].max()), eps)

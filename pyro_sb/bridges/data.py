@@ -1,14 +1,34 @@
-"""Ends of a bridge: the target read and checked, the source, and minibatches of both."""
+"""Data of a fit: the target and the source checked, units x = location + scale z, and minibatches of both ends."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import as_draws, as_weights
-from pyro_sb.bridges.units import Units, check_conditioning, check_law, read_units
+from pyro_sb.ops.regression import Affine, regress
+
+
+class Units(NamedTuple):
+    """The affine map to the bridge's units: ``(x - location) / scale``, one number for all axes.
+
+    Args:
+        location: Shape ``(dim,)``.
+        scale: Positive. Shape ``()``.
+    """
+
+    location: Tensor
+    scale: Tensor
+
+    def to(self, x: Tensor) -> Tensor:
+        """To the bridge's units."""
+        return (x - self.location) / self.scale
+
+    def back(self, z: Tensor) -> Tensor:
+        """To the user's."""
+        return self.location + self.scale * z
 
 
 class Batch(NamedTuple):
@@ -238,79 +258,6 @@ def read_target(
     return Target(points[kept], shares[kept], None if rows is None else rows[kept], mask, law)
 
 
-class EndsReading(NamedTuple):
-    """Both ends of a light bridge, read from the data.
-
-    Args:
-        ends: Both sides in the bridge's units.
-        units: Those of the target.
-        source_location: Mean of the source. Shape ``(dim,)``.
-        source_variance: Its variance, averaged over the axes, in the bridge's units.
-        deviations: The target's standard deviations, in the bridge's units. Shape ``(dim,)``.
-        contexts: Mean and standard deviation of the contexts. Shape ``(context_dim,)``.
-    """
-
-    ends: Ends
-    units: Units
-    source_location: Tensor
-    source_variance: float
-    deviations: Tensor
-    contexts: tuple[Tensor, Tensor]
-
-
-class Needs(NamedTuple):
-    """Demands of a bridge on its data: sizes, the number of components, and whether their covariances are full.
-
-    ``raw``: contexts are left as they are, for an embedding.
-    """
-
-    dim: int
-    context_dim: int
-    num_components: int
-    full: bool
-    raw: bool = False
-
-
-def read_ends(
-    wanted: Needs, target: Any, source: Any, context: Any, weights: Any, num_law_draws: int, held_out: float | Tensor
-) -> EndsReading:
-    """Both ends checked and in the bridge's units."""
-    read = read_target(
-        wanted.dim,
-        wanted.context_dim,
-        target,
-        context=context,
-        weights=weights,
-        num_law_draws=num_law_draws,
-        held_out=held_out,
-    )
-    points = read.points
-    source = read_source(source, wanted.dim, points)
-    units, deviations = read_units(points, read.weights)
-    if wanted.full:
-        check_conditioning(points, read.weights)
-    rows, *contexts = read.raw_contexts() if wanted.raw else read.contexts()
-    end = (
-        LawEnd(read.law, units)
-        if read.law is not None
-        else DrawsEnd(units.to(points), read.weights, rows, read.held_out)
-    )
-    if isinstance(end, DrawsEnd) and end.num_train < wanted.num_components:
-        raise ValueError(
-            f"num_components must be at most the number of draws to learn from, got {wanted.num_components} for "
-            f"{end.num_train} (of {len(points)}; {1 - end.num_train / len(points):.0%} are held out). "
-            f"Write num_components={max(1, end.num_train // 10)}."
-        )
-    if read.law is None and len(points[:4096].unique(dim=0)) < wanted.num_components > len(points.unique(dim=0)):
-        raise ValueError(
-            f"num_components must be at most the number of distinct draws, got {wanted.num_components} for "
-            f"{len(points.unique(dim=0))}. Write fewer."
-        )
-    share = read.held_out if isinstance(read.held_out, float) else 0.1
-    start, location, variance = _source_end(source, units, num_law_draws, share)
-    return EndsReading(Ends(start, end), units, location, variance, deviations, (contexts[0], contexts[1]))
-
-
 def read_held_out(held_out: Any, num: int | None) -> float | Tensor:
     """A share in [0, 1), or a boolean mask of ``num`` draws that leaves some to learn from; None: no draws."""
     if not isinstance(held_out, Tensor) and np.ndim(held_out) == 0:
@@ -344,21 +291,6 @@ def _read_context(context_dim: int, context: Any, points: Tensor) -> Tensor | No
     return context
 
 
-def _source_end(
-    source: Any, units: Units, num_law_draws: int, held_out: float
-) -> tuple[LawEnd | DrawsEnd | PointEnd, Tensor, float]:
-    """The source's end, centred on its own mean; the mean, and its variance in the bridge's units."""
-    if source is None or (isinstance(source, Tensor) and len(source) == 1):
-        location = units.location if source is None else source[0]
-        return PointEnd(torch.zeros_like(location)[None]), location, 0.0
-    draws = source.sample((num_law_draws,)).to(units.location) if isinstance(source, Distribution) else source
-    own = Units(draws.mean(0), units.scale)
-    variance = float(own.to(draws).square().mean())
-    if isinstance(source, Distribution):
-        return LawEnd(source, own), own.location, variance
-    return DrawsEnd(own.to(draws), None, None, held_out), own.location, variance
-
-
 def read_source(source: Any, dim: int, like: Tensor, *, point: bool = True) -> Any:
     """The source checked: None, a distribution, draws ``(N, dim)``, or a point ``(dim,)`` as one row.
 
@@ -381,3 +313,129 @@ def read_source(source: Any, dim: int, like: Tensor, *, point: bool = True) -> A
             f"source must be finite, got the point {value.tolist()}. Write the place that bridges leave from."
         )
     return value[None]
+
+
+def check_law(name: str, law: Distribution, dim: int) -> None:
+    """Refuse a distribution whose shapes are not a bridge's."""
+    if tuple(law.event_shape) != (dim,) or len(law.batch_shape):
+        shapes = f"{tuple(law.batch_shape)} and {tuple(law.event_shape)}"
+        raise ValueError(f"{name} must have batch and event shapes () and ({dim},), got {shapes}. Write .to_event(1).")
+
+
+def read_units(draws: Tensor, weights: Tensor | None) -> tuple[Units, Tensor]:
+    """Mean and root mean variance of the axes, and each axis's standard deviation in those units.
+
+    Refused where one is constant, or 1e6 times narrower than another.
+    """
+    weights = torch.full_like(draws[:, 0], 1 / len(draws)) if weights is None else weights
+    location = weights @ draws
+    variance = weights @ (draws - location).square()
+    flat = draws.amin(0) == draws.amax(0)
+    if bool(flat.any()):
+        raise ValueError(
+            f"target must vary along every axis, got constant axes {flat.nonzero().flatten().tolist()}. "
+            "Drop them: they need no bridge."
+        )
+    if float(variance.min()) < 1e-12 * float(variance.max()):
+        narrow = int(variance.argmin())
+        raise ValueError(
+            f"target's covariance must be well conditioned, got standard deviations from "
+            f"{float(variance.min().sqrt()):.2g} (axis {narrow}) to {float(variance.max().sqrt()):.2g}. "
+            "Rescale the axes: a bridge has one epsilon for all."
+        )
+    return Units(location, variance.mean().sqrt()), (variance / variance.mean()).sqrt()
+
+
+def check_conditioning(draws: Tensor, weights: Tensor | None) -> None:
+    """Refuse draws whose covariance is singular, where components have full covariances."""
+    if draws.shape[1] == 1:
+        return
+    if len(draws) <= draws.shape[1]:
+        raise ValueError(
+            f"full components need more draws than axes, got {len(draws)} draws of {draws.shape[1]} axes. "
+            'Write covariance="diagonal".'
+        )
+    weights = torch.full_like(draws[:, 0], 1 / len(draws)) if weights is None else weights
+    centred = (draws - weights @ draws).double()
+    covariance = (weights.double()[:, None] * centred).T @ centred
+    values, vectors = torch.linalg.eigh(covariance)
+    if float(values[0]) < 1e-10 * float(values[-1]):
+        axes = vectors[:, 0].abs().topk(min(3, draws.shape[1])).indices.tolist()
+        raise ValueError(
+            f"target's covariance must be well conditioned for full components, got eigenvalues from "
+            f"{float(values[0]):.2g} to {float(values[-1]):.2g}: axes {axes} are nearly linear in each other. "
+            'Drop one, or write covariance="diagonal".'
+        )
+
+
+class PairsReading(NamedTuple):
+    """Data to learn from, in the user's units.
+
+    Args:
+        end: Gives minibatches of draws and standardised contexts.
+        affine: The regression.
+        covariance: Of what it leaves. Shape ``(dim, dim)``.
+        contexts: Mean and standard deviation of the contexts. Shape ``(context_dim,)``.
+        sums: Figures that tell these data from others.
+        data: The data in words.
+    """
+
+    end: DrawsEnd | LawEnd
+    affine: Affine
+    covariance: Tensor
+    contexts: tuple[Tensor, Tensor]
+    sums: list[float]
+    data: str
+
+
+def read_pairs(read: Target, embedding: nn.Module | None = None, source: Any = None) -> PairsReading:
+    """The affine regression of the draws on their contexts, and the moments of what it leaves.
+
+    Args:
+        read: The target.
+        embedding: Of the contexts; one with an ``item_dim`` has items that share one scale.
+        source: As given to ``fit``, for the description.
+    """
+    points, shares = read.points, read.weights
+    read_units(points, shares)  # refuses constant axes
+    rows, location, scale = read.contexts()
+    item_dim = getattr(embedding, "item_dim", None)
+    if rows is not None and isinstance(item_dim, int):  # exchangeable items share one scale
+        raw = rows * scale + location
+        location, scale = shared_units(location, scale, item_dim)
+        rows = (raw - location) / scale
+    sums = [float(points.double().sum()), float(points.double().square().sum())]
+    sums += [] if rows is None else [float(rows.double().square().sum())]
+    sums += [] if shares is None else [float(shares.double().square().sum())]
+    unit = Units(torch.zeros_like(points[0]), torch.ones_like(points[0, 0]))
+    end = LawEnd(read.law, unit) if read.law is not None else DrawsEnd(points, shares, rows, read.held_out)
+    if isinstance(end, DrawsEnd):
+        batch, shares = end.all()
+        points, rows = batch.points, batch.context
+        if len(points) < 2:
+            raise ValueError(f"at least 2 draws must be left to learn from, got {len(points)}. Hold fewer out.")
+    else:
+        shares = torch.full_like(points[:, 0], 1 / len(points))
+    features = None if rows is None else summarise(embedding, rows)
+    affine = regress(points, features, shares)
+    rest = (points - affine(features)).double()
+    covariance = (shares.double()[:, None] * rest).T @ rest
+    return PairsReading(end, affine, covariance.to(points), (location, scale), sums, read.describe(source))
+
+
+def shared_units(location: Tensor, scale: Tensor, item_dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation that all items ``(k * item_dim,)`` share."""
+    if len(location) % item_dim:
+        raise ValueError(
+            f"context_dim must be a multiple of the embedding's item_dim, got {len(location)} and {item_dim}."
+        )
+    means, deviations = location.unflatten(0, (-1, item_dim)), scale.unflatten(0, (-1, item_dim))
+    centre = means.mean(0)
+    spread = (deviations.square() + (means - centre).square()).mean(0).sqrt()
+    return centre.repeat(len(means)), spread.repeat(len(means))
+
+
+def summarise(embedding: nn.Module | None, context: Tensor) -> Tensor:
+    """Standardised contexts as the regression sees them: an embedding's ``summary``, or all of it."""
+    summary = getattr(embedding, "summary", None)
+    return summary(context) if callable(summary) else context

@@ -1,15 +1,18 @@
-r"""Learnt parameters :math:`a_j, r_j, S_j` of a Gaussian-mixture potential, free or from a network; their start."""
+r"""Process :math:`X_t = Y_t + s(t, Y_t) / \beta` of a Gaussian-mixture potential, and the parameters that it learns."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pyro_sb.nn import ContextNet, SetEmbedding, embedding_size
+from pyro_sb.bridges.data import Batch
+from pyro_sb.nn import ContextNet, SetEmbedding, TimeNet, embedding_size
+from pyro_sb.ops.bass import BassMap
 from pyro_sb.ops.factor_mixture import FactorMixture
-from pyro_sb.ops.mixture import MixturePotential
+from pyro_sb.ops.mixture import MixturePotential, likelihood_loss, weighted_mean
 from pyro_sb.ops.moment_matching import Side, equal_weights, matching_scale, moment_step
 from pyro_sb.threads import chosen_threads
 
@@ -52,6 +55,16 @@ class MixtureParameters(nn.Module):
         embedding: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if embedding is not None and not context_dim:
+            raise ValueError("embedding needs context_dim > 0, got 0: it maps contexts to features.")
+        if num_components < 1:
+            raise ValueError(f"num_components must be at least 1, got {num_components}. Omit it for 50.")
+        if not hidden:
+            raise ValueError("hidden must name at least one layer, got (). Omit it for (64, 64).")
+        if covariance not in COVARIANCES:
+            raise ValueError(f"covariance must be one of {list(COVARIANCES)}, got {covariance!r}.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}. Write 0.1, or omit it for none.")
         shape = (num_components, dim) if covariance == "diagonal" else (num_components, dim, dim)
         self.diagonal = covariance == "diagonal"
         self.log_weights = nn.Parameter(torch.zeros(num_components))
@@ -176,6 +189,135 @@ def strictly_lower(raw: Tensor) -> Tensor:
     """Matrices without their diagonal and what is above it."""
     keep = torch.ones(raw.shape[-2:], dtype=raw.dtype, device=raw.device).tril(-1)
     return raw * keep
+
+
+class LearnedMap(TimeNet):
+    """Network in place of the inverse :math:`Y_t(x)`."""
+
+
+class MixtureProcess(NamedTuple):
+    r"""Process :math:`X_t = Y_t + s(t, Y_t) / \beta` in the bridge's units, with Y of one Gaussian-mixture potential.
+
+    Y is a Schrödinger bridge with drift s, and X is Y for infinite beta. Both ends are centred: the origin is the
+    source's mean at t = 0 and the target's at t = 1. Points are rows ``(n, dim)``, contexts standardised rows
+    ``(n, context_dim)`` or None; long arrays are taken some rows at a time.
+
+    Args:
+        parameters: Give the potential, a batch of them where there are contexts.
+        epsilon: Variance of the reference over [0, 1].
+        beta: Price of volatility, above 1 or infinite.
+        source_variance: Variance of the source, averaged over the axes; 0 where it is a point.
+        learned_map: Network in place of the inverse of the Bass map; None for the exact one.
+    """
+
+    parameters: MixtureParameters
+    epsilon: float
+    beta: float
+    source_variance: float
+    learned_map: LearnedMap | None = None
+
+    @property
+    def floor(self) -> float:
+        """Smallest eigenvalue of S: components keep 1e-6 of the target's variance, or the Bass map its inverse."""
+        if self.learned_map is not None:  # the paper has no floor
+            return 1e-6 / self.epsilon
+        bass = 0.0 if math.isinf(self.beta) else 1.05 / (1 + self.beta)
+        variance = 1e-6 * float(self.parameters.axes.min()) ** 2  # the axes are 1 where none is narrow
+        root = math.sqrt(self.epsilon**2 + 4 * self.source_variance * variance)
+        return max(2 * variance / (self.epsilon + root), bass)  # S that carries the source to that variance
+
+    @property
+    def factored(self) -> bool:
+        """Whether, given contexts, the ends are a mixture that is known by the factors of its precisions."""
+        return self.parameters.factored and self.source_variance == 0 and math.isinf(self.beta)
+
+    @property
+    def width(self) -> int:
+        """Numbers that a row of points takes at once."""
+        return self.parameters.locs.numel()
+
+    @property
+    def row_width(self) -> int:
+        """Numbers that a row of contexts takes where it has full covariances."""
+        return self.width * self.parameters.locs.shape[-1]
+
+    def potential(self, context: Tensor | None = None) -> MixturePotential:
+        """The potential, a batch of them for contexts."""
+        return self.parameters(context, self.epsilon)
+
+    def law(self, context: Tensor) -> FactorMixture:
+        """The mixture of the ends at each context, where `factored`."""
+        return self.parameters.law(context, self.epsilon)
+
+    def take(self, potential: MixturePotential) -> None:
+        """Make a potential without a batch the process's own; eigenvalues of S are raised to the floor."""
+        self.parameters.set(potential, self.floor)
+
+    def lift(self, z: Tensor, context: Tensor | None) -> tuple[MixturePotential, Tensor]:
+        """The potential of each row's context, and the rows in the shape that it takes."""
+        potential = self.potential(context)
+        return potential, z if context is None else z[:, None, :]
+
+    def frozen(self, z: Tensor, context: Tensor | None) -> tuple[MixturePotential, Tensor]:
+        """The same without gradient to the parameters: densities of a fitted bridge pass it to points alone."""
+        with torch.no_grad():
+            potential = self.lift(z, context)[0]
+        log_weights, locs, scales, epsilon = potential
+        potential = MixturePotential(log_weights.detach(), locs.detach(), scales.detach(), epsilon)
+        return potential, z if context is None else z[:, None, :]
+
+    def bass(self, potential: MixturePotential, t: float | Tensor) -> BassMap:
+        """The map from Y to X at time t."""
+        return BassMap(potential.at(t), self.epsilon, self.beta)
+
+    def invert(self, potential: MixturePotential, t: float | Tensor, points: Tensor) -> Tensor:
+        """Y_t at points, exact, with its first three derivatives where points carry gradients; or the learnt one."""
+        if self.learned_map is not None:
+            return self.learned_map(torch.as_tensor(t), points)
+        bass = self.bass(potential, t)
+        with torch.no_grad():
+            inverse = bass.inverse(points)
+        if not inverse.residual <= (1e-3 if points.dtype == torch.float32 else 1e-9):  # NaN is refused too
+            raise RuntimeError(
+                f"the inverse of the Bass map must be found, got a residual of {inverse.residual:.2g} after "
+                f"{inverse.iterations} Newton steps. Fit in float64, or raise beta (now {self.beta:g})."
+            )
+        if not (torch.is_grad_enabled() and points.requires_grad):
+            return inverse.points
+        once = bass.newton_step(inverse.points, points)  # from a constant k steps have 2^k - 1 derivatives right
+        return bass.newton_step(once, points)
+
+    def likelihood(self, source: Tensor, target: Batch) -> Tensor:
+        r"""Likelihood loss :math:`E \log c(y_0) - E \log v(y_1)` of points of both sides, each at its context."""
+        if self.factored and target.context is not None:  # -log of the plan's density from the source
+            return -weighted_mean(self.law(target.context).log_prob(target.points), target.weights)
+        source, target = paired(source, target)
+        potential, y1 = self.lift(target.points, target.context)
+        y0 = self.lift(source, target.context)[1]
+        own = None if target.context is None else target.weights  # source rows belong to contexts, or weigh the same
+        return likelihood_loss(potential, y0, y1, own, target.weights)
+
+    def dual(self, source: Tensor, target: Batch) -> float:
+        """The dual G (`DualProblem`) of points of both sides, each at its context."""
+        source, target = paired(source, target)
+        potential, points1 = self.lift(target.points, target.context)
+        points0 = self.lift(source, target.context)[1]
+        start, end = self.bass(potential, 0.0), self.bass(potential, 1.0)
+        y0, y1 = start.inverse(points0), end.inverse(points1)
+        if max(y0.residual, y1.residual) > 1e-2:
+            return -math.inf  # the minimum was not found, and a value above it would flatter
+        own = None if target.context is None else target.weights
+        value = weighted_mean(end.objective(y1.points, points1), target.weights)
+        return float(value - weighted_mean(start.objective(y0.points, points0), own))
+
+
+def paired(source: Tensor, target: Batch) -> tuple[Tensor, Batch]:
+    """Ends as they are without context; with one, a source row for each of its rows."""
+    if target.context is None:
+        return source, target
+    if len(source) == 1:
+        return source.expand_as(target.points), target
+    return source[torch.arange(len(target.points), device=source.device) % len(source)], target
 
 
 WIDE = 1.0  # epsilon, in units of the target's variance, at which gates are soft
