@@ -151,10 +151,12 @@ def prototype(
     max_plate_nesting: int | None = None,
     transforms: dict[str, Transform] | None = None,
     empty: bool = False,
+    like: Prototype | None = None,
 ) -> Prototype:
     r"""Run ``model`` once and read off what the batched log joint needs; refuse what cannot be served.
 
-    With ``empty`` a model without continuous latents is served too.
+    With ``empty`` a model without continuous latents is served too. ``like`` is the prototype of a model with the same
+    latents, whose vector, transforms and masked entries are taken over: ``model`` is then its own with other effects.
 
     Raises:
         NotImplementedError: Subsampled plate, discrete site that cannot be enumerated in parallel, support without a
@@ -162,7 +164,10 @@ def prototype(
         ValueError: No continuous latent site, NaN in an observed site, unknown names in ``transforms``.
     """
     start = Start(init_strategy, like=first_float(args, kwargs))
-    model, gaps, trace = closed(model, args, kwargs, start)
+    if like is None:
+        model, gaps, trace = closed(model, args, kwargs, start)
+    else:
+        gaps, transforms, trace = like.gaps, like.transforms, run(model, args, kwargs, start)
     refuse_subsampling(trace)
     refuse_nan_data(trace)
     discrete = {name: site for name, site in latents(trace) if is_discrete(site["fn"])}
@@ -182,7 +187,8 @@ def prototype(
     own = {name: transform for name, transform in chosen.items() if name not in (transforms or {})}
     for _ in range(MOVES):  # at random points, whatever the user's starts are
         refuse_moving_supports(own, run(model, args, kwargs, Start(like=start.like)))
-    chosen = {name: FreeEntries(t, gaps.latent[name]) if name in gaps.latent else t for name, t in chosen.items()}
+    if like is None:
+        chosen = {name: FreeEntries(t, gaps.latent[name]) if name in gaps.latent else t for name, t in chosen.items()}
     return Prototype(
         runs=ModelRuns.of(trace, model, args, kwargs, max_plate_nesting),
         start=start,
