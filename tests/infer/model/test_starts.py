@@ -95,10 +95,20 @@ def test_none_is_none():
     assert log_joint(taxi, args=(torch.tensor([0.1]),)).start(0).shape == (0, 1)
 
 
-@pytest.mark.parametrize("start", ["prior", "search", torch.linspace(4999.91, 5000.09, 30)[:, None]])
+@pytest.mark.parametrize("start", ["search", torch.linspace(4999.91, 5000.09, 30)[:, None]])
 def test_kernels_start_where_the_prior_hardly_reaches(start):
     at = torch.tensor(50.0 if isinstance(start, str) else 5000.0)  # within .1 of 50 lie .0007 of the prior
     mcmc = MCMC(KernelLangevin(narrow, start=start), num_samples=50, num_chains=32, disable_progbar=True)
     mcmc.run(at)
     gap = mcmc.get_samples()["mu"] - at
     assert abs(gap.mean() / (0.2 / 12**0.5 / 800**0.5)) < 4.5 and abs(gap.std() / (0.2 / 12**0.5) - 1) < 0.1
+
+
+@pytest.mark.parametrize("options", [{"start": "prior"}, {"init_strategy": init_to_sample}])
+def test_kernels_start_from_the_prior(options):
+    mcmc = MCMC(KernelLangevin(taxi, **options), num_samples=50, num_chains=32, disable_progbar=True)
+    mcmc.run(torch.tensor([30.0, FAR]))
+    logs = mcmc.get_samples()["top"].log()
+    least = torch.tensor(FAR).log()  # N(2, 1) times exp(-2 z): a standard normal beyond log 70
+    mean = (dist.Normal(0.0, 1.0).log_prob(least) - torch.special.log_ndtr(-least)).exp()
+    assert (logs > least).all() and abs(logs.mean() - mean) < 4.5 * logs.std() / 400**0.5
