@@ -121,6 +121,7 @@ def test_names_of_classes_are_unique():
 
 def test_private_names_stay_in_their_module():
     theirs = {
+        "_mask",
         "_asdict",
         "_replace",
         "_foreach_lerp_",

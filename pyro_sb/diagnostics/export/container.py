@@ -64,7 +64,10 @@ def is_container(x: Any) -> bool:
 def container_arrays(container: Any) -> dict[str, np.ndarray]:
     """Draws of the posterior by variable. Shape ``(chain, draw, *site)``."""
     if "posterior" not in _groups(container):
-        raise ValueError(f"the container must have a group posterior, got {_groups(container)}. Write to_arviz(run).")
+        raise ValueError(
+            f"the container must have a group posterior, got {_groups(container)}. Write to_arviz(run); a model "
+            "without latents has none."
+        )
     group = container["posterior"]
     dims = {name: group[name].dims for name in group.data_vars}
     return {

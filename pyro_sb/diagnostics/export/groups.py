@@ -9,7 +9,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_sb.diagnostics.export.draws_of import run_of
-from pyro_sb.infer.model.prototype import Start, first_float, run
+from pyro_sb.infer.model.prototype import Start, closed, first_float
 from pyro_sb.infer.model.run import Run
 from pyro_sb.infer.model.runs import Found, ModelRuns, Row, Wanted
 from pyro_sb.infer.model.sites import Site, can_sample, is_deterministic
@@ -87,10 +87,13 @@ class SiteRuns:
         assert made.model is not None
         args, kwargs = made.args, dict(made.kwargs)
         draw = {name: value[0, 0] for name, value in made.draws.items()}
-        trace = run(poutine.condition(made.model, data=draw), args, kwargs, Start(like=first_float(args, kwargs)))
-        self.runs = ModelRuns.of(trace, made.model, args, kwargs)
+        start = Start(like=first_float(args, kwargs))
+        _, gaps, trace = closed(poutine.condition(made.model, data=draw), args, kwargs, start)
+        self.runs = ModelRuns.of(trace, gaps.close(made.model), args, kwargs)
         nodes = {name: trace.nodes[name] for name in self.runs.batch_shapes}
-        self.observed = {k: site["value"] for k, site in nodes.items() if site["is_observed"] and k not in draw}
+        known = draw.keys() | gaps.latent.keys()
+        self.observed = {k: site["value"] for k, site in nodes.items() if site["is_observed"] and k not in known}
+        self.observed |= {k: gaps.without_missing(k, x) for k, x in self.observed.items() if k in gaps.masks}
         self.missing = [name for name, site in nodes.items() if not site["is_observed"]]
         self.improper = [k for k, site in nodes.items() if k not in self.observed and not can_sample(site["fn"])]
         self.shapes = self.runs.shapes
@@ -126,21 +129,33 @@ def _flat(draws: Draws) -> Draws:
 
 
 def _log_likelihood(runs: SiteRuns, draws: Draws) -> Arrays:
-    num_chains, num_draws = next(iter(draws.values())).shape[:2]
+    num_chains, num_draws = _size(draws)
     log_probs = runs.at(_flat(draws), num_chains * num_draws).log_probs
     return _numpy({name: log_probs[name].unflatten(0, (num_chains, num_draws)) for name in runs.observed})
 
 
+def _size(draws: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Chains, and draws of each."""
+    if not draws:
+        raise ValueError(
+            "log_likelihood and posterior_predictive need draws of a latent site, got a run of a model without any. "
+            "Leave them out, or pass prior=."
+        )
+    num_chains, num_draws = next(iter(draws.values())).shape[:2]
+    return num_chains, num_draws
+
+
 def _posterior_predictive(made: Run, runs: SiteRuns, wanted: Any) -> Arrays:
-    num_chains, num_draws = next(iter(made.draws.values())).shape[:2]
     if wanted is None or wanted is False:
         return {}
+    every = made.draws if isinstance(wanted, Mapping) else _every_latent(made, runs)
+    num_chains, num_draws = _size(every)
     if isinstance(wanted, Mapping):
         return {k: _replicates(k, v, runs, num_chains, num_draws) for k, v in _numpy(wanted).items()}
     num = num_draws if wanted is True else wanted
     _check_count("posterior_predictive", num, most=num_draws)
     chosen = torch.linspace(0, num_draws - 1, num).round().long()
-    draws = {name: value[:, chosen.to(value.device)] for name, value in _every_latent(made, runs).items()}
+    draws = {name: value[:, chosen.to(value.device)] for name, value in every.items()}
     values = runs.at(_flat(draws), num_chains * num, resample=True).values
     return _numpy({name: values[name].unflatten(0, (num_chains, num)) for name in runs.observed})
 

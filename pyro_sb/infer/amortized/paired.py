@@ -181,6 +181,7 @@ class BatchJoint:
 
     route = "paired"
     model: Any = None
+    deterministic_sites: tuple[str, ...] = ()
 
     def __init__(self, pairs: PairedJoint, observations: Tensor, simulator: Simulator, batch: torch.Size) -> None:
         self.rows = ObservedJoint(pairs, observations)

@@ -132,6 +132,8 @@ class WalkingKernel(MCMCKernel):
         """Unconstrained start of the chains: the user's, or draws of what warm-up found, by weight."""
         if self._initial_params is not None:
             return self._initial_params
+        if not self.log_joint.dim:
+            return {}
         if self._own_start is None:
             with chosen_threads(self.log_joint):  # pyro.infer.MCMC opens no run
                 self._prepare()
@@ -145,11 +147,16 @@ class WalkingKernel(MCMCKernel):
 
     def sample(self, params: Sites) -> Sites:
         """One transition from ``params``, for ``pyro.infer.MCMC``."""
+        if not params:  # a model without latents, as in Pyro
+            return {}
         draws = self.sample_block(params, 1).draws
         return {name: value[0] if self.num_chains is not None else value[0, 0] for name, value in draws.items()}
 
     def sample_block(self, params: Sites, num_transitions: int) -> Block:
         """``num_transitions`` of every chain from ``params``: draws and statistics, transitions first."""
+        if not self.log_joint.dim:  # nothing to move; discrete sites are drawn from their posterior
+            still = torch.zeros(num_transitions, 1 if self.num_chains is None else self.num_chains)
+            return Block({}, {"acceptance_rate": still + 1, "diverging": still.bool()})
         with chosen_threads(self.log_joint):
             return self._walked(params, num_transitions)
 
@@ -315,9 +322,12 @@ class ModelKernel(WalkingKernel):
         jit_compile: Refused by name if True: the log joint runs eagerly.
 
     Attributes:
+        start: Where a search or tempering starts: a word for it, or unconstrained points of shape ``(M, dim)``.
         population: The population that warm-up made, if it made one.
         coordinates: The non-centred coordinates that the chains walk in; None for the model's own.
     """
+
+    start: str | Tensor = "search"
 
     def __init__(
         self,
@@ -384,6 +394,8 @@ class ModelKernel(WalkingKernel):
             kwargs=kwargs,
             initial_params=initial_params,
             batched_initial=self.num_chains is not None,
+            points=self.start if isinstance(self.start, Tensor) else None,
+            empty=True,
             **self._joint_options,
         )
 

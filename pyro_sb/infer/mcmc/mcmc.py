@@ -31,7 +31,16 @@ from pyro.infer.mcmc.logger import ProgressBar
 from pyro.util import optional
 from torch import Tensor
 
-from pyro_sb.infer.mcmc.record import Block, Record, floating, in_chunks, per_chain, site_diagnostics
+from pyro_sb.infer.mcmc.record import (
+    Block,
+    Record,
+    floating,
+    in_chunks,
+    moving_entries,
+    per_chain,
+    site_diagnostics,
+    states,
+)
 from pyro_sb.infer.model.run import Run
 from pyro_sb.threads import chosen_threads
 
@@ -213,7 +222,7 @@ class MCMC(api.MCMC):
         """Make a record's draws this object's results."""
         self._args, self._kwargs = args, kwargs
         self._log_joint = self.kernel.log_joint
-        self._discrete = None
+        self._discrete = record.discrete() or None
         self.num_samples = record.num_draws
         self.transforms = self.kernel.transforms if self._user_transforms is None else self._user_transforms
         self._unconstrained = record.sites()
@@ -246,7 +255,9 @@ class MCMC(api.MCMC):
         return dict(util.select_samples(self._results(), num_samples, group_by_chain))
 
     def get_discrete_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
-        r"""Draws of the enumerated sites given each draw of the others, made at the first call and kept.
+        r"""Draws of the enumerated sites given each draw of the others: those behind the deterministic sites, if any.
+
+        Without deterministic sites they are made at the first call, and kept.
 
         Args:
             group_by_chain: Keep the chain dimension.
@@ -263,7 +274,8 @@ class MCMC(api.MCMC):
             dropped = sorted(set(log_joint.site_shapes) - set(self._unconstrained))
             if dropped:
                 raise RuntimeError(f"enumerated sites need every continuous site, but save_params dropped {dropped}.")
-            self._discrete = in_chunks(log_joint.discrete, log_joint.pack(self._unconstrained))
+            z = states(Block(self._unconstrained, self.sample_stats), log_joint)
+            self._discrete = in_chunks(log_joint.discrete, z)
         return dict(util.select_samples(self._discrete, None, group_by_chain))
 
     def _rebuilt_log_joint(self) -> Any:
@@ -298,8 +310,10 @@ class MCMC(api.MCMC):
             RuntimeError: There was no run.
             ValueError: A chain has fewer than 4 draws.
         """
-        samples = {name: floating(value) for name, value in self._results().items()}
-        if self.num_samples < 4:
+        samples: dict[str, Tensor] = {}
+        for name, value in self._results().items():
+            samples |= moving_entries(name, floating(value))
+        if samples and self.num_samples < 4:
             raise ValueError(f"summary needs at least 4 draws a chain, got {self.num_samples}. See get_samples().")
         util.print_summary(samples, prob=prob)
         print(f"Number of divergences: {sum(len(entry['divergences']) for entry in self._diagnostics)}")

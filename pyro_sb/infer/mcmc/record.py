@@ -8,7 +8,17 @@ import torch
 from pyro.ops import stats
 from torch import Tensor
 
-__all__ = ["Block", "PerChain", "Record", "floating", "in_chunks", "per_chain", "site_diagnostics"]
+__all__ = [
+    "Block",
+    "PerChain",
+    "Record",
+    "floating",
+    "in_chunks",
+    "moving_entries",
+    "per_chain",
+    "site_diagnostics",
+    "states",
+]
 
 
 class Block(NamedTuple):
@@ -28,33 +38,47 @@ class PerChain(list[Any]):
     """A kernel's figure with one value a chain, which `per_chain` deals out."""
 
 
+class BlockDraws(NamedTuple):
+    """A block with what belongs to its states: kept sites, deterministic and enumerated ones, statistics."""
+
+    sites: dict[str, Tensor]
+    deterministic: dict[str, Tensor]
+    discrete: dict[str, Tensor]
+    stats: dict[str, Tensor]
+
+
 class Record:
-    """Draws as they arrive: blocks of the sites to keep, their deterministic sites and statistics."""
+    """Draws as they arrive: blocks of the sites to keep, their deterministic sites and statistics.
+
+    One draw of a model's enumerated sites a state serves the deterministic sites and `discrete`.
+    """
 
     def __init__(self, save_params: Sequence[str] | None) -> None:
         self.num_draws = 0
         self.num_diverging = 0
         self._wanted = save_params
         self._log_joint: Any = None
-        self._blocks: list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]] = []
+        self._blocks: list[BlockDraws] = []
 
     def open(self, log_joint: Any) -> None:
         """Learn the model's sites; refuse unknown names before any work is done."""
         self._log_joint = log_joint
         if self._wanted is None:
             return
-        known = set(log_joint.site_shapes) | set(log_joint.deterministic(log_joint.start(1)))
+        known = set(log_joint.site_shapes) | set(log_joint.deterministic_sites)
         unknown = sorted(set(self._wanted) - known)
         if unknown:
             raise ValueError(f"save_params must name sites of the model, got {unknown}. Known sites: {sorted(known)}.")
 
     def add(self, block: Block) -> None:
         """Keep a block, with the deterministic sites at its states."""
-        deterministic = {}
-        if self._wanted is None or set(self._wanted) - set(block.draws):
-            deterministic = in_chunks(self._log_joint.deterministic, self._log_joint.pack(block.draws))
-        self._blocks.append((self._kept(block.draws), self._kept(deterministic), block.stats))
-        self.num_draws += next(iter(block.draws.values())).shape[0]
+        deterministic, discrete, log_joint = {}, {}, self._log_joint
+        if log_joint.deterministic_sites and (self._wanted is None or set(self._wanted) - set(block.draws)):
+            z = states(block, log_joint)
+            discrete = in_chunks(log_joint.discrete, z)
+            deterministic = in_chunks(log_joint.deterministic, z, discrete)
+        self._blocks.append(BlockDraws(self._kept(block.draws), self._kept(deterministic), discrete, block.stats))
+        self.num_draws += next(iter((block.draws | block.stats).values())).shape[0]
         self.num_diverging += int(block.stats["diverging"].sum()) if "diverging" in block.stats else 0
 
     def _kept(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -62,15 +86,26 @@ class Record:
 
     def sites(self) -> dict[str, Tensor]:
         """Unconstrained draws, each of shape (chains, draws, *site)."""
-        return _joined([sites for sites, _, _ in self._blocks])
+        return _joined([block.sites for block in self._blocks])
 
     def deterministic(self) -> dict[str, Tensor]:
         """Deterministic sites, each of shape (chains, draws, *site)."""
-        return _joined([deterministic for _, deterministic, _ in self._blocks])
+        return _joined([block.deterministic for block in self._blocks])
+
+    def discrete(self) -> dict[str, Tensor]:
+        """The draws of enumerated sites behind the deterministic ones, (chains, draws, *site); empty if none were."""
+        return _joined([block.discrete for block in self._blocks])
 
     def statistics(self) -> dict[str, Tensor]:
         """Statistics, each of shape (chains, draws)."""
-        return _joined([statistics for _, _, statistics in self._blocks])
+        return _joined([block.stats for block in self._blocks])
+
+
+def states(block: Block, log_joint: Any) -> Tensor:
+    """The vectors of a block, (steps, chains, dim), also where the model has no continuous latent."""
+    if block.draws:
+        return log_joint.pack(block.draws)
+    return torch.zeros(*next(iter(block.stats.values())).shape, 0)
 
 
 def _joined(blocks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -78,19 +113,39 @@ def _joined(blocks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([block[name] for block in blocks]).transpose(0, 1).contiguous() for name in blocks[0]}
 
 
-def in_chunks(function: Callable[[Tensor], dict[str, Tensor]], z: Tensor, rows: int = 4096) -> dict[str, Tensor]:
-    """Apply a row-wise function to (*batch, dim) in pieces that fit in memory."""
-    pieces = [function(piece) for piece in z.reshape(-1, z.shape[-1]).split(rows)]
+def in_chunks(
+    function: Callable[..., dict[str, Tensor]], z: Tensor, beside: dict[str, Tensor] | None = None, rows: int = 4096
+) -> dict[str, Tensor]:
+    """Apply a row-wise function to (*batch, dim), and to tensors beside it, in pieces that fit in memory."""
+    last, pieces = z.dim() - 2, []
+    for start in range(0, max(1, z.shape[:-1].numel()), rows):
+        part = slice(start, start + rows)
+        given = [] if beside is None else [{name: x.flatten(0, last)[part] for name, x in beside.items()}]
+        pieces.append(function(z.flatten(0, last)[part], *given))
     return {name: torch.cat([piece[name] for piece in pieces]).unflatten(0, z.shape[:-1]) for name in pieces[0]}
 
 
 def site_diagnostics(value: Tensor) -> OrderedDict[str, Tensor]:
-    """Effective sample size and split R-hat over (chains, draws, ...)."""
+    """Effective sample size and split R-hat over (chains, draws, ...); NaN of constant entries."""
     value = floating(value)
-    if value.shape[1] < 4:
-        nan = value.new_full(value.shape[2:], float("nan"))
-        return OrderedDict(n_eff=nan, r_hat=nan)
-    return OrderedDict(n_eff=stats.effective_sample_size(value), r_hat=stats.split_gelman_rubin(value))
+    moving = (value != value[:1, :1]).flatten(0, 1).any(0)
+    columns = value[:, :, moving]  # a constant would spoil Pyro's figures of its neighbours
+    figures = OrderedDict(n_eff=value.new_full(moving.shape, torch.nan), r_hat=value.new_full(moving.shape, torch.nan))
+    if value.shape[1] >= 4 and bool(moving.any()):
+        figures["n_eff"][moving] = stats.effective_sample_size(columns)
+        figures["r_hat"][moving] = stats.split_gelman_rubin(columns)
+    return figures
+
+
+def moving_entries(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A site, by entry where some are constant (data): those are left out, Pyro's table has no figures beside them."""
+    moving = (value != value[:1, :1]).flatten(0, 1).any(0)
+    if moving.all() or not moving.any():
+        return {name: value}
+    return {
+        f"{name}{place}".replace(" ", ""): value[(slice(None), slice(None), *place)]
+        for place in moving.nonzero().tolist()
+    }
 
 
 def per_chain(diagnostics: dict[str, Any], diverging: Tensor | None, num_chains: int) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import pyro
@@ -19,11 +19,15 @@ from pyro_sb.infer.model.packing import Packing
 from pyro_sb.infer.model.prototype import (
     MAX_TRIES,
     Prototype,
+    candidate_starts,
     explain_no_start,
+    finite_starts,
     model_starts,
     persist,
+    possible_starts,
     prototype,
     uniform_starts,
+    wide_starts,
 )
 from pyro_sb.infer.model.routes import (
     Batched,
@@ -39,11 +43,13 @@ from pyro_sb.infer.model.routes import (
     in_float64,
 )
 from pyro_sb.infer.model.runs import MAX_NUMBERS, Row, Wanted
-from pyro_sb.infer.model.sites import is_deterministic
+from pyro_sb.infer.model.sites import is_deterministic, quiet_draws
 
 __all__ = ["Evaluations", "LogJoint", "log_joint"]
 
 Sites = dict[str, Tensor]
+ROUNDS = 8  # of starts of one kind, before others are tried
+JITTERS = (1e-1, 1e-2, 1e-3, 1e-5, 1e-7, 0.0)  # of known starts that are repeated, as shares of 1 + |z|
 ENUMERATION_COST = 64  # numbers held by an enumerated run for each number in its sites, a guess on the high side
 
 
@@ -93,6 +99,8 @@ class LogJoint:
         self.transforms = transforms or {}
         self.evaluations = Evaluations()
         self._density = CheckedDensity(routes, oracle)
+        self._known = None if oracle is None else oracle.known.points  # finite, whatever other starts are
+        self._log_copies = 0.0 if prototype is None else prototype.gaps.log_copies
 
     @classmethod
     def from_batched(
@@ -144,6 +152,11 @@ class LogJoint:
         return self.packing.shapes
 
     @property
+    def deterministic_sites(self) -> list[str]:
+        """Names of the model's ``pyro.deterministic`` sites."""
+        return [] if self.prototype is None else list(self.prototype.deterministic)
+
+    @property
     def route(self) -> str:
         """Route of a batch: ``"plate"``, ``"vmap"``, ``"loop"``, or ``"batched"`` (:meth:`from_batched`)."""
         return self._density.route
@@ -169,7 +182,7 @@ class LogJoint:
         """
         self.evaluations.density += len(z)
         value, _ = self._density(self._own(z), gradient=False)
-        return as_density(value).to(z)
+        return (as_density(value) - self._log_copies).to(z)
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         r"""Log joint and its gradient.
@@ -184,7 +197,7 @@ class LogJoint:
         """
         self.evaluations.gradient += len(z)
         value, grad = self._density(self._own(z), gradient=True)
-        value = as_density(value)
+        value = as_density(value) - self._log_copies
         grad = torch.where(torch.isfinite(grad) & torch.isfinite(value)[:, None], grad, 0.0)
         return value.to(z), grad.to(z)
 
@@ -205,7 +218,7 @@ class LogJoint:
 
     def pack(self, params: Sites) -> Tensor:
         """``{site: (*batch, *shape)}``, unconstrained, to ``(*batch, dim)``."""
-        return self.packing.pack(params)
+        return self.packing.pack(params) if self.prototype is None else self.prototype.pack(params)
 
     def unpack(self, z: Tensor) -> Sites:
         """``(*batch, dim)`` to ``{site: (*batch, *shape)}``, unconstrained."""
@@ -248,17 +261,19 @@ class LogJoint:
         prototype = self.prototype
         if prototype is None or not prototype.enumerated:
             return {}
+        gaps = prototype.gaps.latent
 
         def sites(rows: Row, num: int) -> Sites:
-            return discrete_sites(prototype, rows.values, self.route, temperature)
+            drawn = discrete_sites(prototype, rows.values, num, self.route, temperature)
+            return {name: gaps[name].fill(x) if name in gaps else x for name, x in drawn.items()}
 
         return self._replay(sites, z, cost=ENUMERATION_COST)
 
     def _replay(self, fn: Callable[[Row, int], Sites], z: Tensor, drawn: Sites | None = None, cost: int = 1) -> Sites:
         """``fn`` of rows at ``z`` and at draws that belong to it, in chunks; leading dimensions kept."""
         prototype, batch = self._sited(), z.shape[:-1]
-        flat = z.detach().to(self.device, self.dtype).reshape(-1, self.dim)
-        more = {name: x.reshape(-1, *prototype.enumerated[name]) for name, x in (drawn or {}).items()}
+        flat = z.detach().to(self.device, self.dtype).reshape(batch.numel(), self.dim)
+        more = {name: x.reshape(len(flat), *prototype.enumerated[name]) for name, x in (drawn or {}).items()}
         size, parts = max(1, MAX_NUMBERS // max(1, cost * prototype.runs.numel)), []
         with torch.no_grad(), pyro.validation_enabled(False):
             for start in range(0, max(1, len(flat)), size):
@@ -287,7 +302,8 @@ class LogJoint:
             )
         wanted = Wanted(list(prototype.transforms))
         routes = [route for route in ("plate", "vmap", "loop") if route in self._density.runner.left]
-        draws = prototype.runs.at(Row({}), num, wanted, routes=routes, checked=("plate",)).values
+        with quiet_draws():
+            draws = prototype.runs.at(Row({}), num, wanted, routes=routes, checked=("plate",)).values
         return self.pack({name: transform(draws[name]) for name, transform in prototype.transforms.items()})
 
     def without_data(self) -> "LogJoint":
@@ -295,42 +311,74 @@ class LogJoint:
         sites = self._sited()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Chains are evaluated one by one")  # said of the joint
-            prior = log_joint(
+            latents = prototype(
                 Unseen()(sites.runs.model),
-                args=sites.runs.args,
-                kwargs=sites.runs.kwargs,
+                sites.runs.args,
+                sites.runs.kwargs,
                 max_plate_nesting=sites.max_plate_nesting,
-                transforms=sites.transforms,
+                like=sites,
             )
+            prior = from_prototype(latents, None)
             while prior.route not in self._density.runner.left:
                 prior._density.runner.drop("the joint is not evaluated so")
         return prior
 
     def start(self, num: int) -> Tensor:
-        r"""Starts where log joint and gradient are finite, uniform on (-2, 2) or by the user's ``init_strategy``.
+        r"""Starts where log joint and gradient are finite: the model's own, and where too few of those are, others.
+
+        Its own are uniform on (-2, 2), or by the user's ``init_strategy``. Then follow prior draws that the data
+        allow, wider starts, and those that were found once more, moved a little.
 
         Returns:
             Shape ``(num, dim)``.
 
         Raises:
-            ValueError: If too few are finite in 100 rounds.
+            ValueError: If none is finite.
         """
-        starts = self._starts()
-        kept: list[Tensor] = []
-        for _ in range(MAX_TRIES):
-            z = torch.stack([next(starts) for _ in range(num - len(kept))])
-            self.evaluations.gradient += len(z)
-            value, grad = self._density(z, gradient=True)
-            kept.extend(z[torch.isfinite(value) & torch.isfinite(grad).all(-1)].unbind())
-            if len(kept) == num:
-                return torch.stack(kept)
-        raise ValueError(
-            f"The log joint and its gradient must be finite at the starts, got {len(kept)} of {num} in {MAX_TRIES} "
-            "rounds. Pass init_strategy or initial_params inside the support."
-        )
+        kept = self._packed_rows([])
+        for starts, enough in self._starts(num):
+            for _ in range(ROUNDS):
+                if len(kept) >= enough:
+                    break
+                found = self._finite(islice(starts, num - len(kept)))
+                kept = torch.cat([kept, found])
+                if not len(found):
+                    break
+        return kept if len(kept) == num else torch.cat([kept, self._near(kept, num - len(kept))])
 
-    def _starts(self) -> Iterator[Tensor]:
-        return uniform_starts(self.packing) if self.prototype is None else model_starts(self.prototype)
+    def _near(self, found: Tensor, num: int) -> Tensor:
+        """Starts beside those that are known to be finite, the closer the rarer they are."""
+        known = self._packed_rows([found, *([] if self._known is None else [self._known])])
+        if not len(known):
+            raise ValueError(
+                "The log joint and its gradient must be finite at some start, got none. Pass init_strategy or "
+                "initial_params inside the support."
+            )
+        kept = known[:0]
+        for jitter in JITTERS:
+            z = known[torch.randint(len(known), (num - len(kept),), device=known.device)]
+            z = z + jitter * (1 + z.abs()) * torch.randn_like(z)
+            kept = torch.cat([kept, z if jitter == 0.0 else self._finite(iter(z))])
+        return kept
+
+    def _packed_rows(self, parts: list[Any]) -> Tensor:
+        """Rows of vectors, one below another."""
+        empty = torch.empty(0, self.dim, dtype=self.dtype, device=self.device)
+        return torch.cat([empty, *(part.to(empty) for part in parts)])
+
+    def _finite(self, candidates: Iterator[Tensor]) -> Tensor:
+        """Those candidates where log joint and gradient are finite. Shape ``(n, dim)``."""
+        z = self._packed_rows([row[None] for row in candidates])
+        self.evaluations.gradient += len(z)
+        value, grad = self._density(z, gradient=True)
+        return z[torch.isfinite(value) & torch.isfinite(grad).all(-1)]
+
+    def _starts(self, num: int) -> list[tuple[Iterator[Tensor], int]]:
+        """Kinds of starts in the order in which they are tried, and how many need no more of the kind."""
+        wide = wide_starts(self.packing), 1 + num // 8
+        if self.prototype is None:
+            return [(uniform_starts(self.packing), num), wide]
+        return [(model_starts(self.prototype), num), (possible_starts(self.prototype), num), wide]
 
 
 class Unseen(Messenger):
@@ -358,6 +406,8 @@ def log_joint(
     max_plate_nesting: int | None = None,
     transforms: dict[str, Transform] | None = None,
     jit_compile: bool = False,
+    points: Tensor | None = None,
+    empty: bool = False,
 ) -> LogJoint:
     r"""Batched log joint of a Pyro model or of a ``potential_fn``.
 
@@ -377,6 +427,8 @@ def log_joint(
         max_plate_nesting: Number of plate dimensions; read off one run of the model if omitted.
         transforms: Constrained to unconstrained, for some sites or all; ``biject_to(support).inv`` for the others.
         jit_compile: Refused: chains are batched instead.
+        points: Unconstrained vectors where a finite log joint is looked for first. Shape ``(M, dim)``.
+        empty: Serve a model without continuous latents too, by a vector of no numbers.
 
     Raises:
         ValueError: Neither or both of ``model`` and ``potential_fn``; no latent site; NaN data; no finite start.
@@ -402,7 +454,7 @@ def log_joint(
     if potential_fn is not None:
         if init_strategy is not None or max_plate_nesting is not None:
             raise ValueError("init_strategy and max_plate_nesting need a model, got potential_fn. Use initial_params.")
-        return from_potential(potential_fn, initial_params, batched_initial, transforms)
+        return from_potential(potential_fn, initial_params, batched_initial, transforms, points)
     assert model is not None
     sites = prototype(
         model,
@@ -411,8 +463,9 @@ def log_joint(
         init_strategy=init_strategy,
         max_plate_nesting=max_plate_nesting,
         transforms=transforms,
+        empty=empty,
     )
-    return from_prototype(sites, initial_params)
+    return from_prototype(sites, initial_params, points)
 
 
 def from_potential(
@@ -420,6 +473,7 @@ def from_potential(
     initial_params: Sites | None,
     batched_initial: bool,
     transforms: dict[str, Transform] | None,
+    points: Tensor | None = None,
 ) -> LogJoint:
     """Log joint of a user's single-chain potential: vmap, or a loop."""
     if not initial_params:
@@ -429,7 +483,9 @@ def from_potential(
     packing = Packing.like({name: value[0] for name, value in chains.items()})
     density = UserPotential(potential_fn, packing)
     with pyro.validation_enabled(False):
-        oracle = find_oracle(density, chain(packing.pack(chains).unbind(), uniform_starts(packing)))
+        usual, wide = islice(uniform_starts(packing), MAX_TRIES), islice(wide_starts(packing), MAX_TRIES)
+        starts = chain(packing.pack(chains).unbind(), rows_of(points, packing), usual, wide)
+        oracle = find_oracle(density, finite_starts(density, starts))
     if oracle is None:
         raise ValueError(
             f"potential_fn and its gradient must be finite at some start, got none in {MAX_TRIES} tries. Pass "
@@ -439,15 +495,24 @@ def from_potential(
     return LogJoint(packing, routes_of(density), oracle=oracle, transforms=transforms)
 
 
-def from_prototype(sites: Prototype, initial_params: Sites | None) -> LogJoint:
+def rows_of(points: Tensor | None, packing: Packing) -> list[Tensor]:
+    """Rows of the user's points, as many as are worth a try; those of a wrong length are told where they are used."""
+    if points is None or points.dim() != 2 or points.shape[1] != packing.dim:
+        return []
+    return list(points[:MAX_TRIES].detach().to(packing.device, packing.dtype))
+
+
+def from_prototype(sites: Prototype, initial_params: Sites | None, points: Tensor | None = None) -> LogJoint:
     """Log joint of a model that passed the refusals: chain plate, vmap, or a loop."""
     packing = sites.packing
-    with pyro.validation_enabled(False):
+    with pyro.validation_enabled(False), quiet_draws():
         density = single_chain(sites)
-        starts = model_starts(sites)
+        given = rows_of(points, packing)
         if initial_params:
-            starts = chain(packing.pack(initial_params).detach().reshape(-1, packing.dim).unbind(), starts)
-        oracle = find_oracle(density, starts)
+            given += sites.pack(initial_params).detach().reshape(-1, packing.dim).unbind()
+        if not packing.dim:  # nothing to compare routes at
+            return LogJoint(packing, [Batched(lambda z: density(z[0]).expand(len(z)))], prototype=sites)
+        oracle = find_oracle(density, finite_starts(density, chain(given, candidate_starts(sites))))
         if oracle is None:
             raise ValueError(explain_no_start(sites))
         refuse_random_density(oracle)

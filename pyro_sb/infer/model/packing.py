@@ -44,8 +44,8 @@ class Packing:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the vector: the widest of the sites'."""
-        return reduce(torch.promote_types, self.dtypes.values())
+        """Dtype of the vector: the widest of the sites', the default's if there are none."""
+        return reduce(torch.promote_types, self.dtypes.values()) if self.dtypes else torch.get_default_dtype()
 
     def pack(self, sites: dict[str, Tensor]) -> Tensor:
         r"""One vector from named tensors, leading batch dimensions kept.
@@ -74,7 +74,7 @@ class Packing:
             raise ValueError(
                 f"z must have {self.dim} numbers in its last dimension, got shape {tuple(z.shape)}. Use pack()."
             )
-        columns = z.split([shape.numel() for shape in self.shapes.values()], -1)
+        columns = z.split([shape.numel() for shape in self.shapes.values()], -1) if self.shapes else ()
         batch = z.shape[:-1]
         return {
             name: column.reshape(batch + self.shapes[name]).to(self.dtypes[name])
@@ -83,6 +83,8 @@ class Packing:
 
     def batch_shape(self, sites: dict[str, Tensor]) -> torch.Size:
         """The leading dimensions that all sites share, ``()`` for one chain."""
+        if not self.shapes:
+            raise ValueError("The model must have a continuous latent site for a vector of latents, got none.")
         batches = set()
         for name, shape in self.shapes.items():
             found = torch.as_tensor(sites[name]).shape

@@ -1,18 +1,20 @@
 """A Pyro model as its first run shows it: the layout of its latents, their transforms, and where chains may start."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample, init_to_uniform
 from torch import Tensor
 from torch.distributions import Transform
 
+from pyro_sb.infer.model.imputation import FreeEntries, Gaps, find_gaps, with_unused
 from pyro_sb.infer.model.packing import Packing
-from pyro_sb.infer.model.runs import ModelRuns
+from pyro_sb.infer.model.runs import ModelRuns, Row, Wanted
 from pyro_sb.infer.model.sites import (
     Site,
     bijection,
@@ -22,6 +24,7 @@ from pyro_sb.infer.model.sites import (
     is_sample,
     latents,
     plate_nesting,
+    quiet_draws,
     refuse_moving_supports,
     refuse_nan_data,
     refuse_subsampling,
@@ -32,16 +35,23 @@ __all__ = [
     "MAX_TRIES",
     "Prototype",
     "Start",
+    "candidate_starts",
+    "closed",
     "explain_no_start",
+    "finite_starts",
     "model_starts",
     "persist",
+    "possible_starts",
     "prototype",
     "uniform_starts",
+    "wide_starts",
 ]
 
 MAX_TRIES = 100  # runs or starts before we give up, as in Pyro
 MOVES = 3  # random runs that are looked at for supports that move
 RADIUS = 2.0  # of starts, in unconstrained space, as Pyro's and Stan's
+RADII = (0.1, 5.0, 10.0, 30.0)  # where those fail
+PRIOR_DRAWS = (64, 512, 4096)  # looked through for a start, as long as there is none
 
 
 class Start:
@@ -95,6 +105,7 @@ class Prototype:
         deterministic: Shape of each ``pyro.deterministic`` site.
         improper: Latents that cannot be sampled from their prior.
         max_plate_nesting: Number of plate dimensions, counted from the right.
+        gaps: Entries that an ``obs_mask`` leaves open.
     """
 
     runs: ModelRuns
@@ -105,6 +116,7 @@ class Prototype:
     deterministic: dict[str, torch.Size]
     improper: tuple[str, ...]
     max_plate_nesting: int
+    gaps: Gaps = field(default_factory=Gaps)
 
     def trace(self) -> poutine.Trace:
         """One run with latents by the init strategy."""
@@ -112,8 +124,22 @@ class Prototype:
 
     def draw(self) -> Tensor:
         """One start of the init strategy, unconstrained. Shape ``(dim,)``."""
-        nodes = self.trace().nodes
-        return self.packing.pack({name: t(nodes[name]["value"].detach()) for name, t in self.transforms.items()})
+        return self.unconstrained(self.trace())
+
+    def unconstrained(self, trace: poutine.Trace) -> Tensor:
+        """The latents of a run. Shape ``(dim,)``."""
+        return self.packing.pack({name: t(trace.nodes[name]["value"].detach()) for name, t in self.transforms.items()})
+
+    def pack(self, params: dict[str, Tensor]) -> Tensor:
+        """``{site: (*batch, *shape)}``, unconstrained, to ``(*batch, dim)``; a site with fixed entries may be whole."""
+        return self.packing.pack({name: self._free_entries(name, torch.as_tensor(u)) for name, u in params.items()})
+
+    def _free_entries(self, name: str, u: Tensor) -> Tensor:
+        transform, own = self.transforms.get(name), self.packing.shapes.get(name)
+        if not isinstance(transform, FreeEntries) or u.shape[-len(own or ()) :] == own:
+            return u
+        whole = (*transform.batch, *transform.event)
+        return transform.select(u) if u.shape[u.dim() - len(whole) :] == whole else u
 
 
 def prototype(
@@ -124,8 +150,13 @@ def prototype(
     init_strategy: Callable[..., Any] | None = None,
     max_plate_nesting: int | None = None,
     transforms: dict[str, Transform] | None = None,
+    empty: bool = False,
+    like: Prototype | None = None,
 ) -> Prototype:
     r"""Run ``model`` once and read off what the batched log joint needs; refuse what cannot be served.
+
+    With ``empty`` a model without continuous latents is served too. ``like`` is the prototype of a model with the same
+    latents, whose vector, transforms and masked entries are taken over: ``model`` is then its own with other effects.
 
     Raises:
         NotImplementedError: Subsampled plate, discrete site that cannot be enumerated in parallel, support without a
@@ -133,17 +164,20 @@ def prototype(
         ValueError: No continuous latent site, NaN in an observed site, unknown names in ``transforms``.
     """
     start = Start(init_strategy, like=first_float(args, kwargs))
-    trace = run(model, args, kwargs, start)
+    if like is None:
+        model, gaps, trace = closed(model, args, kwargs, start)
+    else:
+        gaps, transforms, trace = like.gaps, like.transforms, run(model, args, kwargs, start)
     refuse_subsampling(trace)
     refuse_nan_data(trace)
     discrete = {name: site for name, site in latents(trace) if is_discrete(site["fn"])}
     continuous = {name: site for name, site in latents(trace) if not is_discrete(site["fn"])}
     for name, site in discrete.items():
         refuse_unenumerable(name, site)
-    if not continuous:
+    if not continuous and not (empty and has_samples(trace)):
         found = f"only discrete ones, {list(discrete)}" if discrete else "none"
         advice = "Leave out obs= where a value is unknown."
-        if not any(is_sample(site) and not is_deterministic(site) for site in trace.nodes.values()):
+        if not has_samples(trace):
             advice = (
                 "It has no pyro.sample at all. If it gives minus the log density of a dict of tensors, hand it to a "
                 "kernel by potential_fn=."
@@ -153,6 +187,8 @@ def prototype(
     own = {name: transform for name, transform in chosen.items() if name not in (transforms or {})}
     for _ in range(MOVES):  # at random points, whatever the user's starts are
         refuse_moving_supports(own, run(model, args, kwargs, Start(like=start.like)))
+    if like is None:
+        chosen = {name: FreeEntries(t, gaps.latent[name]) if name in gaps.latent else t for name, t in chosen.items()}
     return Prototype(
         runs=ModelRuns.of(trace, model, args, kwargs, max_plate_nesting),
         start=start,
@@ -162,14 +198,52 @@ def prototype(
         deterministic={name: site["value"].shape for name, site in trace.nodes.items() if is_deterministic(site)},
         improper=tuple(name for name, site in sorted(continuous.items()) if not can_sample(site["fn"])),
         max_plate_nesting=plate_nesting(trace) if max_plate_nesting is None else max_plate_nesting,
+        gaps=gaps,
     )
+
+
+def closed(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], start: Start
+) -> tuple[Callable[..., Any], Gaps, poutine.Trace]:
+    """The model without latents where masks leave none; what they leave open; and a run of that model."""
+
+    def total(values: dict[str, Tensor]) -> Tensor:
+        with pyro.validation_enabled(False), poutine.block():
+            return poutine.trace(poutine.condition(model, values)).get_trace(*args, **kwargs).log_prob_sum()
+
+    def draw() -> poutine.Trace:
+        return run(model, args, kwargs, start)
+
+    trace = draw()
+    split = find_gaps(trace)
+    gaps = with_unused(split, trace, draw, total)
+    if not gaps.latent and not gaps.data:
+        return model, gaps, trace
+    again = run(gaps.close(model), args, kwargs, start)
+    refuse_moving_masks(split, find_gaps(again))
+    return gaps.close(model), gaps, again
+
+
+def refuse_moving_masks(gaps: Gaps, others: Gaps) -> None:
+    """Which entries are latents must be known."""
+    for name in gaps.partial:
+        other = others.latent.get(name)
+        if other is None or not torch.equal(gaps.latent[name].free, other.free):
+            raise NotImplementedError(
+                f"Site {name!r} must have the same obs_mask at every run, got two. Make the mask of the data alone."
+            )
+
+
+def has_samples(trace: poutine.Trace) -> bool:
+    """Whether a model has any random variable, latent or observed."""
+    return any(is_sample(site) and not is_deterministic(site) for site in trace.nodes.values())
 
 
 def run(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], start: Start) -> poutine.Trace:
     """Trace of one run with latents drawn by ``start``, discrete ones sampled."""
 
     def once() -> poutine.Trace:
-        with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+        with torch.no_grad(), pyro.validation_enabled(False), poutine.block(), quiet_draws():
             return poutine.trace(InitMessenger(start)(model)).get_trace(*args, **kwargs)
 
     return persist(once)
@@ -200,10 +274,58 @@ def complete(transforms: dict[str, Transform] | None, sites: dict[str, Site]) ->
     return {name: given[name] if name in given else bijection(name, sites[name]["fn"]).inv for name in sorted(sites)}
 
 
-def uniform_starts(packing: Packing) -> Iterator[Tensor]:
-    """Points uniform on (-2, 2), for ever. Shape ``(dim,)`` each."""
+def uniform_starts(packing: Packing, radius: float = RADIUS) -> Iterator[Tensor]:
+    """Points uniform on (-radius, radius), for ever. Shape ``(dim,)`` each."""
     while True:
-        yield torch.empty(packing.dim, dtype=packing.dtype, device=packing.device).uniform_(-RADIUS, RADIUS)
+        yield torch.empty(packing.dim, dtype=packing.dtype, device=packing.device).uniform_(-radius, radius)
+
+
+def wide_starts(packing: Packing) -> Iterator[Tensor]:
+    """Points of cubes of several sizes in turn, for ever. Shape ``(dim,)`` each."""
+    cubes = [uniform_starts(packing, radius) for radius in RADII]
+    while True:
+        yield from map(next, cubes)
+
+
+def possible_starts(prototype: Prototype) -> Iterator[Tensor]:
+    """Draws of the prior under which every site's density is positive, from ever more draws. Shape ``(dim,)`` each.
+
+    Improper sites are uniform on (-2, 2), unconstrained.
+    """
+    if not prototype.packing.dim:
+        return
+    if prototype.improper:
+        yield from drawn_one_by_one(prototype, sum(PRIOR_DRAWS[:2]))
+        return
+    wanted = Wanted(list(prototype.transforms), list(prototype.runs.batch_shapes))
+    for num in PRIOR_DRAWS:
+        try:
+            with quiet_draws():
+                found = prototype.runs.at(Row({}), num, wanted, routes=("vmap", "loop"), checked=())
+        except (NotImplementedError, ValueError, RuntimeError):  # a prior that cannot be drawn
+            return
+        total = sum(x.reshape(num, -1).sum(-1) for x in found.log_probs.values())
+        rows = torch.isfinite(torch.as_tensor(total).expand(num)).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        yield from prototype.packing.pack({k: t(found.values[k][rows]) for k, t in prototype.transforms.items()})
+
+
+def drawn_one_by_one(prototype: Prototype, num: int) -> Iterator[Tensor]:
+    """Those of ``num`` runs, with latents from their priors where there are any, that have a positive density."""
+    runs, start = prototype.runs, Start(init_to_sample, like=prototype.start.like)
+    for _ in range(num):
+        trace = run(runs.model, runs.args, runs.kwargs, start)
+        with torch.no_grad(), pyro.validation_enabled(False):
+            if bool(torch.isfinite(torch.as_tensor(trace.log_prob_sum()))):
+                yield prototype.unconstrained(trace)
+
+
+def candidate_starts(prototype: Prototype) -> Iterator[Tensor]:
+    """Where a finite log joint is looked for: by the init strategy, in the prior, then far and wide."""
+    yield from islice(model_starts(prototype), MAX_TRIES)
+    yield from islice(possible_starts(prototype), MAX_TRIES)
+    yield from islice(wide_starts(prototype.packing), MAX_TRIES)
 
 
 def model_starts(prototype: Prototype) -> Iterator[Tensor]:
@@ -212,6 +334,18 @@ def model_starts(prototype: Prototype) -> Iterator[Tensor]:
         yield from uniform_starts(prototype.packing)
     while True:
         yield prototype.draw()
+
+
+def finite_starts(density: Callable[[Tensor], Tensor], candidates: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Those candidates where a single row's log density is finite."""
+    for z in candidates:
+        try:
+            with torch.no_grad():
+                found = bool(torch.isfinite(density(z)))
+        except torch.linalg.LinAlgError:
+            continue
+        if found:
+            yield z
 
 
 def explain_no_start(prototype: Prototype) -> str:
@@ -226,7 +360,8 @@ def explain_no_start(prototype: Prototype) -> str:
     ]
     culprits = ", ".join(bad) if bad else "no single site in the last run; perhaps the gradient"
     return (
-        f"The log joint and its gradient must be finite at some start, got none in {MAX_TRIES} tries. Not finite: "
-        f"{culprits}. Check the data for NaN and infinity and the parameters for their range, or pass init_strategy or "
-        "initial_params inside the support."
+        f"The log joint and its gradient must be finite at some start, got none among {MAX_TRIES} by the init "
+        f"strategy, {sum(PRIOR_DRAWS)} draws of the prior (if it can be drawn) and {MAX_TRIES} far and wide. Not "
+        f"finite: {culprits}. Check the data for NaN and infinity and the parameters for their range, or pass "
+        "init_strategy or initial_params (start=) inside the support."
     )

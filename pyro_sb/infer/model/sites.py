@@ -1,6 +1,8 @@
 """One site of a Pyro trace: its kind, the bijection from R^n to its support, and what is refused."""
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,6 +14,8 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
+from pyro_sb.infer.model.matrices import CholeskyVector, PositiveDefiniteVector
+
 __all__ = [
     "Site",
     "base_of",
@@ -22,6 +26,7 @@ __all__ = [
     "is_sample",
     "latents",
     "plate_nesting",
+    "quiet_draws",
     "refuse_moving_supports",
     "refuse_nan_data",
     "refuse_subsampling",
@@ -29,6 +34,7 @@ __all__ = [
 ]
 
 Site = dict[str, Any]
+MATRICES = {type(kind.codomain): kind for kind in (CholeskyVector, PositiveDefiniteVector)}
 
 
 def is_sample(site: Site) -> bool:
@@ -56,10 +62,18 @@ def latents(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
     return ((name, site) for name, site in trace.iter_stochastic_nodes() if is_sample(site))
 
 
+@contextmanager
+def quiet_draws() -> Iterator[None]:
+    """Without what torch says of every draw of a Wishart law."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Singular sample detected", UserWarning)
+        yield
+
+
 def can_sample(fn: Any) -> bool:
     """Whether a distribution can be drawn from; ``ImproperUniform`` cannot."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet_draws():
             fn.sample()
     except NotImplementedError:
         return False
@@ -76,8 +90,10 @@ def bijection(name: str, fn: Any) -> Transform:
     """Unconstrained to constrained for one site, or an error that names it."""
     try:
         support = fn.support
-        mixed = isinstance(support, MixtureSameFamilyConstraint)  # torch registers no bijection for a mixture's support
-        return biject_to(support.base_constraint if mixed else support)
+        if isinstance(support, MixtureSameFamilyConstraint):  # torch registers no bijection for a mixture's support
+            support = support.base_constraint
+        own = MATRICES.get(type(support))
+        return biject_to(support) if own is None else own()
     except NotImplementedError:
         raise NotImplementedError(
             f"Site {name!r} must have a support with a bijection from R^n, got {type(fn).__name__} on "

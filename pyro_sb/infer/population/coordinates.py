@@ -14,6 +14,7 @@ from pyro.infer.reparam.strategies import Strategy
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_sb.infer.model.imputation import MISSING
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.population.population import Population, populate
 from pyro_sb.infer.population.rounds import FAIR_SHARE
@@ -28,7 +29,7 @@ class NonCentre(Strategy):
 
     def configure(self, msg: dict[str, Any]) -> Reparam | None:
         """``LocScaleReparam(0)`` for a latent site such as Normal, StudentT or Laplace; None for any other."""
-        if msg["is_observed"] or msg["name"].endswith(SUFFIX):
+        if msg["is_observed"] or msg["name"].endswith((SUFFIX, MISSING)):  # missing entries keep their places
             return None
         fn = msg["fn"]
         while isinstance(fn, Independent | ExpandedDistribution):

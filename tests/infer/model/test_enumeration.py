@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyro_sb.infer.model.enumeration import discrete_by_loop
+from pyro_sb.infer.model.enumeration import discrete_by_loop, discrete_in_turn
 from pyro_sb.infer.model.log_joint import log_joint
 from tests.infer.models import SMALL, control_flow, f64, grouped, hmm, joint_of, mixture_plain, mixture_vindex
 
@@ -89,8 +89,9 @@ def test_the_most_probable_configuration_of_each_chain(name, num_chains):
     for row, found in zip(z, best, strict=True):
         bits, table = configurations(joint, model, args, row)
         assert found.tolist() == bits[table.argmax()].tolist()
-    by_loop = discrete_by_loop(joint.prototype, joint.constrain(z), 0)
-    assert flat(by_loop).tolist() == best.tolist()
+    for way in (discrete_by_loop, discrete_in_turn):
+        with torch.no_grad(), pyro.validation_enabled(False):
+            assert flat(way(joint.prototype, joint.constrain(z), num_chains, 0)).tolist() == best.tolist()
 
 
 def scaled_and_masked(x, plain):

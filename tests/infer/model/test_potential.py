@@ -7,14 +7,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
-from pyro.infer.mcmc.util import initialize_model
-from pyro.ops.integrator import potential_grad
 
 from pyro_sb.infer.model.joint import Known, Oracle
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
-from pyro_sb.infer.model.prototype import Start
 from pyro_sb.infer.model.routes import Size
 from tests.infer.models import CASES, joint_of, regression_left, regression_right
+from tests.infer.zoo.check import pyros
+from tests.infer.zoo.registry import zoo
 
 IDS = list(CASES)
 
@@ -22,18 +21,6 @@ IDS = list(CASES)
 @pytest.fixture(autouse=True)
 def in_float64():
     torch.set_default_dtype(torch.float64)
-
-
-def pyro_value_and_grad(case, joint, z):
-    """Pyro's own single-chain potential and gradient, chain after chain."""
-    setup = {"init_strategy": Start(), "initial_params": {}, "max_plate_nesting": joint.prototype.max_plate_nesting}
-    _, potential, _, _ = initialize_model(case.model, case.args, case.kwargs, **setup)
-    values, grads = [], []
-    for row in z:
-        grad, value = potential_grad(potential, joint.unpack(row))
-        values.append(-value)
-        grads.append(-joint.pack(grad))
-    return torch.stack(values), torch.stack(grads)
 
 
 # ---- the log joint is Pyro's ----
@@ -45,7 +32,7 @@ def test_value_and_gradient_are_pyros_for_every_batch_size(name):
     assert joint.route == CASES[name].route
     z = joint.start(8)
     with pyro.validation_enabled(False):
-        value, grad = pyro_value_and_grad(CASES[name], joint, z)
+        value, grad = pyros(zoo()[name], joint, z)
     for size in (1, 2, 3, 5, 7, 8):  # 2, 3, 5, 7 and 8 are also sizes of data and sites
         found, slope = joint.value_and_grad(z[:size])
         torch.testing.assert_close(found, value[:size], rtol=1e-11, atol=1e-10)

@@ -100,7 +100,7 @@ INF = torch.tensor([1.0, torch.inf])
         (moving_support, (), NotImplementedError, "Site 'x' must have a fixed support.*low \\+ \\(high - low\\) \\* u"),
         (nan_data, (NAN,), ValueError, "Observed site 'y' must not hold NaN, got 1 in 3 values"),
         (nan_data, (INF,), ValueError, "finite at some start, got none.*observed site 'y' .log density -inf"),
-        (narrow, (torch.tensor(50.0),), ValueError, "observed site 'x'.*pass init_strategy or initial_params"),
+        (narrow, (torch.tensor(5000.0),), ValueError, "observed site 'x'.*pass init_strategy or initial_params"),
         (sites_come_and_go, (), ValueError, "same latent sites at every run, got .*extra"),
         (random_density, (), ValueError, "log joint must be the same at every run"),
     ],
