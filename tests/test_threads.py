@@ -268,7 +268,7 @@ def test_doors_see_the_device_of_a_log_joint(monkeypatch):
     def seen(*args, **kwargs):
         raise LookupError(counts() == before)
 
-    monkeypatch.setattr("pyro_sb.infer.population.population._start_laws", seen)
+    monkeypatch.setattr("pyro_sb.infer.population.population.find_optima", seen)
     monkeypatch.setattr("pyro_sb.diagnostics.modes.mode_audit._population", seen)
     monkeypatch.setattr(kernel, "_prepare", seen)
     doors = (
@@ -483,7 +483,7 @@ def test_a_run_puts_threads_back(name, monkeypatch):
     before = counts()
     RUNS[name]()
     assert counts() == before
-    left, density = 12, module.Pace.start
+    left, density = 6 if "importance" in name else 40, module.Pace.start  # past what is tried and done without
 
     def failing(self, *args, **kwargs):
         nonlocal left

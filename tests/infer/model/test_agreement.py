@@ -213,3 +213,18 @@ def test_torchs_remarks_on_batching_do_not_reach_the_user():
         joint = log_joint(slowly_batched)
         joint.log_prob(torch.randn(4, 2))
     assert joint.route == "vmap" and not [w for w in caught if "performance drop" in str(w.message)]
+
+
+def test_a_network_in_float32_inside_a_model_is_compared_in_its_precision():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64), torch.nn.Tanh())
+    net.append(torch.nn.Linear(64, 2))
+
+    def model(distance):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        place = z + net(z.float()).to(z)  # what a bridge does with points of any dtype
+        pyro.sample("distance", dist.Normal(place.norm(dim=-1), 0.01), obs=distance)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert log_joint(model, args=(torch.tensor(2.9),)).route == "plate"
