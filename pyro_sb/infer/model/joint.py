@@ -207,6 +207,13 @@ class CheckedDensity:
             )
         return found
 
+    def single(self, z: Tensor) -> Tensor:
+        """The density of one row ``(1, dim)`` by itself."""
+        if self.oracle is None:
+            value: Tensor = self.routes[self.route](z)
+            return value
+        return self.oracle.density(z[0])
+
     def recheck(self, z: Tensor) -> str | None:
         """Compare values and gradients at states ``(C, dim)``; why routes were dropped there, None if none was."""
         before = len(self.runner.reasons)

@@ -12,6 +12,8 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyro_sb.infer.model.enumeration import EnumeratedPlate, EnumeratedVmap, discrete_sites
 from pyro_sb.infer.model.joint import CheckedDensity, Oracle, find_oracle, refuse_random_density, with_twins
@@ -50,6 +52,7 @@ __all__ = ["Evaluations", "LogJoint", "log_joint"]
 Sites = dict[str, Tensor]
 ROUNDS = 8  # of starts of one kind, before others are tried
 JITTERS = (1e-1, 1e-2, 1e-3, 1e-5, 1e-7, 0.0)  # of known starts that are repeated, as shares of 1 + |z|
+OPERATIONS = 10  # of a model on each of its numbers
 ENUMERATION_COST = 64  # numbers held by an enumerated run for each number in its sites, a guess on the high side
 
 
@@ -99,6 +102,7 @@ class LogJoint:
         self.transforms = transforms or {}
         self.evaluations = Evaluations()
         self._density = CheckedDensity(routes, oracle)
+        self._size = 0
         self._known = None if oracle is None else oracle.known.points  # finite, whatever other starts are
         self._log_copies = 0.0 if prototype is None else prototype.gaps.log_copies
 
@@ -133,8 +137,13 @@ class LogJoint:
 
     @property
     def run_size(self) -> int:
-        """Numbers that one run of the model holds in its sites; of a ``potential_fn`` its unknowns."""
-        return self.dim if self.prototype is None else self.prototype.runs.numel
+        """Numbers that one run of the model holds, about: a tenth of those that its operations write."""
+        if not self._size:
+            one = torch.zeros(1, self.dim, dtype=self.dtype, device=self.device)
+            with ElementCount() as count, pyro.validation_enabled(False), torch.no_grad():
+                self._density.single(one)
+            self._size = max(self.dim, count.total // OPERATIONS)
+        return self._size
 
     @property
     def dtype(self) -> torch.dtype:
@@ -379,6 +388,19 @@ class LogJoint:
         if self.prototype is None:
             return [(uniform_starts(self.packing), num), wide]
         return [(model_starts(self.prototype), num), (possible_starts(self.prototype), num), wide]
+
+
+class ElementCount(TorchDispatchMode):
+    """Counts the numbers that torch's operations write, whatever they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.total += sum(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))
+        return result
 
 
 class Unseen(Messenger):

@@ -166,7 +166,7 @@ def populate(
 
     Args:
         log_joint: Target on the unconstrained vector.
-        num_particles: Draws N of a round, at least 50.
+        num_particles: Draws N of a round, at least 50. More than 1,024 raise the number of tempered particles too.
         start: ``"search"`` for both sources, ``"prior"`` for the second alone, or points of shape ``(M, dim)``.
         check_share: Effective share in [0, 1] above which given points need no tempering.
         fair_share: Effective share in [0, 1] above which a mixture serves as it is; under half of it chains walk long.
@@ -244,10 +244,11 @@ def _from_both(archive: Archive, num: int, hints: Tensor | None, fair_share: flo
         optima, done = screened(joint, optima)
         rare = f"; {optima.rare:.1%} of the evidence in maxima met three times or less" if optima.rare > UNMET else ""
         stages.append(f"screened {done} points: {len(optima.points) - search.maxima} more maxima{rare}")
-    found = temper_and_climb(joint, optima, affordable(joint, least=True))
+    found = temper_and_climb(joint, optima, affordable(joint, True, num))
     core, share = _laplace(archive, found.optima, num, stages)
-    full = affordable(joint, least=False)
-    if found.effort != full and (len(found.optima.points) != 1 or share < fair_share):
+    full = affordable(joint, False, num)
+    several = len(found.optima.points) > 1 and full.num > found.effort.num
+    if found.effort != full and (several or share < fair_share):
         stages.append(found.source.describe())
         found = temper_and_climb(joint, found.optima, full)
         if found.source.new:
@@ -280,7 +281,7 @@ def _from_prior(archive: Archive, num: int, stages: list[str]) -> Beginning:
     """Tempered particles alone, and a mixture fitted to them."""
     joint = archive.log_joint
     joint.prior(1)  # says why where there is none
-    found = temper_and_climb(joint, None, affordable(joint, least=False))
+    found = temper_and_climb(joint, None, affordable(joint, False, num))
     stages.append(found.source.describe())
     if found.particles is None:
         raise ValueError(found.source.failure)

@@ -17,7 +17,7 @@ FLATTEST = 1e-7  # curvature over the largest, in coordinates of unit curvature,
 FEW = 3
 UNMET = 0.01  # share of the evidence in maxima met once, above which the search goes on
 ROWS = 500_000  # of gradients that the search may take, counted for ascents of ten steps of a model of no size
-STEPS, NUMBERS = 10, 25  # a run of the model that holds so many numbers costs twice as much
+STEPS, NUMBERS = 10, 50  # a run of the model that holds so many numbers costs twice as much
 RELEVANT = 15.0  # nats of Laplace evidence below the best at which a maximum is left out
 
 
@@ -79,7 +79,7 @@ def find_optima(log_joint: LogJoint, *, hints: Tensor | None = None, max_iter: i
         wanted = STARTS_A_MODE * num if num < 2 else max(STARTS_A_MODE * num, affordable)
         if num == 0 or (found.num_starts >= wanted and found.unmet < UNMET) or found.num_starts >= 4 * affordable:
             return relevant(found)
-        hints, batch = None, min(2 * batch, LARGEST_BATCH)
+        hints, batch = None, min(2 * batch, LARGEST_BATCH, max(FIRST_BATCH, affordable - found.num_starts))
 
 
 def climb(log_joint: LogJoint, found: Optima, starts: Tensor, max_iter: int = 60) -> Optima:

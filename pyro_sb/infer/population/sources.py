@@ -50,15 +50,17 @@ class Effort(NamedTuple):
     num_steps: int
 
 
-def affordable(joint: LogJoint, least: bool) -> Effort:
+def affordable(joint: LogJoint, least: bool, num_particles: int = 1024) -> Effort:
     """A scout of few sweeps, or all that is needed to weigh regions; fewer particles where a run of the model is long.
 
     Args:
         joint: The target.
         least: Whether a scout is enough.
+        num_particles: Size of the population: more than 1,024 ask for more here too, in proportion.
     """
-    num = 2 ** round(math.log2(AFFORDABLE / (1 + joint.run_size / NUMBERS)))
-    num = min(MOST, max(FEWEST, num))
+    scale = max(1.0, num_particles / 1024)
+    num = 2 ** round(math.log2(scale * AFFORDABLE / (1 + joint.run_size / NUMBERS)))
+    num = min(round(scale * MOST), max(FEWEST, num))
     return Effort(num, 0.3, 2, 2) if least and num < MOST else Effort(num, 0.5, 3, 4)
 
 
