@@ -109,13 +109,12 @@ def wide_mixture(joint: LogJoint) -> StudentMixture:
 
 
 def widest(joint: LogJoint, optima: Optima) -> StudentMixture:
-    """Half as wide as the starts of a search, half wider than the maxima that are known."""
+    """As wide as the starts of a search, five times as wide, and wider than the maxima that are known."""
     usual = wide_mixture(joint)
-    if not len(optima.points):
-        return usual
-    parts = (usual, laplace_mixture(optima, *WIDE))
-    half = torch.cat([part.log_weights + math.log(0.5) for part in parts])
-    return StudentMixture(half, *(torch.cat(values) for values in list(zip(*parts, strict=True))[1:]))
+    parts = [usual, usual._replace(scale_trils=5 * usual.scale_trils, df=torch.full_like(usual.df, WIDE[0]))]
+    parts += [laplace_mixture(optima, *WIDE)] if len(optima.points) else []
+    log_weights = torch.cat([part.log_weights - math.log(len(parts)) for part in parts])
+    return StudentMixture(log_weights, *(torch.cat(values) for values in list(zip(*parts, strict=True))[1:]))
 
 
 @dataclass(frozen=True)
