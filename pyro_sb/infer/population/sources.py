@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-FEWEST, MOST = 512, 4096  # particles
+FEWEST, MOST = 128, 4096  # particles
 AFFORDABLE = 2**13  # particles of a model of no size
 NUM_CLIMBERS, CLIMBERS_A_ROW = 128, 2**13  # particles of the largest residuals, and as many of all; fewer in long runs
 MAX_CLIMBS = 4

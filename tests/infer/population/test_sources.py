@@ -171,7 +171,7 @@ def test_long_runs_of_a_model_get_fewer_particles():
             pyro.sample("y", dist.Normal(a[..., None] if a.dim() else a, 1.0), obs=torch.zeros(num, **F64))
 
     short, long = (affordable(log_joint(model, args=(num,)), least=True) for num in (5, 2000))
-    assert (short.num, long.num) == (4096, 512)
+    assert short.num == 4096 >= 8 * long.num
 
 
 # ---- how both are pooled ----
