@@ -14,7 +14,7 @@ A kernel takes part by the *batched protocol*: it is a :class:`~pyro.infer.mcmc.
 
 import dataclasses
 import logging
-import warnings
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -31,9 +31,10 @@ from pyro.infer.mcmc.logger import ProgressBar
 from pyro.util import optional
 from torch import Tensor
 
-from pyro_sb.infer.mcmc.record import Block, Record, floating, in_chunks, per_chain, site_diagnostics
+from pyro_sb.infer.mcmc.record import SAME, Block, Record, floating, in_chunks, per_chain, site_diagnostics, worst_r_hat
 from pyro_sb.infer.model.run import Run
 from pyro_sb.threads import chosen_threads
+from pyro_sb.warn import warn
 
 __all__ = ["MCMC"]
 
@@ -67,6 +68,8 @@ class MCMC(api.MCMC):
     Attributes:
         sample_stats: After a run, the kernel's statistics, each of shape ``(num_chains, num_samples)``.
         evaluations: After a run, what the kernel evaluated, counted in rows (one row: one chain, once).
+        seconds: After a run, wall time of ``"warmup"``, what the kernel learns before its first step included, and of
+            ``"sampling"``.
 
     Raises:
         TypeError: The kernel has no ``sample_block``.
@@ -123,6 +126,7 @@ class MCMC(api.MCMC):
         self.save_params = None if save_params is None else _names(save_params)
         self.sample_stats: dict[str, Tensor] = {}
         self.evaluations: Any = None
+        self.seconds: dict[str, float] = {}
         self._num_requested = num_samples
         self._user_transforms = transforms
         self._samples: dict[str, Tensor] | None = None
@@ -157,7 +161,7 @@ class MCMC(api.MCMC):
                     raise KeyboardInterrupt("interrupted in warm-up: no draws were made.") from interrupt
                 self._adopt(record, args, kwargs)
                 made = f"{record.num_draws} of {self._num_requested} draws a chain"
-                warnings.warn(f"interrupted: {made} were made and are kept.", stacklevel=2)
+                warn(f"interrupted: {made} were made and are kept.", UserWarning)
             except Exception as error:
                 if record.num_draws > 0:
                     self._adopt(record, args, kwargs)
@@ -167,6 +171,7 @@ class MCMC(api.MCMC):
                 raise
             else:
                 self._adopt(record, args, kwargs)
+                self._warn_of_r_hat()
 
     @contextmanager
     def _prepared_kernel(self) -> Iterator[None]:
@@ -189,6 +194,7 @@ class MCMC(api.MCMC):
 
     def _draw(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the kernel up, warm it up, and collect blocks of draws."""
+        begun = time.perf_counter()
         self._setup_kernel(self.warmup_steps, args, kwargs)
         record.open(self.kernel.log_joint)
         progress = ProgressBar(self.warmup_steps, self._num_requested, disable=self.disable_progbar)
@@ -197,6 +203,8 @@ class MCMC(api.MCMC):
             params = self.kernel.initial_params
             for stage, num_steps in (("Warmup", self.warmup_steps), ("Sample", self._num_requested)):
                 progress.set_description(stage, refresh=False)
+                if stage == "Sample":
+                    record.warmup_seconds = time.perf_counter() - begun
                 for start, size in _blocks(num_steps, single=self.hook_fn is not None):
                     block = self.kernel.sample_block(params, size)
                     if stage == "Sample":
@@ -208,6 +216,7 @@ class MCMC(api.MCMC):
                         self.hook_fn(self.kernel, params, stage, start)
         finally:
             progress.close()
+            record.seconds = time.perf_counter() - begun
 
     def _adopt(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Make a record's draws this object's results."""
@@ -222,8 +231,21 @@ class MCMC(api.MCMC):
             self._samples[name] = self.transforms[name].inv(self._samples[name])
         self._samples.update(record.deterministic())
         self.sample_stats = record.statistics()
+        self.seconds = {"warmup": record.warmup_seconds, "sampling": record.seconds - record.warmup_seconds}
         self.evaluations = dataclasses.replace(self._log_joint.evaluations)
         self._diagnostics = per_chain(self.kernel.diagnostics(), self.sample_stats.get("diverging"), self.num_chains)
+
+    def _warn_of_r_hat(self) -> None:
+        """Say so where chains disagree; of one chain, or under four draws, nothing is known."""
+        if self.num_chains == 1 or self.num_samples < 4:
+            return
+        name, r_hat = worst_r_hat(self._results())
+        if r_hat > SAME:
+            shown = f"{r_hat:.3f}" if r_hat < 100 else "over 99"
+            warn(
+                f"R-hat is {shown} > {SAME} (worst: {name}): not enough draws yet, or chains stuck, so that means and "
+                f"shares of modes may be off. Raise num_samples (now {self.num_samples})."
+            )
 
     def _results(self) -> dict[str, Tensor]:
         if self._samples is None:
@@ -365,6 +387,7 @@ class MCMC(api.MCMC):
             kernel=self.kernel,
             figures=self.diagnostics,
             discrete=partial(self.get_discrete_samples, group_by_chain=True),
+            seconds=self.seconds,
         )
 
     def __getstate__(self) -> dict[str, Any]:
