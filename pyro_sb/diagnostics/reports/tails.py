@@ -183,7 +183,8 @@ def _tails(points: Tensor, weights: Tensor, draws: Tensor) -> "Fields":
     above = torch.stack([(pieces > place).double().mean(1) for place in high.places])
     by_piece = torch.stack([below, above])  # (2, 4, pieces, d)
     shares, due = by_piece.mean(2), levels[None, :, None]
-    own = by_piece.var(2) / pieces.shape[0] * (due / shares.clamp_min(1 / len(flat))).clamp_min(1.0)
+    spread = by_piece.var(2) if len(pieces) > 1 else torch.zeros_like(shares)
+    own = spread / len(pieces) * (due / shares.clamp_min(1 / len(flat))).clamp_min(1.0)
     blind = ((by_piece > 0).sum(2) < VISITED) | (len(draws) < PIECES)  # the spread is no guide
     floor = due * (1 - due) / torch.where(blind, _effective(draws), float(len(flat)))
     variance = torch.maximum(own, floor) + torch.stack([low.variance, high.variance])
