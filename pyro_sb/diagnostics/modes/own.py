@@ -11,7 +11,7 @@ from pyro_sb.infer.population.population import Population, honest_evidence
 
 __all__ = ["MOST", "affordable_draws", "enlarged", "population_of"]
 
-MOST, LEAST = 2**17, 1024  # fresh draws
+MOST, LEAST = 2**16, 1024  # fresh draws
 SHARE = 8  # fresh draws cost at most so small a part of a run
 GRADIENT = 3  # an evaluation with gradient, in evaluations of the density
 ROWS, NUMBERS = 2**13, 2**24  # of a chunk; numbers that its runs of the model hold
@@ -24,7 +24,7 @@ def population_of(run: Run) -> Population | None:
 
 
 def affordable_draws(evaluations: Evaluations) -> int:
-    """Fresh draws of a proposal that a report may take: 131,072, or an eighth of what the run cost."""
+    """Fresh draws of a proposal that a report may take: 65,536, or an eighth of what the run cost."""
     return int(min(MOST, max(LEAST, (evaluations.density + GRADIENT * evaluations.gradient) / SHARE)))
 
 

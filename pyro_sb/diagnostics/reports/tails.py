@@ -102,7 +102,8 @@ class TailAudit:
             return self._stuck_line(short)
         z = self.z.abs().nan_to_num(-1.0)
         z = torch.where(self.flagged, z + z.max() + 1, z)
-        side, level, axis = (int(i) for i in torch.unravel_index(z.argmax(), z.shape))
+        rest, axis = divmod(int(z.argmax()), z.shape[2])
+        side, level = divmod(rest, z.shape[1])
         place = (side, level, axis)
         value = (
             f"P({self.names[axis]} {'<>'[side]} {float(self.points[place]):.3g}): {float(self.shares[place]):.4f}, "
