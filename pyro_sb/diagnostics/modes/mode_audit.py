@@ -236,6 +236,8 @@ def _chain_sizes(draws: Tensor) -> Tensor:
 def _chain_errors(draws: Tensor, by_chain: Tensor, labels: Tensor, pooled: Tensor) -> Tensor:
     """Standard errors of the chains' shares, no smaller than the run itself would claim."""
     num_chains, num_draws = labels.shape
+    if len(pooled) == 1:  # there is nothing to be off by
+        return torch.zeros_like(pooled)
     if num_draws >= 4:
         n_eff = float(site_diagnostics(draws.double())["n_eff"].nan_to_num(0.0).min())
     else:

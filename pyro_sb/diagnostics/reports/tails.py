@@ -187,7 +187,8 @@ def _tails(points: Tensor, weights: Tensor, draws: Tensor) -> "Fields":
     spread = by_piece.var(2) if len(pieces) > 1 else torch.zeros_like(shares)
     own = spread / len(pieces) * (due / shares.clamp_min(1 / len(flat))).clamp_min(1.0)
     blind = ((by_piece > 0).sum(2) < VISITED) | (len(draws) < PIECES)  # the spread is no guide
-    floor = due * (1 - due) / torch.where(blind, _effective(draws), float(len(flat)))
+    size = _effective(draws) if bool(blind.any()) else flat.new_ones(draws.shape[2])
+    floor = due * (1 - due) / torch.where(blind, size, float(len(flat)))
     variance = torch.maximum(own, floor) + torch.stack([low.variance, high.variance])
     enough = torch.stack([low.effective, high.effective]) >= EFFECTIVE
     return Fields(

@@ -305,10 +305,13 @@ class MCMC(api.MCMC):
         Raises:
             RuntimeError: There was no run.
         """
-        figures: dict[str, Any] = {name: site_diagnostics(value) for name, value in self._results().items()}
-        for key in self._diagnostics[0]:
-            figures[key] = {f"chain {i}": entry[key] for i, entry in enumerate(self._diagnostics)}
-        return figures
+        return {name: site_diagnostics(value) for name, value in self._results().items()} | self._kernel_figures()
+
+    def _kernel_figures(self) -> dict[str, Any]:
+        """The kernel's own figures of every chain."""
+        return {
+            key: {f"chain {i}": entry[key] for i, entry in enumerate(self._diagnostics)} for key in self._diagnostics[0]
+        }
 
     def summary(self, prob: float = 0.9) -> None:
         r"""Print Pyro's table (mean, sd, median, credible interval, n_eff, r_hat) and the number of divergences.
@@ -385,7 +388,7 @@ class MCMC(api.MCMC):
             log_joint=getattr(self.kernel, "log_joint", None),
             sample_stats=self.sample_stats,
             kernel=self.kernel,
-            figures=self.diagnostics,
+            figures=self._kernel_figures,
             discrete=partial(self.get_discrete_samples, group_by_chain=True),
             seconds=self.seconds,
         )
