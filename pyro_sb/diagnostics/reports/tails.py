@@ -114,9 +114,8 @@ class TailAudit:
     def _stuck_line(self, short: bool) -> Line:
         side, axis = divmod(int(self.longest.argmax()), len(self.names))
         place = f"{self.names[axis]} {'<>'[side]} {float(self.points[side, STAYED, axis]):.3g}"
-        value = (
-            f"one chain stayed at {place}, a tail of {LEVELS[STAYED]:.0%}, for {int(self.longest[side, axis])} draws"
-        )
+        stay = f"for {int(self.longest[side, axis])} of {self.sizes[1]} draws"
+        value = f"one chain stayed at {place}, a tail of {LEVELS[STAYED]:.0%}, {stay}"
         note = "a chain sticks in a tail, so that its share rests on few visits: run longer, with a local move"
         return Line("tails", value, self.verdict, note, short)
 
