@@ -3,7 +3,6 @@
 import copy
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_sb.threads import Pace, chosen_threads
+from pyro_sb.warn import warn
 
 __all__ = [
     "Average",
@@ -302,7 +302,7 @@ class EarlyChecks:
         if self.best.loss < min(self._losses[:1] + history.validation_losses):
             self.best.restore()
 
-    def warn_if_start(self, history: FitHistory, name: str, rows: int, knobs: str, stacklevel: int) -> None:
+    def warn_if_start(self, history: FitHistory, name: str, rows: int, knobs: str) -> None:
         """Say so where the start, which ignores the context, was the best of all, and by far that of the loop.
 
         A loop that stays as good as its start has met a context that tells nothing: there is nothing to say.
@@ -310,13 +310,11 @@ class EarlyChecks:
         start, *later = self._losses
         if not later or min(later) < start or min(history.validation_losses, default=start) <= start + TOLERANCE:
             return
-        warnings.warn(
+        warn(
             f"{name} kept its start, which does not use the context: its held-out loss of {start:.4g} nats was never "
             f"reached again at {len(later)} checks, at best {min(later):.4g}. Unless the context tells nothing about "
             f"the target, {rows} draws are too few for the network ({knobs}): give more draws, raise dropout, or lower "
             "learning_rate or num_updates.",
-            RuntimeWarning,
-            stacklevel=stacklevel + 1,
         )
 
 
@@ -381,11 +379,9 @@ def interruptible(history: FitHistory, num_updates: int, description: str) -> It
         yield
     except KeyboardInterrupt:
         history.interrupted = True
-        warnings.warn(
+        warn(
             f"interrupted: {history.iterations} of {num_updates} updates of {description or 'the fit'} were made and "
             "their result is kept. Fit again for the rest.",
-            RuntimeWarning,
-            stacklevel=4,
         )
 
 
@@ -406,10 +402,8 @@ def _settled(history: FitHistory, tolerance: float, num_updates: int, descriptio
     fall = tail[0] - min(tail[1:], default=tail[0])
     if fall <= tolerance:
         return True
-    warnings.warn(
+    warn(
         f"{description or 'the fit'} has not converged: its loss fell by {fall:.2g} > {tolerance:g} nats over the last "
         f"quarter of {history.iterations} updates. Raise num_updates (now {num_updates}).",
-        RuntimeWarning,
-        stacklevel=4,
     )
     return False

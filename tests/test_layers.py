@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pyro_sb"
 LAYERS = [
     {"ops"},
-    {"nn", "training", "threads", "weights", "distributions", "files"},
+    {"nn", "training", "threads", "weights", "distributions", "files", "warn"},
     {"bridges"},
     {"infer"},
     {"metrics", "plots", "datasets"},

@@ -269,7 +269,7 @@ def test_doors_see_the_device_of_a_log_joint(monkeypatch):
         raise LookupError(counts() == before)
 
     monkeypatch.setattr("pyro_sb.infer.population.population.find_optima", seen)
-    monkeypatch.setattr("pyro_sb.diagnostics.modes.mode_audit._population", seen)
+    monkeypatch.setattr("pyro_sb.diagnostics.modes.mode_audit.populate", seen)
     monkeypatch.setattr(kernel, "_prepare", seen)
     doors = (
         lambda: populate(joint),

@@ -150,7 +150,7 @@ def mode_rates(dim: int, reps: int) -> list[list[object]]:
         passed, found, alarm, look, begun = 0, 0, 0, 0, time.process_time()
         for draws in runs:
             quiet = bool((chain_figures(to_container({"posterior": {"z": draws.numpy()}})).r_hat < 1.01).all())
-            audit = mode_audit(joint, draws)
+            audit = mode_audit(joint, draws, progress=False)
             passed += quiet
             found += quiet and audit.verdict == "bad" and len(audit.missing) > 0
             alarm += audit.verdict == "bad"

@@ -16,7 +16,7 @@ LETTERS = 14  # of small type to an inch
 
 
 def plot_modes(audit: Any, *, ax: Any = None, figsize: Size = None, **kwargs: Any) -> Any:
-    r"""Shares of the modes among two populations and the draws, with two standard errors.
+    r"""Shares of the modes among the populations and the draws, with two standard errors.
 
     Args:
         audit: A ModeAudit, of `mode_audit`.
@@ -26,10 +26,8 @@ def plot_modes(audit: Any, *, ax: Any = None, figsize: Size = None, **kwargs: An
     """
     check_is("audit", audit, "ModeAudit", "mode_audit(draws, model, args=(y,))")
     ax = one_axes(ax, figsize)
-    series = [
-        ("population 1", audit.shares[0], audit.errors[0], "0.55"),
-        ("population 2", audit.shares[1], audit.errors[1], "0.75"),
-    ]
+    names = ["the population"] if len(audit.shares) == 1 else ["population 1", "population 2"]
+    series = list(zip(names, audit.shares, audit.errors, ("0.55", "0.75")))
     if audit.chain_shares is not None and audit.chain_errors is not None:
         series.append(("the draws", audit.chain_shares, audit.chain_errors, OURS))
     width, rows = 0.8 / len(series), np.arange(audit.num_modes)

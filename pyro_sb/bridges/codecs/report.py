@@ -1,6 +1,5 @@
 """Reconstruction errors of a codec by latent dimension, on rows that it was not fitted to."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from pyro_sb.bridges.base import as_weights
 from pyro_sb.bridges.codecs.base import Codec
 from pyro_sb.bridges.codecs.rows import as_rows, numerical_rank
+from pyro_sb.warn import warn
 
 SHARE = 0.95  # of the variance, that a chosen dimension explains
 HELD_OUT = 0.2
@@ -46,11 +46,9 @@ class ReconstructionReport:
             if explained >= share:
                 return dim
         best = max(range(len(self.dims)), key=self.explained.__getitem__)
-        warnings.warn(
+        warn(
             f"no latent dimension explains {share:.0%} of the held-out variance: {self.dims[best]} is best with "
             f"{self.explained[best]:.1%}. Pass more dims, lower share, or name latent_dim.",
-            RuntimeWarning,
-            stacklevel=2,
         )
         return self.dims[best]
 

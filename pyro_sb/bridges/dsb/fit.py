@@ -1,7 +1,6 @@
 """Fit of a diffusion Schrödinger bridge: phases in which one chain learns from the other."""
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from pyro_sb.bridges.dsb.data import (
 )
 from pyro_sb.bridges.dsb.half import Chain, Given, HalfBridge, knot_times
 from pyro_sb.training import FitHistory, train
+from pyro_sb.warn import warn
 
 PAIRS, LOSSES, REFERENCES = ("independent", "sinkhorn"), ("mean", "drift"), ("brownian", "ou")
 
@@ -173,11 +173,9 @@ def fit_dsb(
     check_same(saved, name, options)
     variance = float(read.covariance.diagonal().mean())
     if bridge.epsilon < SMALL_EPSILON * variance:
-        warnings.warn(
+        warn(
             f"epsilon is {bridge.epsilon / variance:.2g} of the target's variance, below {SMALL_EPSILON:g}: ends are "
             "hard to tell from states, and the fit may be far off. Raise epsilon, or rescale the data.",
-            RuntimeWarning,
-            stacklevel=3,
         )
     bridge.adopt(read, begin)
     bridge.fitted_to = read.data

@@ -1,12 +1,13 @@
 """Posterior weights and scores: a bridge on draws of the prior, tilted by a likelihood."""
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyro_sb.warn import warn
 
 LogLikelihood = Callable[[Tensor], Tensor]
 
@@ -37,10 +38,8 @@ def posterior_weights(weights: Tensor, log_likelihood: Tensor) -> Tensor:
             'Use more draws, method="drift", or KernelLangevin.'
         )
     if effective < 50:
-        warnings.warn(
+        warn(
             f"The posterior rests on 1 / sum w^2 = {effective:.1f} of {len(weights)} draws. Use more draws.",
-            RuntimeWarning,
-            stacklevel=4,
         )
     return posterior
 

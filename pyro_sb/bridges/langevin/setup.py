@@ -1,7 +1,6 @@
 """Fit of a Langevin bridge: metric factors, bandwidths, keys in their units, the scaling."""
 
 import math
-import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from tqdm import tqdm
 from pyro_sb.bridges.langevin.schemes import VariableBandwidth
 from pyro_sb.ops.sinkhorn import DENSE_LIMIT, SymmetricScaling, default_tolerance, symmetric_sinkhorn
 from pyro_sb.threads import Pace
+from pyro_sb.warn import warn
 
 
 class Bandwidths(NamedTuple):
@@ -71,11 +71,9 @@ def solve(keys: Keys, weights: Tensor, epsilon: float, progress: bool, **options
             pace.stop()
     if not result.converged:
         tolerance = options.get("tolerance") or default_tolerance(weights.dtype)
-        warnings.warn(
+        warn(
             f"Sinkhorn stopped at residual {result.residual:.1e} > {tolerance:.1e} "
             f"after {result.iterations} iterations. Raise epsilon (now {epsilon:.3g}), max_iter or tolerance.",
-            RuntimeWarning,
-            stacklevel=5,
         )
     return result, pace.describe()
 

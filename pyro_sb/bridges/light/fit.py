@@ -3,7 +3,6 @@ r"""Fit of a light bridge: the ends read, clusters to start from, and Adam down 
 import copy
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from pyro_sb.ops.mixture import MixturePotential, matching_loss
 from pyro_sb.ops.moment_matching import Side, equal_weights
 from pyro_sb.threads import chosen_threads
 from pyro_sb.training import EarlyChecks, FitHistory, train
+from pyro_sb.warn import warn
 
 HELD_OUT, HELD_OUT_BATCHES = 2048, 8  # points that the held-out loss is read from, and at most so many minibatches
 NUM_CHECKS = 20  # of Adam's way
@@ -256,11 +256,9 @@ def begin(bridge: MixtureBridge, ends: Ends) -> MixtureProcess:
     """Put the start into the parameters: clusters of the target, for finite beta followed by steps up the dual."""
     process, parameters = bridge.process, bridge.parameters_of
     if process.epsilon < SMALL_EPSILON and process.source_variance > 0:
-        warnings.warn(
+        warn(
             f"epsilon is {process.epsilon:.2g} of the target's variance, below {SMALL_EPSILON:g}: gates saturate, "
             "and the fit may be far off. Raise epsilon, or compare draws with held-out ones.",
-            RuntimeWarning,
-            stacklevel=5,
         )
     source, target = ends.source.batch(START_DRAWS // 2).points, ends.target.batch(START_DRAWS).points
     repeated = isinstance(ends.target, DrawsEnd) and len(target) > ends.target.num_train
@@ -274,12 +272,10 @@ def begin(bridge: MixtureBridge, ends: Ends) -> MixtureProcess:
     end = math.sqrt(process.epsilon * process.floor) * (1 + (1 - 1 / process.floor) / process.beta)
     narrowest = float(parameters.axes.min()) / 10
     if narrowest < end and narrowest < 0.1:
-        warnings.warn(
+        warn(
             f"the target's narrowest axis has a standard deviation of {narrowest * float(bridge.scale):.2g}, but at "
             f"beta = {process.beta:g} no component is narrower than {end * float(bridge.scale):.2g}. Raise beta, lower "
             "epsilon, or rescale the axis.",
-            RuntimeWarning,
-            stacklevel=5,
         )
     draws = (equal_weights(end.batch(ASCENT_DRAWS).points) for end in ends)
     process.take(ascended(process, *draws))  # at small beta the inverse moves points far from their clusters
@@ -331,7 +327,7 @@ def descend(bridge: MixtureBridge, ends: Ends, options: LightOptions, loss: Call
         checks.settle(history)
         knobs = f"dropout {bridge.dropout:g}, learning_rate {rate:g}, num_updates {num_updates}"
         if not history.interrupted:
-            checks.warn_if_start(history, name, ends.target.num_train, knobs, stacklevel=4)
+            checks.warn_if_start(history, name, ends.target.num_train, knobs)
     return history
 
 

@@ -1,7 +1,6 @@
 r"""Moment steps of a light bridge on all draws at once, down L or for finite beta up the dual G."""
 
 import math
-import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from pyro_sb.ops.mixture import MixturePotential, likelihood_loss
 from pyro_sb.ops.moment_matching import Side, moment_step
 from pyro_sb.threads import Pace
 from pyro_sb.training import Best, FitHistory, interruptible
+from pyro_sb.warn import warn
 
 
 class MomentSteps:
@@ -51,10 +51,8 @@ class MomentSteps:
         history.threads = pace.describe()
         if not history.converged and not history.interrupted:
             reason = "the loss still falls" if plain else f"G still rose by {history.residual:.2g} > 1e-9 nats"
-            warnings.warn(
+            warn(
                 f"{name}'s moment steps have not converged: {reason} after {num_updates}. Raise num_updates.",
-                RuntimeWarning,
-                stacklevel=4,
             )
         return history
 

@@ -15,6 +15,7 @@ from pyro_sb.infer.amortized.posterior import Posterior
 from pyro_sb.infer.amortized.simulator import Simulator, simulator
 from pyro_sb.infer.model.prototype import Start, first_float, run
 from pyro_sb.infer.model.sites import is_deterministic, is_sample
+from pyro_sb.warn import warn
 
 __all__ = ["JointDraws", "calibration_draws", "number_names"]
 
@@ -169,7 +170,9 @@ def _drawn(posterior: Posterior, num: int, way: str) -> Sites:
         return posterior.sample(num)
     if way == "importance":
         return posterior.importance(PROPOSALS).resample(num)
-    chains = posterior.mcmc(STEPS, num_chains=num, num_proposals=max(num, STARTS))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "R-hat is", RuntimeWarning)  # the last draw of each is all that is used
+        chains = posterior.mcmc(STEPS, num_chains=num, num_proposals=max(num, STARTS))
     return {name: value[:, -1] for name, value in chains.get_samples(group_by_chain=True).items()}
 
 
@@ -181,7 +184,9 @@ def _sampled_draws(
     for row in observations:
         sites = source.data.unpack(row)
         given = next(iter(sites.values())) if len(sites) == 1 else sites
-        found = sampler(given)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "R-hat is", RuntimeWarning)  # said of all data sets together below
+            found = sampler(given)
         chains = is_run(found)
         found = run_of(found).draws if chains else found
         draws = _by_chain(found, truths, num, chains)
@@ -214,13 +219,11 @@ def _warn_of_autocorrelation(effective: Tensor, num: int, truths: Sites) -> None
     least = float(typical[i])
     if least < num / 2:
         name = number_names({name: value.shape[1:] for name, value in truths.items()})[i]
-        warnings.warn(
+        warn(
             f"the sampler's draws are autocorrelated: {least:.1f} effective ones of {name!r} (median over "
             f"{len(effective)} data sets), where ranks among {num} ask for {num} independent ones, else a correct "
             f"sampler looks too narrow. Let the sampler draw {num / max(least, 1.0):.0f} times as many, or lower "
             f"num_draws (now {num}).",
-            RuntimeWarning,
-            stacklevel=5,
         )
 
 

@@ -120,7 +120,7 @@ def _target_of_run(run: Run) -> LogJoint:
     raise ValueError(
         "the run must know one model whose log joint can be evaluated, got none (a batch of observations, missing "
         "entries, or a black-box simulator). Pass the model after it: mode_audit(mcmc, model, args=(y,)); or "
-        "mode_audit(mcmc, potential_fn=..., initial_params=...). report takes either as modes=."
+        "mode_audit(mcmc, potential_fn=..., initial_params=...). report takes either as audit=."
     )
 
 

@@ -1,4 +1,4 @@
-"""Shares of modes among two populations and draws: their differences in standard errors, and a reading in words."""
+"""Shares of modes among populations and draws: their differences in standard errors, and a reading in words."""
 
 import math
 from dataclasses import dataclass
@@ -20,27 +20,29 @@ UNLIKELY = 0.01  # probability of so few crossings below which they are called t
 SHOWN = 2  # modes in the repr
 MORE = "raise num_particles"  # what a report says in other words
 GLOBAL = "use a global move"
+SECOND = 'audit="full" holds a second one of another kind against it'
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ModeAudit:
-    r"""Shares of the modes among two populations and, where there are draws, among them.
+    r"""Shares of the modes among populations and, where there are draws, among them.
 
     Attributes:
-        shares: Of each population. Shape ``(2, K)``.
-        errors: Their standard errors. Shape ``(2, K)``.
+        shares: Of each of P populations: two that differ in kind, or one, a run's own. Shape ``(P, K)``.
+        errors: Their standard errors. Shape ``(P, K)``.
         centres: A point in the middle of each mode, unconstrained. Shape ``(K, dim)``.
         names: Names of the unconstrained numbers.
         chain_shares: Of the draws. Shape ``(K,)``; None without draws.
         chain_errors: Their standard errors: of independent draws of the run's effective size, or of the chains'
             spread, whichever is larger. Shape ``(K,)``; None without draws.
         by_chain: Each chain's shares. Shape ``(C, K)``; None without draws.
-        populations: The two populations.
+        populations: The populations.
         evaluations: Rows of the log joint that it cost.
         places: The centres as `where` shows them: in the sites' own space where that has as many numbers. Shape
             ``(K, dim)``; None for ``centres``.
         place_names: Their names.
         chain_sizes: Effective number of draws of each chain by itself. Shape ``(C,)``; None without draws.
+        kinds: What each population started from: ``"search"``, ``"prior"``, ``"wide law"``, ``"given points"``.
     """
 
     shares: Tensor
@@ -50,11 +52,12 @@ class ModeAudit:
     chain_shares: Tensor | None
     chain_errors: Tensor | None
     by_chain: Tensor | None
-    populations: tuple[Population, Population]
+    populations: tuple[Population, ...]
     evaluations: int
     places: Tensor | None = None
     place_names: tuple[str, ...] = ()
     chain_sizes: Tensor | None = None
+    kinds: tuple[str, ...] = ()
 
     @property
     def num_modes(self) -> int:
@@ -63,13 +66,15 @@ class ModeAudit:
 
     @property
     def pooled(self) -> Tensor:
-        """Shares of both populations together, by precision. Shape ``(K,)``."""
+        """Shares of all populations together, by precision. Shape ``(K,)``."""
         size = torch.tensor([effective_size(population) for population in self.populations], dtype=torch.float64)
         return ((size[:, None] * self.shares).sum(0) / size.sum()).clamp(0, 1)
 
     @property
     def z(self) -> Tensor:
-        """Difference of the populations' shares in standard errors. Shape ``(K,)``; zeros for a single mode."""
+        """Difference of two populations' shares in standard errors. ``(K,)``; zeros for one mode, or one population."""
+        if len(self.shares) == 1:
+            return torch.zeros_like(self.shares[0])
         return _z(self.shares[0] - self.shares[1], self.errors[0].square() + self.errors[1].square())
 
     @property
@@ -82,7 +87,7 @@ class ModeAudit:
 
     @property
     def missing(self) -> list[int]:
-        """Modes that both populations see, and no draw of the run does."""
+        """Modes that all populations see, and no draw of the run does."""
         if self.chain_shares is None:
             return []
         seen = (self.shares > 0).all(0) & (self.pooled > LEAST_SHARE) & (self.chain_shares == 0)
@@ -108,13 +113,14 @@ class ModeAudit:
     def table(self, most: int | None = None) -> str:
         """Shares of every mode, or of the ``most`` largest, a row each."""
         shown = self.num_modes if most is None or self.num_modes <= most + 1 else most  # not one line for one left
-        header = ["mode", "population 1", "population 2", "z"]
+        two = len(self.shares) > 1
+        header = ["mode", "population 1", "population 2", "z"] if two else ["mode", "population"]
         header += [] if self.chain_shares is None else ["draws", "z"]
         rows = [[*header, "where"]]
         where = self.where
         for k in range(shown):
             row = [str(k), *(f"{s:.4f} +- {e:.4f}" for s, e in zip(self.shares[:, k], self.errors[:, k]))]
-            row.append(_shown(float(self.z[k])))
+            row += [_shown(float(self.z[k]))] if two else []
             if self.chain_shares is not None and self.chain_errors is not None and self.chain_z is not None:
                 row += [f"{self.chain_shares[k]:.4f} +- {self.chain_errors[k]:.4f}", _shown(float(self.chain_z[k]))]
             rows.append([*row, where[k]])
@@ -145,6 +151,8 @@ class ModeAudit:
         if share < POOR_SHARE:
             note = f"a population is poor (effective share {share:.3f}): {MORE}"
             return Line("populations", value, "look", note)
+        if len(self.shares) == 1:
+            return Line("populations", found, "ok", f"the run's own; {SECOND}")
         if not z <= threshold + 1:
             return Line("populations", value, "bad", f"they disagree on the shares: trust neither, {MORE}")
         if bool(alone.any()):
@@ -153,17 +161,19 @@ class ModeAudit:
             return Line("populations", value, "look", note)
         if z > threshold:
             return Line("populations", value, "look", f"the shares differ: {MORE} and look again")
-        return Line("populations", value, "ok", "two agree; what both miss stays unseen")
+        kinds = f" ({' and '.join(self.kinds)})" if self.kinds else ""
+        return Line("populations", value, "ok", f"two agree{kinds}; what both miss stays unseen")
 
     def _chain_line(self) -> Line:
         value = self._worst_share()
+        whose = "the population sees" if len(self.shares) == 1 else "both populations see"
         if self.missing:
             lost = ", ".join(f"{k} (share {float(self.pooled[k]):.3f})" for k in self.missing)
             return Line(
                 "draws",
                 value,
                 "bad",
-                f"no draw in mode {lost}, which both populations see: use KernelLangevin or BridgeMH",
+                f"no draw in mode {lost}, which {whose}: use KernelLangevin or BridgeMH",
             )
         assert self.chain_z is not None and self.chain_shares is not None and self.chain_errors is not None
         strange = (self.shares == 0).all(0) & (self.chain_shares > LEAST_SHARE)
@@ -178,12 +188,14 @@ class ModeAudit:
         if not z <= threshold + 1:
             return Line("draws", value, "bad", f"their shares are wrong: {GLOBAL}, or start chains from a population")
         if z > threshold:
-            return Line("draws", value, "look", "the draws' shares differ: run longer and look again")
+            note = "the draws' shares differ: run longer and look again"
+            return Line("draws", value, "look", note, short=True)
         if error > VAGUE:
             cure = (
                 "draw more" if self._crossed > 0 else f"no chain left its mode, so more draws would not help: {GLOBAL}"
             )
-            return Line("draws", value, "look", f"their own error is {error:.2f}, too large to tell: {cure}")
+            note = f"their own error is {error:.2f}, too large to tell: {cure}"
+            return Line("draws", value, "look", note, short=self._crossed > 0)
         alike = "shares as among the populations" if self.num_modes > 1 else "all in the mode that the populations see"
         return Line("draws", value, "ok", alike)
 

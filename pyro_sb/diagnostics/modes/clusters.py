@@ -58,7 +58,9 @@ def find_modes(log_joint: LogJoint, points: Tensor, max_modes: int, hints: Seque
     location, deviations = points.mean(0), points.std(0)
     deviations = torch.where(deviations > 0, deviations, 1.0)
     one = torch.full_like(deviations, float(deviations.square().mean().sqrt()))
-    tried = [_fitted(points, location, scale, max_modes) for scale in (deviations, one)]  # either may hide clusters
+    alike = bool(deviations.max() < 1.5 * deviations.min())
+    scales = (deviations,) if alike else (deviations, one)  # either may hide clusters
+    tried = [_fitted(points, location, scale, max_modes) for scale in scales]
     tried += [_started(points, location, deviations, centres[:max_modes]) for centres in hints]
     _, mixture, scale = min(tried, key=lambda candidate: candidate[0])
     rows = ((points - location) / scale).numpy()

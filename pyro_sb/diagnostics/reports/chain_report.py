@@ -1,46 +1,152 @@
-"""Report of a run: convergence, figures of the kernel's warm-up, and the mode audit."""
+"""Report of a run: convergence, figures of the kernel's warm-up, and what populations say of its modes and tails."""
 
+import logging
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from pyro_sb.diagnostics.calibration.simulated import number_names
 from pyro_sb.diagnostics.export.container import ChainFigures, chain_figures, is_container, to_container
-from pyro_sb.diagnostics.export.draws_of import run_of
+from pyro_sb.diagnostics.export.draws_of import run_of, target_of, unconstrained_draws
 from pyro_sb.diagnostics.export.groups import to_groups
-from pyro_sb.diagnostics.modes.mode_audit import ModeAudit, audit_or_why, lines_of_audit
-from pyro_sb.diagnostics.reports.lines import Line, Panel, Report, graded
+from pyro_sb.diagnostics.modes.mode_audit import ModeAudit, audit_or_why, audit_with, lines_of_audit
+from pyro_sb.diagnostics.modes.own import affordable_draws, enlarged, population_of
+from pyro_sb.diagnostics.reports.lines import Line, Panel, Report, graded, worst
+from pyro_sb.diagnostics.reports.population_lines import evidence_line, sources_line, warmup_line
+from pyro_sb.diagnostics.reports.tails import audit_tails
 from pyro_sb.infer.kernels.langevin import KernelLangevin
 from pyro_sb.infer.mcmc.kernel import WalkingKernel
+from pyro_sb.infer.model.log_joint import Evaluations, LogJoint
 from pyro_sb.infer.model.run import Run
+from pyro_sb.threads import chosen_threads
+from pyro_sb.weights import pareto_k
 
 __all__ = ["chain_report"]
 
+logger = logging.getLogger(__name__)
 R_HAT_OK, R_HAT_LOOK = 1.01, 1.05
 ESS_OK, ESS_LOOK = 400.0, 100.0
 SPARE = 1e-3  # divergent share that our kernels' many jittered short steps may have
 BLIND = "chains compare themselves with each other: a mode that all miss is not seen here"
 
 
-def chain_report(x: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], modes: bool | ModeAudit) -> Report:
+def chain_report(
+    x: Any,
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    audit: str | ModeAudit | None,
+    progress: bool = True,
+) -> Report:
     """Of a finished run, or of an ArviZ container."""
     run = None if is_container(x) else run_of(x)
     figures = chain_figures(x if run is None else to_container(to_groups(run).arrays))
     lines = [*_still(figures), _r_hat(figures), *_sizes(figures), _divergences(figures, run)]
-    lines += [] if run is None else _kernel(run)
+    found = {} if run is None else {k: _mean(v) for k, v in run.figures().items() if not _is_site(v)}
+    converged = worst([line for line in lines if line.name in ("R-hat", "bulk ESS", "tail ESS")]) == "ok"
+    lines += [] if run is None else _kernel(run, found)
     panels = [Panel("R-hat and ESS", partial(_draw_chains, figures))]
     details: dict[str, Any] = {"figures": figures}
-    audit, why = audit_or_why(x, model, args, kwargs, modes)
-    if audit is None:
-        lines.append(Line("modes", "not looked for", "look" if modes is not False else "-", f"{why}; {BLIND}"))
-    else:
-        lines += lines_of_audit(audit)
-        panels.append(Panel("modes", audit.plot))
-        details["modes"] = audit
+    looked = _looked(x, run, model, args, kwargs, audit, progress, found, converged)
+    lines += looked.lines
+    details |= looked.details
+    panels += [Panel("modes", looked.audit.plot)] if looked.audit is not None else []
+    lines += [line for line in (None if run is None else warmup_line(run.seconds),) if line is not None]
     chains = f"{figures.num_chains} chain{'s' * (figures.num_chains > 1)} of {figures.num_draws} draws"
     title = f"{chains}, {len(figures.names)} number{'s' * (len(figures.names) > 1)}"
     return Report(title, lines, panels, details)
+
+
+class Looked(NamedTuple):
+    """What a population says of draws: lines, details, and the mode audit if there was one."""
+
+    lines: list[Line]
+    details: dict[str, Any]
+    audit: ModeAudit | None
+
+
+def _looked(
+    x: Any,
+    run: Run | None,
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    audit: str | ModeAudit | None,
+    progress: bool,
+    found: dict[str, float],
+    converged: bool,
+) -> Looked:
+    """Modes, tails, sources and evidence, by the run's own population, or by two that are made for it."""
+    own = population = None if run is None or model is not None else population_of(run)
+    draws, joint, made = None, None, audit if isinstance(audit, ModeAudit) else None
+    evidence: dict[str, tuple[float, float]] = {}
+    why = "audit=None"
+    if own is not None and audit is not None and made is None:
+        assert run is not None
+        joint, draws = run.log_joint, _unconstrained(run, run.log_joint)
+        rows = Evaluations(*(int(max(0.0, found.get(f"{kind} evaluations", 0.0))) for kind in ("density", "gradient")))
+        with chosen_threads(joint):
+            population = enlarged(run, own, affordable_draws(rows))
+            if audit == "quick" and draws is not None:
+                made = audit_with(joint, (population,), draws)
+        evidence["the warm-up's population"] = own.log_evidence, own.log_evidence_error
+        pilot = getattr(run.kernel, "pilot", None)
+        if pilot is not None and pilot.k_hat <= 0.7:
+            evidence["the bridge"] = pilot.log_evidence
+    if made is None and audit is not None and not (audit == "quick" and own is not None):
+        made, why = audit_or_why(x, model, args, kwargs, audit, progress)
+    if population is None and made is not None and not isinstance(audit, ModeAudit):
+        population = made.populations[0]
+        joint, beside = target_of(x, model, args=args, kwargs=kwargs)
+        draws = _unconstrained(x if run is None else run, joint)
+    if made is not None:
+        for kind, other in zip(made.kinds, made.populations):
+            evidence[f"the population from {kind}"] = other.log_evidence, other.log_evidence_error
+    lines = _mode_lines(made, why, audit)
+    details: dict[str, Any] = {} if made is None else {"modes": made}
+    if population is None:
+        return Looked(lines, details, made)
+    if draws is not None and joint is not None:
+        names = _tail_names(joint, population.points)
+        weighted = population.points, population.log_weights
+        tails = audit_tails(*weighted, draws, names, population.excess, converged)
+        lines.append(tails.line)
+        details["tails"] = tails
+    if own is not None:
+        evidence = {"more draws": (population.log_evidence, population.log_evidence_error)} | evidence
+    lines.append(evidence_line(evidence, pareto_k(population.log_weights)))
+    lines += [line for line in (sources_line(population),) if line is not None]
+    return Looked(lines, details, made)
+
+
+def _mode_lines(made: ModeAudit | None, why: str, audit: str | ModeAudit | None) -> list[Line]:
+    if made is not None:
+        return lines_of_audit(made)
+    return [Line("modes", "not looked for", "-" if audit is None else "look", f"{why}; {BLIND}")]
+
+
+def _unconstrained(x: Any, joint: LogJoint) -> Tensor | None:
+    """Draws in the target's coordinates; None where a site was not kept or a draw is not finite."""
+    try:
+        return unconstrained_draws(x, joint)
+    except ValueError as error:
+        logger.info("no draws to compare with a population: %s", error)
+        return None
+
+
+def _tail_names(joint: LogJoint, points: Tensor) -> tuple[str, ...]:
+    """Names of the coordinates; 'unconstrained' where a site's own space is another."""
+    some = points[:4]
+    free, own = joint.unpack(some), joint.constrain(some)
+    names: list[str] = []
+    for name, value in free.items():
+        same = own[name].shape == value.shape and torch.equal(own[name].to(value), value)
+        names += number_names({name if same else f"unconstrained {name}": value.shape[1:]})
+    return tuple(names)
 
 
 def _still(figures: ChainFigures) -> list[Line]:
@@ -69,7 +175,8 @@ def _listed(names: list[str]) -> str:
 
 def _r_hat(figures: ChainFigures) -> Line:
     if figures.num_chains == 1 and figures.num_draws < 8:
-        return Line("R-hat", "-", "look", f"too few draws for R-hat: one chain of {figures.num_draws}; draw more")
+        note = f"too few draws for R-hat: one chain of {figures.num_draws}; draw more"
+        return Line("R-hat", "-", "look", note, short=True)
     if bool(np.isnan(figures.r_hat).all()):
         assert figures.constant is not None
         still = "every number is constant: the chains do not move"
@@ -77,12 +184,12 @@ def _r_hat(figures: ChainFigures) -> Line:
     r_hat = np.where(np.isnan(figures.r_hat), -np.inf, figures.r_hat)
     i = int(r_hat.argmax())
     verdict = graded(float(r_hat[i]), R_HAT_OK, R_HAT_LOOK)
-    note = "chains agree with each other" if verdict == "ok" else "chains disagree: run longer, or start elsewhere"
+    note = "chains agree with each other" if verdict == "ok" else "not enough draws yet, or chains stuck: run longer"
     if figures.num_chains == 1:
         verdict = "look" if verdict == "ok" else verdict
         note = "one chain, by its halves: run four or more"
     shown = f"{r_hat[i]:.3f}" if r_hat[i] < 100 else "> 99"
-    return Line("R-hat", f"{shown} ({figures.names[i]})", verdict, note)
+    return Line("R-hat", f"{shown} ({figures.names[i]})", verdict, note, short=True)
 
 
 def _sizes(figures: ChainFigures) -> list[Line]:
@@ -95,7 +202,7 @@ def _sizes(figures: ChainFigures) -> list[Line]:
         verdict = graded(float(figure[i]), ESS_OK, ESS_LOOK, high_is_good=True)
         of = "means" if name == "bulk ESS" else "5 % and 95 % quantiles"
         note = f"enough for {of}" if verdict == "ok" else f"too few for {of}: draw more"
-        lines.append(Line(name, f"{figure[i]:.0f} ({figures.names[i]})", verdict, note))
+        lines.append(Line(name, f"{figure[i]:.0f} ({figures.names[i]})", verdict, note, short=True))
     return lines
 
 
@@ -116,9 +223,8 @@ def _divergences(figures: ChainFigures, run: Run | None) -> Line:
     return Line("divergences", f"{figures.diverging} ({share:.1%}{of})", verdict, note)
 
 
-def _kernel(run: Run) -> list[Line]:
+def _kernel(run: Run, found: dict[str, float]) -> list[Line]:
     """Figures of our kernels' warm-up and moves."""
-    found = {key: _mean(value) for key, value in run.figures().items() if not _is_site(value)}
     lines = []
     if "population share" in found:
         share = found["population share"]

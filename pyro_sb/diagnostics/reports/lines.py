@@ -18,7 +18,7 @@ COLOURS = {"-": "#888888", "ok": "#2a7f3f", "look": "#b8860b", "bad": "#b22222"}
 WORDS = {
     "ok": "nothing found",
     "look": "something to look at",
-    "bad": "not to be trusted as it is",
+    "bad": "wrong",
     "-": "nothing was looked at",
 }
 
@@ -32,6 +32,7 @@ class Line:
         value: What came, as text with its unit.
         verdict: ``"ok"``, ``"look"``, ``"bad"``, or ``"-"`` where the line does not apply.
         note: What the value means; what to do about one that is not ok.
+        short: Whether more draws would settle it, where it is not ok.
 
     Example:
         >>> print(as_text("A run", [Line("R-hat", "1.20 (mu)", "bad", "run longer")]))
@@ -45,6 +46,7 @@ class Line:
     value: str
     verdict: str
     note: str = ""
+    short: bool = False
 
     def __post_init__(self) -> None:
         assert self.verdict in ORDER, self.verdict
@@ -124,6 +126,20 @@ class Report:
         return worst(self.lines)
 
     @property
+    def reason(self) -> str:
+        """The verdict in words: what is wrong or to be looked at, or that there are not enough draws yet."""
+        serious = [line for line in self.lines if ORDER.index(line.verdict) > 1 and not line.short]
+        if self.verdict not in ("look", "bad"):
+            return WORDS[self.verdict]
+        if not serious:
+            return "not enough draws yet"
+        grave = worst(serious)
+        names = [line.name for line in serious if line.verdict == grave]
+        early = "not enough draws yet, and " if grave != self.verdict else ""
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return f"{early}{WORDS[grave]} ({shown})"
+
+    @property
     def colour(self) -> str:
         """Colour of the verdict."""
         return COLOURS[self.verdict]
@@ -136,10 +152,10 @@ class Report:
         raise KeyError(f"{name!r} is no line of this report; it has {[line.name for line in self.lines]}.")
 
     def __repr__(self) -> str:
-        return as_text(f"{self.title}: {self.verdict}, {WORDS[self.verdict]}", self.lines)
+        return as_text(f"{self.title}: {self.verdict}, {self.reason}", self.lines)
 
     def _repr_html_(self) -> str:
-        return as_html(f"{self.title}: {self.verdict}, {WORDS[self.verdict]}", self.lines)
+        return as_html(f"{self.title}: {self.verdict}, {self.reason}", self.lines)
 
     def plot(self, axes: Any = None, **kwargs: Any) -> Any:
         """The panels side by side: `pyro_sb.plots.plot_report`, with its ``figsize``. Returns the axes."""

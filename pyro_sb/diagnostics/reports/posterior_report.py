@@ -19,7 +19,7 @@ __all__ = ["amortised_report", "posterior_report"]
 EVERY = 4000  # draws of a posterior that importance weights are taken from
 
 
-def posterior_report(x: Posterior, modes: bool | ModeAudit) -> Report:
+def posterior_report(x: Posterior, audit: str | ModeAudit | None, progress: bool = True) -> Report:
     """Of a conditioned posterior: its importance weights, and its draws' modes."""
     batch = len(x.observation.values)
     lines, panels, details = [], [], dict[str, Any]()
@@ -35,13 +35,13 @@ def posterior_report(x: Posterior, modes: bool | ModeAudit) -> Report:
         lines += _weights(result, batch)
         panels.append(Panel("weights' tail", partial(_draw_weights, result)))
         details["psis"] = result
-    audit, why = (None, "one observation at a time") if batch > 1 else audit_or_why(x, None, (), {}, modes)
-    if audit is None:
+    made, why = (None, "one observation at a time") if batch > 1 else audit_or_why(x, None, (), {}, audit, progress)
+    if made is None:
         lines.append(Line("modes", "not looked for", "-", why))
     else:
-        lines += lines_of_audit(audit)[:2]
-        panels.append(Panel("modes", audit.plot))
-        details["modes"] = audit
+        lines += lines_of_audit(made)[:2]
+        panels.append(Panel("modes", made.plot))
+        details["modes"] = made
     title = f"Posterior by {type(x.bridge).__name__}, {batch} observation{'s' * (batch > 1)}"
     return Report(title, lines, panels, details)
 

@@ -27,20 +27,26 @@ def report(
     *,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
-    modes: bool | ModeAudit = True,
+    audit: str | ModeAudit | None = "quick",
     num_data_sets: int = 200,
     source: Any = None,
     context: Any = None,
+    progress: bool = True,
 ) -> Report:
     r"""A verdict on whatever was fitted or run: ok, look, or bad, line by line, and what to do.
 
     - A finished `MCMC`, ours or Pyro's, or an ArviZ container: R-hat, bulk and tail effective sizes, divergences,
-      figures of the kernel's warm-up, and the `mode_audit`, which looks where chains cannot.
+      figures of the kernel's warm-up, and what a weighted population says of the draws, where chains cannot look: modes
+      and their shares, tails, the evidence, and what its sources could have missed.
     - A conditioned `Posterior`: the importance weights' k-hat and effective size under the model, and the audit.
     - A fitted `AmortizedPosterior`: calibration of each parameter and of all together (`sbc`, `tarp`).
     - A fitted `Bridge`: `bridge_report`.
 
-    **No line proves a posterior right**; each names what it would have seen.
+    The population is the run's own, with fresh draws of its frozen proposal, where warm-up made one: then a report
+    takes seconds. For other runs, and by ``audit="full"``, `mode_audit` makes two that differ in kind.
+
+    ``verdict`` is the worst of the lines, and ``reason`` says whether something is wrong or there are not enough draws
+    yet. **No line proves a posterior right**; each names what it would have seen.
 
     Args:
         x: One of these.
@@ -48,11 +54,13 @@ def report(
             know it (an ArviZ container). Of a bridge: draws of its target, or a distribution.
         args: The model's positional arguments.
         kwargs: The model's keyword arguments.
-        modes: Of a run, container or posterior. True: audit with the defaults, two populations of the target. False: no
-            audit. A `ModeAudit`: one made before, with other options: ``modes=mode_audit(run, num_particles=4096)``.
+        audit: Of a run, container or posterior. ``"quick"``: by the run's own population; by two that are made for it
+            where it has none. ``"full"``: by two in any case. None: no audit. A `ModeAudit`: one made before, with
+            other options: ``audit=mode_audit(run, num_particles=4096)``.
         num_data_sets: Of an amortised posterior: data sets of its calibration, at least 20.
         source: Of a bridge: what it was to leave from.
         context: Of a bridge: contexts of the target's draws.
+        progress: Show a bar while populations are made.
 
     Raises:
         ImportError: Chains, and ArviZ is not installed.
@@ -73,12 +81,20 @@ def report(
         >>> found.verdict, found["R-hat"].verdict
         ('ok', 'ok')
     """
+    if not (audit is None or isinstance(audit, ModeAudit) or audit in ("quick", "full")):
+        raise ValueError(f'audit must be "quick", "full", None or a ModeAudit, got {audit!r}. Omit it for "quick".')
+    idle = audit is None or isinstance(audit, ModeAudit)
+    if target is not None and idle and not isinstance(x, Bridge):
+        raise ValueError(
+            "a run's target is for the audit, got it together with audit=None or one made before, which need none. "
+            "Leave one of them out."
+        )
     _check_options(
         x,
         target=target is not None,
         args=args != (),
         kwargs=bool(kwargs),
-        modes=modes is not True,
+        audit=audit != "quick",
         num_data_sets=num_data_sets != 200,
         source=source is not None,
         context=context is not None,
@@ -88,8 +104,8 @@ def report(
     if isinstance(x, AmortizedPosterior):
         return amortised_report(x, num_data_sets)
     if isinstance(x, Posterior):
-        return posterior_report(x, modes)
-    return chain_report(x, target, args, dict(kwargs or {}), modes)
+        return posterior_report(x, audit, progress)
+    return chain_report(x, target, args, dict(kwargs or {}), audit, progress)
 
 
 def _check_options(x: Any, **given: bool) -> None:
@@ -105,11 +121,6 @@ def _check_options(x: Any, **given: bool) -> None:
             "args and kwargs are the model's, got them without a model. Write report(x, model, args=(y,)), or leave "
             "them out: a run knows its own."
         )
-    if given["target"] and given["modes"]:
-        raise ValueError(
-            "a run's target is for the audit, got it together with modes, which needs none: False, or an audit made "
-            "before. Leave one of them out."
-        )
 
 
 def _options_of(x: Any) -> tuple[str, ...]:
@@ -118,9 +129,9 @@ def _options_of(x: Any) -> tuple[str, ...]:
     if isinstance(x, AmortizedPosterior):
         return ("num_data_sets",)
     if isinstance(x, Posterior):
-        return ("modes",)
+        return ("audit",)
     if (is_run(x) and not hasattr(x, "log_weights")) or is_container(x):
-        return ("target", "args", "kwargs", "modes")
+        return ("target", "args", "kwargs", "audit")
     raise TypeError(
         "x must be a finished MCMC, an ArviZ container, a Posterior, an AmortizedPosterior or a Bridge, got "
         f"{type(x).__name__}. {_cure(x)}"

@@ -3,7 +3,6 @@
 import inspect
 import logging
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from pyro_sb.infer.amortized.simulator import Simulations, Simulator, simulator
 from pyro_sb.infer.amortized.training_set import Store, TrainingSet, exchangeable_sites, training_set
 from pyro_sb.threads import chosen_threads
 from pyro_sb.training import FitHistory
+from pyro_sb.warn import warn
 
 __all__ = ["AmortizedPosterior"]
 
@@ -230,11 +230,9 @@ class AmortizedPosterior:
         except KeyboardInterrupt:
             if source.interrupted is not None:
                 self.simulations = source.interrupted
-                warnings.warn(
+                warn(
                     f"interrupted: {len(self.simulations.latents)} of {num} simulations were made and are kept. Write "
                     "fit(simulations=amortized.simulations) to learn from them.",
-                    RuntimeWarning,
-                    stacklevel=3,
                 )
             raise
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_sb.infer.amortized.simulator import Simulator
 from pyro_sb.infer.model.packing import Packing
+from pyro_sb.warn import warn
 
 __all__ = ["Features", "Observation", "read_observation"]
 
@@ -208,10 +209,8 @@ def check_values(values: Tensor, features: Features) -> None:
         )
     distance, farthest = features.distance(values)
     if distance > 1.5 * farthest + 1.0:
-        warnings.warn(
+        warn(
             f"y lies {distance:.3g} standard deviations from the simulations' mean in one of its entries or summaries; "
             f"the farthest simulation lies {farthest:.3g} away. The bridge extrapolates: check the data against the "
             "model, and trust importance or mcmc only.",
-            RuntimeWarning,
-            stacklevel=4,
         )

@@ -1,7 +1,6 @@
 """Posterior p(theta | y) at one observation, or at a batch: draws, weights, chains, and a guide."""
 
 import logging
-import warnings
 from functools import partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from pyro_sb.infer.model.log_joint import log_joint
 from pyro_sb.infer.model.run import Run
 from pyro_sb.infer.population.tempering import NormalLaw, temper, weighted_factor
 from pyro_sb.threads import chosen_threads
+from pyro_sb.warn import warn
 
 __all__ = ["Posterior"]
 
@@ -125,13 +125,11 @@ class Posterior:
         k_hat, share = torch.as_tensor(result.k_hat).reshape(-1), torch.as_tensor(result.ess_share).reshape(-1)
         flagged = ~(k_hat <= WORST_K)
         if bool(flagged.any()):
-            warnings.warn(
+            warn(
                 f"Pareto k of the importance weights is above {WORST_K} at {int(flagged.sum())} of {len(k_hat)} "
                 f"observations (largest {float(k_hat.max()):.2f}, effective share there at least "
                 f"{float(share[flagged].min()):.3f}): means under those weights may rest on a few draws. Use mcmc(), "
                 "or fit on more simulations.",
-                RuntimeWarning,
-                stacklevel=2,
             )
         return result
 
@@ -205,13 +203,11 @@ class Posterior:
                 cure="a larger num_proposals, or fit on more simulations",
             )
         facts |= {"start": "tempered", "levels": particles.num_levels}
-        warnings.warn(
+        warn(
             f"the bridge's weights are poor (Pareto k {facts['k_hat']:.2f}, effective share "
             f"{facts['effective share']:.3f}, at {num_poor} of {u.shape[1]} observations): the chains start from "
-            f"tempered sequential Monte Carlo ({particles.num_levels} levels). They are exact; compare two runs, and "
-            "raise num_proposals where they differ.",
-            RuntimeWarning,
-            stacklevel=3,
+            f"tempered sequential Monte Carlo ({particles.num_levels} levels). Their moves are exact; shares of modes "
+            f"may be off, as that start decides them: raise num_proposals (now {num}).",
         )
         return particles.points[torch.randperm(num, device=u.device)], particles.log_evidence
 

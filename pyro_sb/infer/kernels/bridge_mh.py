@@ -34,6 +34,7 @@ from pyro_sb.infer.mcmc.kernel import ModelKernel
 from pyro_sb.infer.moves.proposals import BridgeProposals, Proposals
 from pyro_sb.infer.population.coordinates import choose_coordinates
 from pyro_sb.infer.population.population import POOR_SHARE, populate
+from pyro_sb.warn import warn
 
 __all__ = ["BridgeMH"]
 
@@ -237,12 +238,10 @@ class BridgeMH(ModelKernel):
         logger.info("%s", self.describe())
         acceptance = self.frozen.acceptance["bridge"]
         if not acceptance >= LEAST_ACCEPTANCE:
-            warnings.warn(
+            warn(
                 f"The bridge's own move accepts {acceptance:.3f} < {LEAST_ACCEPTANCE}: chains hardly cross between "
-                "modes, and the start decides the modes' shares. Fit the bridge to more draws of this target, raise "
-                f"num_proposals (now {self.num_proposals}), or use KernelLangevin.",
-                RuntimeWarning,
-                stacklevel=4,
+                "modes, so that shares of modes may be off, as the start decides them. Fit the bridge to more draws of "
+                f"this target, or raise num_proposals (now {self.num_proposals}).",
             )
 
     def _fitted_proposals(self) -> Proposals:

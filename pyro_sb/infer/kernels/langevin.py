@@ -2,7 +2,6 @@ r"""KernelLangevin, exact MCMC by :math:`N(x + c(m(x) - x), (1 - A_\tau^2) K)` o
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from pyro_sb.infer.population.coordinates import choose_coordinates
 from pyro_sb.infer.population.population import Population
 from pyro_sb.infer.population.rounds import temper_weights
 from pyro_sb.ops.student_mixture import StudentMixture, weighted_covariance, within_covariance
+from pyro_sb.warn import warn
 from pyro_sb.weights import normalise
 
 __all__ = ["KernelLangevin"]
@@ -174,11 +174,9 @@ class KernelLangevin(ModelKernel):
         logger.info("moves: %s", self.frozen.describe())
         index = self.frozen.acceptance.get("index", 1.0)
         if index < 0.05:
-            warnings.warn(
-                f"The index move accepts {index:.3f} < 0.05: chains hardly cross between modes, and the start decides "
-                f"the modes' shares. Raise num_particles (now {self.num_particles}), or reparametrise the model.",
-                RuntimeWarning,
-                stacklevel=4,
+            warn(
+                f"The index move accepts {index:.3f} < 0.05: chains hardly cross between modes, and shares of modes "
+                f"may be off, as the start decides them. Raise num_particles (now {self.num_particles}).",
             )
 
     def _starts(self, num: int) -> Tensor:

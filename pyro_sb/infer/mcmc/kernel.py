@@ -3,7 +3,6 @@ r"""Contract of kernels that learn moves in warm-up, freeze them and walk: :math
 `WalkingKernel` is the contract of Pyro and of `MCMC`; `ModelKernel` its form for a model or a ``potential_fn``.
 """
 
-import warnings
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from pyro_sb.infer.model.log_joint import LogJoint, log_joint
 from pyro_sb.infer.population.coordinates import NonCentred
 from pyro_sb.infer.population.population import Population
 from pyro_sb.threads import chosen_threads
+from pyro_sb.warn import warn
 
 __all__ = ["ModelKernel", "WalkingKernel"]
 
@@ -184,12 +184,10 @@ class WalkingKernel(MCMCKernel):
         objection = self._target.recheck(walk.x)
         if objection is None:
             return walk
-        warnings.warn(
+        warn(
             "A batch of chains is not what single chains are, where they stand after warm-up: what warm-up learnt was "
             f"wrong ({objection}). It learns again, and the draws are right but slower, by {self._target.route}. Write "
             "the model so that chains can be a leading dimension: dim=-1 in means and sums.",
-            RuntimeWarning,
-            stacklevel=5,
         )
         self.frozen = None
         self._prepare()

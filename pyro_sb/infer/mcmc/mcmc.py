@@ -14,7 +14,7 @@ A kernel takes part by the *batched protocol*: it is a :class:`~pyro.infer.mcmc.
 
 import dataclasses
 import logging
-import warnings
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,6 +32,7 @@ from pyro.util import optional
 from torch import Tensor
 
 from pyro_sb.infer.mcmc.record import (
+    SAME,
     Block,
     Record,
     floating,
@@ -40,9 +41,11 @@ from pyro_sb.infer.mcmc.record import (
     per_chain,
     site_diagnostics,
     states,
+    worst_r_hat,
 )
 from pyro_sb.infer.model.run import Run
 from pyro_sb.threads import chosen_threads
+from pyro_sb.warn import warn
 
 __all__ = ["MCMC"]
 
@@ -76,6 +79,8 @@ class MCMC(api.MCMC):
     Attributes:
         sample_stats: After a run, the kernel's statistics, each of shape ``(num_chains, num_samples)``.
         evaluations: After a run, what the kernel evaluated, counted in rows (one row: one chain, once).
+        seconds: After a run, wall time of ``"warmup"``, what the kernel learns before its first step included, and of
+            ``"sampling"``.
 
     Raises:
         TypeError: The kernel has no ``sample_block``.
@@ -132,6 +137,7 @@ class MCMC(api.MCMC):
         self.save_params = None if save_params is None else _names(save_params)
         self.sample_stats: dict[str, Tensor] = {}
         self.evaluations: Any = None
+        self.seconds: dict[str, float] = {}
         self._num_requested = num_samples
         self._user_transforms = transforms
         self._samples: dict[str, Tensor] | None = None
@@ -166,7 +172,7 @@ class MCMC(api.MCMC):
                     raise KeyboardInterrupt("interrupted in warm-up: no draws were made.") from interrupt
                 self._adopt(record, args, kwargs)
                 made = f"{record.num_draws} of {self._num_requested} draws a chain"
-                warnings.warn(f"interrupted: {made} were made and are kept.", stacklevel=2)
+                warn(f"interrupted: {made} were made and are kept.", UserWarning)
             except Exception as error:
                 if record.num_draws > 0:
                     self._adopt(record, args, kwargs)
@@ -176,6 +182,7 @@ class MCMC(api.MCMC):
                 raise
             else:
                 self._adopt(record, args, kwargs)
+                self._warn_of_r_hat()
 
     @contextmanager
     def _prepared_kernel(self) -> Iterator[None]:
@@ -198,6 +205,7 @@ class MCMC(api.MCMC):
 
     def _draw(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the kernel up, warm it up, and collect blocks of draws."""
+        begun = time.perf_counter()
         self._setup_kernel(self.warmup_steps, args, kwargs)
         record.open(self.kernel.log_joint)
         progress = ProgressBar(self.warmup_steps, self._num_requested, disable=self.disable_progbar)
@@ -206,6 +214,8 @@ class MCMC(api.MCMC):
             params = self.kernel.initial_params
             for stage, num_steps in (("Warmup", self.warmup_steps), ("Sample", self._num_requested)):
                 progress.set_description(stage, refresh=False)
+                if stage == "Sample":
+                    record.warmup_seconds = time.perf_counter() - begun
                 for start, size in _blocks(num_steps, single=self.hook_fn is not None):
                     block = self.kernel.sample_block(params, size)
                     if stage == "Sample":
@@ -217,6 +227,7 @@ class MCMC(api.MCMC):
                         self.hook_fn(self.kernel, params, stage, start)
         finally:
             progress.close()
+            record.seconds = time.perf_counter() - begun
 
     def _adopt(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Make a record's draws this object's results."""
@@ -231,8 +242,21 @@ class MCMC(api.MCMC):
             self._samples[name] = self.transforms[name].inv(self._samples[name])
         self._samples.update(record.deterministic())
         self.sample_stats = record.statistics()
+        self.seconds = {"warmup": record.warmup_seconds, "sampling": record.seconds - record.warmup_seconds}
         self.evaluations = dataclasses.replace(self._log_joint.evaluations)
         self._diagnostics = per_chain(self.kernel.diagnostics(), self.sample_stats.get("diverging"), self.num_chains)
+
+    def _warn_of_r_hat(self) -> None:
+        """Say so where chains disagree; of one chain, or under four draws, nothing is known."""
+        if self.num_chains == 1 or self.num_samples < 4:
+            return
+        name, r_hat = worst_r_hat(self._results())
+        if r_hat > SAME:
+            shown = f"{r_hat:.3f}" if r_hat < 100 else "over 99"
+            warn(
+                f"R-hat is {shown} > {SAME} (worst: {name}): not enough draws yet, or chains stuck, so that means and "
+                f"shares of modes may be off. Raise num_samples (now {self.num_samples})."
+            )
 
     def _results(self) -> dict[str, Tensor]:
         if self._samples is None:
@@ -295,10 +319,13 @@ class MCMC(api.MCMC):
         Raises:
             RuntimeError: There was no run.
         """
-        figures: dict[str, Any] = {name: site_diagnostics(value) for name, value in self._results().items()}
-        for key in self._diagnostics[0]:
-            figures[key] = {f"chain {i}": entry[key] for i, entry in enumerate(self._diagnostics)}
-        return figures
+        return {name: site_diagnostics(value) for name, value in self._results().items()} | self._kernel_figures()
+
+    def _kernel_figures(self) -> dict[str, Any]:
+        """The kernel's own figures of every chain."""
+        return {
+            key: {f"chain {i}": entry[key] for i, entry in enumerate(self._diagnostics)} for key in self._diagnostics[0]
+        }
 
     def summary(self, prob: float = 0.9) -> None:
         r"""Print Pyro's table (mean, sd, median, credible interval, n_eff, r_hat) and the number of divergences.
@@ -377,8 +404,9 @@ class MCMC(api.MCMC):
             log_joint=getattr(self.kernel, "log_joint", None),
             sample_stats=self.sample_stats,
             kernel=self.kernel,
-            figures=self.diagnostics,
+            figures=self._kernel_figures,
             discrete=partial(self.get_discrete_samples, group_by_chain=True),
+            seconds=self.seconds,
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 r"""The draws of a run as they arrive: blocks of steps of every chain."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,11 @@ __all__ = [
     "per_chain",
     "site_diagnostics",
     "states",
+    "worst_r_hat",
 ]
+
+
+SAME = 1.01  # R-hat of chains that agree
 
 
 class Block(NamedTuple):
@@ -56,6 +62,7 @@ class Record:
     def __init__(self, save_params: Sequence[str] | None) -> None:
         self.num_draws = 0
         self.num_diverging = 0
+        self.warmup_seconds = self.seconds = 0.0
         self._wanted = save_params
         self._log_joint: Any = None
         self._blocks: list[BlockDraws] = []
@@ -146,6 +153,37 @@ def moving_entries(name: str, value: Tensor) -> dict[str, Tensor]:
         f"{name}{place}".replace(" ", ""): value[(slice(None), slice(None), *place)]
         for place in moving.nonzero().tolist()
     }
+
+
+def worst_r_hat(samples: dict[str, Tensor]) -> tuple[str, float]:
+    """The number of the largest split R-hat, and that: of the draws or of their normal scores, whichever is smaller.
+
+    One draw of a heavy tail moves the first and ties move the second; chains that disagree move both.
+
+    Args:
+        samples: Draws by site, ``(chains, draws, *site)``, at least four a chain.
+    """
+    name, worst = "", -math.inf
+    for site, value in samples.items():
+        if value.is_complex() or not value.numel():
+            continue
+        found = stats.split_gelman_rubin(floating(value)).reshape(-1).nan_to_num(-math.inf, math.inf, -math.inf)
+        high = (found > max(worst, SAME)).nonzero().flatten().tolist()
+        for i in sorted(high, key=found.tolist().__getitem__, reverse=True):
+            if float(found[i]) <= worst:
+                break
+            column = floating(value).flatten(2)[..., i] if value.dim() > 2 else floating(value)
+            figure = min(float(found[i]), float(stats.split_gelman_rubin(_normal_scores(column))))
+            if figure > worst:
+                index = list(product(*map(range, value.shape[2:])))[i]
+                name, worst = site + (f"[{', '.join(map(str, index))}]" if index else ""), figure
+    return name, worst
+
+
+def _normal_scores(column: Tensor) -> Tensor:
+    """Normal quantiles of the ranks of all draws ``(chains, draws)``."""
+    ranks = column.reshape(-1).argsort().argsort().to(torch.float64)
+    return torch.special.ndtri((ranks + 0.625) / (ranks.numel() + 0.25)).reshape(column.shape)
 
 
 def per_chain(diagnostics: dict[str, Any], diverging: Tensor | None, num_chains: int) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pyro_sb.threads import Pace
+from pyro_sb.warn import warn
 
 __all__ = [
     "NATS",
@@ -133,7 +134,7 @@ class Runner:
         self.reasons.append(f"{self.left.pop(0)}: {reason}")
         self._sizes.clear()
         if len(self.left) == 1 and self.advice:
-            warnings.warn(self.advice.format(reasons="; ".join(self.reasons)), RuntimeWarning, stacklevel=4)
+            warn(self.advice.format(reasons="; ".join(self.reasons)))
 
 
 def described(error: Exception) -> str:

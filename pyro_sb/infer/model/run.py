@@ -32,6 +32,7 @@ class Run:
         kernel: What made the draws.
         figures: Gives the kernel's figures.
         discrete: Gives draws of enumerated sites that belong to the draws; None if there are none to be had.
+        seconds: Wall time of ``"warmup"`` and of ``"sampling"``, where the sampler has it.
 
     Example:
         >>> import torch
@@ -50,6 +51,7 @@ class Run:
     kernel: Any = None
     figures: Callable[[], Mapping[str, Any]] = dict
     discrete: Callable[[], Sites] | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def draws(self) -> Sites:

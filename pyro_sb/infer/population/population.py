@@ -5,7 +5,6 @@ mixture that is fitted to both weigh them.
 """
 
 import logging
-import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -41,6 +40,7 @@ from pyro_sb.infer.population.sources import (
 from pyro_sb.infer.population.tempering import MixtureLaw, temper, within_factor
 from pyro_sb.ops.student_mixture import StudentMixture
 from pyro_sb.threads import run_by_arguments
+from pyro_sb.warn import warn
 from pyro_sb.weights import log_evidence, normalise, pareto_k, systematic_resample
 
 __all__ = ["FAIR_SHARE", "POOR_SHARE", "Population", "honest_evidence", "populate"]
@@ -75,6 +75,7 @@ class Population:
         sources: What each source of regions met; none for given points.
         excess: Nats by which the largest weights of walking chains exceed those of the draws: above 1 there are regions
             that the mixture misses.
+        rare: Share of the evidence in maxima that three ascents or fewer met: more of their kind may be unmet.
     """
 
     points: Tensor
@@ -91,6 +92,7 @@ class Population:
     evaluations: Evaluations
     sources: tuple[Source, ...] = ()
     excess: float = 0.0
+    rare: float = 0.0
 
     @property
     def weights(self) -> Tensor:
@@ -220,18 +222,20 @@ def populate(
         evaluations=log_joint.evaluations.since(before),
         sources=beginning.sources,
         excess=excess,
+        rare=beginning.rare,
     )
     logger.info("population: %s", "; ".join(stages))
-    _warn(result, num_particles)
+    _warn(result, num_particles, flat=log_joint.prototype is None or bool(log_joint.prototype.improper))
     return result
 
 
 class Beginning(NamedTuple):
-    """A first mixture, the number of maxima met, and what the sources did."""
+    """A first mixture, the number of maxima met, what the sources did, and the evidence in maxima met seldom."""
 
     core: StudentMixture
     num_modes: int = 0
     sources: tuple[Source, ...] = ()
+    rare: float = 0.0
 
 
 def _from_both(archive: Archive, num: int, hints: Tensor | None, fair_share: float, stages: list[str]) -> Beginning:
@@ -262,7 +266,7 @@ def _from_both(archive: Archive, num: int, hints: Tensor | None, fair_share: flo
     if core is None:
         core = wide_mixture(joint)
         archive.add(core, num, HEAVY_GUARD)
-    return Beginning(core, len(found.optima.points), (search, found.source))
+    return Beginning(core, len(found.optima.points), (search, found.source), found.optima.rare)
 
 
 def _laplace(archive: Archive, optima: Optima, num: int, stages: list[str]) -> tuple[StudentMixture | None, float]:
@@ -352,21 +356,17 @@ def honest_evidence(log_weights: Tensor) -> tuple[float, float]:
     return value, error * len(log_weights) ** max(0.0, min(k, 1.0) - 0.5)
 
 
-def _warn(result: Population, num: int) -> None:
-    """What follows for the result where a population is poor or a walk left it."""
+def _warn(result: Population, num: int, flat: bool) -> None:
+    """What follows for the result where a population is poor or a walk left it; ``flat``: the prior may be improper."""
     if result.ess_share < POOR_SHARE:
-        warnings.warn(
+        infinite = " A flat prior without data has no normaliser at all." if flat else ""
+        warn(
             f"The population is poor: its effective share is {result.ess_share:.3f} < {POOR_SHARE} of {num} draws. "
-            f"Shares of modes and tails may be off. Raise num_particles (now {num}), reparametrise the model, or give "
-            "points by start=. A flat prior without data has no normaliser at all.",
-            RuntimeWarning,
-            stacklevel=4,
+            f"Shares of modes and tails may be off. Raise num_particles (now {num}).{infinite}"
         )
     elif result.excess > CUT:
-        warnings.warn(
+        warn(
             f"Tails may be cut: walking chains met weights {result.excess:.1f} nats above those of the draws (at most "
-            f"{CUT:g} are harmless). Chains that start here move there slowly: run them long, raise num_particles (now "
-            f"{num}), or reparametrise the model.",
-            RuntimeWarning,
-            stacklevel=4,
+            f"{CUT:g} are harmless), and chains that start here reach those regions slowly. Raise num_particles (now "
+            f"{num}), and run long."
         )

@@ -21,7 +21,7 @@ def model(y):
 
 
 def of(**sites):
-    return report(to_container({"posterior": sites}), modes=False)
+    return report(to_container({"posterior": sites}), audit=None)
 
 
 def run_by(kernel, figures=None, num_diverging=0):
@@ -105,7 +105,7 @@ def test_a_run_of_a_potential_is_audited():
 
 def test_why_there_was_no_audit_keeps_its_cure():
     note = report(run_by(None))["modes"].note
-    assert "Pass the model" in note and "modes=" in note
+    assert "Pass the model" in note and "audit=" in note
 
 
 # ---- what kernels knew ----
@@ -113,22 +113,22 @@ def test_why_there_was_no_audit_keeps_its_cure():
 
 def test_moves_are_called_what_they_are():
     figures = {"acceptance bridge": {"chain 0": 0.9}, "acceptance index": {"chain 0": 0.5}}
-    langevin = report(run_by(KernelLangevin(model), figures), modes=False)
+    langevin = report(run_by(KernelLangevin(model), figures), audit=None)
     assert "local move" in langevin["acceptance bridge"].note and "whole points" in langevin["acceptance index"].note
-    proposals = report(run_by(BridgeMH(model, LightSB), figures), modes=False)["acceptance bridge"]
+    proposals = report(run_by(BridgeMH(model, LightSB), figures), audit=None)["acceptance bridge"]
     assert "whole points" in proposals.note
     assert not any("cross" in line.note for line in [*langevin.lines, proposals] if line.name != "modes")
-    idle = report(run_by(KernelLangevin(model), {"acceptance bridge": {"chain 0": 0.004}}), modes=False)
+    idle = report(run_by(KernelLangevin(model), {"acceptance bridge": {"chain 0": 0.004}}), audit=None)
     assert idle["acceptance bridge"].verdict == "look" and "rely on the others" in idle["acceptance bridge"].note
 
 
 def test_a_single_divergence_is_spared_where_no_step_can_be_set():
     ours, nuts = KernelLangevin(model), pyro.infer.NUTS(model)
-    assert report(run_by(ours, num_diverging=1), modes=False)["divergences"].verdict == "ok"
-    assert report(run_by(nuts, num_diverging=1), modes=False)["divergences"].verdict == "look"
-    some = report(run_by(ours, num_diverging=2), modes=False)["divergences"]
+    assert report(run_by(ours, num_diverging=1), audit=None)["divergences"].verdict == "ok"
+    assert report(run_by(nuts, num_diverging=1), audit=None)["divergences"].verdict == "look"
+    some = report(run_by(ours, num_diverging=2), audit=None)["divergences"]
     assert some.verdict == "look" and "num_particles" in some.note and "step" not in some.note
-    assert report(run_by(ours, num_diverging=9), modes=False)["divergences"].verdict == "bad"
+    assert report(run_by(ours, num_diverging=9), audit=None)["divergences"].verdict == "bad"
 
 
 # ---- options ----
@@ -138,10 +138,11 @@ def test_a_single_divergence_is_spared_where_no_step_can_be_set():
     ("x", "options", "message"),
     [
         (LightSB(2), {"num_data_sets": 50}, "LightSB uses target, source, context, got num_data_sets too"),
-        (LightSB(2), {"modes": False}, "got modes too"),
-        (run_by(None), {"source": torch.zeros(5, 2)}, "Run uses target, args, kwargs, modes, got source"),
+        (LightSB(2), {"audit": None}, "got audit too"),
+        (run_by(None), {"source": torch.zeros(5, 2)}, "Run uses target, args, kwargs, audit, got source"),
+        (run_by(None), {"audit": "slow"}, 'audit must be "quick", "full", None or a ModeAudit, got .slow'),
         (run_by(None), {"args": (1,)}, "args and kwargs are the model's, got them without a model"),
-        (run_by(None), {"target": model, "modes": False}, "got it together with modes"),
+        (run_by(None), {"target": model, "audit": None}, "got it together with audit=None"),
     ],
 )
 def test_an_option_that_would_not_be_used_is_refused_by_name(x, options, message):
@@ -174,5 +175,5 @@ def test_a_larger_audit_is_asked_for_in_words_that_the_report_takes():
     y = torch.tensor(6.0, dtype=F64)
     audit = mode_audit(half, mirrored, args=(y,), num_particles=100)
     object.__setattr__(audit.populations[0], "ess_share", 0.001)
-    found = report(to_container({"posterior": {"mu": half["mu"].numpy()}}), modes=audit)
-    assert "modes=mode_audit(..., num_particles=400)" in found["modes: populations"].note
+    found = report(to_container({"posterior": {"mu": half["mu"].numpy()}}), audit=audit)
+    assert "audit=mode_audit(..., num_particles=400)" in found["modes: populations"].note

@@ -49,7 +49,7 @@ def test_our_kernel_is_ok_and_says_what_it_knew():
     mcmc.run(Y)
     found = report(mcmc)
     assert found.verdict == "ok" and found["population"].verdict == "ok" and found["acceptance index"].verdict == "ok"
-    seen = report(mcmc, modes=found.details["modes"])
+    seen = report(mcmc, audit=found.details["modes"])
     assert seen.details["modes"] is found.details["modes"]
 
 
@@ -57,7 +57,7 @@ def test_a_container_needs_the_model_for_its_modes():
     container = to_arviz(Run({"mu": half()}, mirrored, (Y,)))
     without = report(container)
     assert without["modes"].verdict == "look" and "pass model and args" in without["modes"].note
-    assert report(container, modes=False)["modes"].verdict == "-"
+    assert report(container, audit=None)["modes"].verdict == "-"
     assert report(container, mirrored, args=(Y,))["modes: draws"].verdict == "bad"
 
 
@@ -119,7 +119,7 @@ def test_a_posterior_is_weighed_and_its_modes_compared(amortized, monkeypatch):
     batch = report(amortized.condition(torch.zeros(3, 2)))
     assert "worst of 3 observations" in batch["Pareto k-hat"].value and batch["modes"].verdict == "-"
     monkeypatch.setattr(amortized._rows, "factor", 0.3 * amortized._rows.factor)
-    assert report(amortized.condition(torch.tensor([0.5, -0.5])), modes=False)["Pareto k-hat"].verdict == "bad"
+    assert report(amortized.condition(torch.tensor([0.5, -0.5])), audit=None)["Pareto k-hat"].verdict == "bad"
 
 
 def test_a_bridge_has_its_own():
@@ -149,5 +149,5 @@ def test_the_worst_line_decides_and_html_escapes():
     found = Report("title", lines)
     assert found.verdict == "look" and Report("title", lines[1:2]).verdict == "-"
     assert "1 &lt; 2" in found._repr_html_() and "title: look" in found._repr_html_()
-    assert str(found).splitlines()[0] == "title: look, something to look at"
+    assert str(found).splitlines()[0] == "title: look, something to look at (c)"
     assert all(len(line) == len(line.rstrip()) for line in str(found).splitlines())

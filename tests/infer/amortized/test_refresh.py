@@ -204,7 +204,7 @@ def test_divergences_of_a_batch_are_counted_by_chain_and_their_share_by_observat
     mcmc.run()
     assert calls[1:] == [str(10 * n) for n in range(1, 7)]  # a chain's draw counts once
     torch.testing.assert_close(mcmc.sample_stats["diverging_share"], torch.full((10, 6), 0.5))
-    (line,) = (line for line in report(mcmc, modes=False).lines if line.name == "divergences")
+    (line,) = (line for line in report(mcmc, audit=None).lines if line.name == "divergences")
     assert line.value == "60 (50.0% an observation)" and line.verdict == "bad"
 
 

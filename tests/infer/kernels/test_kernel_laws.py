@@ -107,7 +107,7 @@ def test_trajectories_that_diverge_are_flagged_and_the_report_says_so(name):
         assert bool(flagged.all())
     listed = mcmc.diagnostics()["divergences"]
     assert listed == {f"chain {i}": row.nonzero().flatten().tolist() for i, row in enumerate(flagged)}
-    (line,) = (line for line in report(mcmc, modes=False).lines if line.name == "divergences")
+    (line,) = (line for line in report(mcmc, audit=None).lines if line.name == "divergences")
     assert line.verdict == "bad" and line.value.startswith(str(int(flagged.sum())))
     assert f"divergences: {int(flagged.sum())} (" in repr(mcmc)
 
@@ -119,7 +119,7 @@ def test_without_trajectories_there_is_no_step_to_set_and_nothing_diverges(name)
     with pytest.raises(AttributeError, match=r'step_size is that of trajectories.*Write local="hmc"'):
         set_step(kernel)
     assert not bool(mcmc.sample_stats["diverging"].any())
-    (line,) = (line for line in report(mcmc, modes=False).lines if line.name == "divergences")
+    (line,) = (line for line in report(mcmc, audit=None).lines if line.name == "divergences")
     assert line.verdict == "ok"
 
 
