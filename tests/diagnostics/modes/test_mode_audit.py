@@ -96,10 +96,10 @@ def test_chains_that_hardly_cross_cannot_tell():
 
 def test_a_mode_of_the_draws_alone_is_asked_about():
     def log_prob(z):  # the second mode is so far that no search from near 0 goes there
-        return torch.logsumexp(torch.stack([-z.square().sum(-1), -(z - 300).square().sum(-1)]) / 2, 0)
+        return torch.logsumexp(torch.stack([-z.square().sum(-1), -(z - 30_000).square().sum(-1)]) / 2, 0)
 
     joint = LogJoint.from_batched(log_prob, 2)
-    far = torch.cat([torch.randn(4, 300, 2, dtype=F64), 300 + torch.randn(4, 100, 2, dtype=F64)], 1)
+    far = torch.cat([torch.randn(4, 300, 2, dtype=F64), 30_000 + torch.randn(4, 100, 2, dtype=F64)], 1)
     audit = mode_audit(far, joint)
     assert audit.num_modes == 2 and audit.verdict != "ok"
     assert float(audit.pooled.min()) < 1e-6

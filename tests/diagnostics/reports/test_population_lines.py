@@ -128,7 +128,7 @@ def test_the_full_audit_holds_two_kinds_against_each_other(run):
 def test_a_bridges_evidence_stands_beside_the_populations():
     mcmc = MCMC(BridgeMH(mirrored), num_samples=200, num_chains=32, disable_progbar=True)
     mcmc.run(Y)
-    assert "the bridge agrees" in report(mcmc)["evidence"].note
+    assert "agrees" in report(mcmc)["evidence"].note
 
 
 def test_non_centred_walks_are_compared_in_the_models_own_coordinates():
