@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyro
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +18,7 @@ def test_the_first_example_has_fifteen_lines():
 
 def test_code_blocks_run_one_after_the_other(capsys):
     names: dict[str, Any] = {}
+    pyro.set_rng_seed(1)  # of ten seeds one or two give the amortised posterior a k-hat just above .7, and a warning
     for block in BLOCKS:
         exec(compile(block.replace("num_samples=500", "num_samples=50"), "README.md", "exec"), names)
     share = float((names["mcmc"].get_samples()["place"][:, 1] > 0).double().mean())

@@ -168,7 +168,7 @@ def populate(
 
     Args:
         log_joint: Target on the unconstrained vector.
-        num_particles: Draws N of a round, at least 50. More than 1,024 raise the number of tempered particles too.
+        num_particles: Draws N of a round, at least 50; the number of tempered particles follows it.
         start: ``"search"`` for both sources, ``"prior"`` for the second alone, or points of shape ``(M, dim)``.
         check_share: Effective share in [0, 1] above which given points need no tempering.
         fair_share: Effective share in [0, 1] above which a mixture serves as it is; under half of it chains walk long.

@@ -56,9 +56,9 @@ def affordable(joint: LogJoint, least: bool, num_particles: int = 1024) -> Effor
     Args:
         joint: The target.
         least: Whether a scout is enough.
-        num_particles: Size of the population: more than 1,024 ask for more here too, in proportion.
+        num_particles: Size of the population: more or fewer than 1,024 ask for more or fewer here, in proportion.
     """
-    scale = max(1.0, num_particles / 1024)
+    scale = num_particles / 1024
     num = 2 ** round(math.log2(scale * AFFORDABLE / (1 + joint.run_size / NUMBERS)))
     num = min(round(scale * MOST), max(FEWEST, num))
     return Effort(num, 0.3, 2, 2) if least and num < MOST else Effort(num, 0.5, 3, 4)
