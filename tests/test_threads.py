@@ -483,7 +483,7 @@ def test_a_run_puts_threads_back(name, monkeypatch):
     before = counts()
     RUNS[name]()
     assert counts() == before
-    left, density = 6 if "importance" in name else 40, module.Pace.start  # past what is tried and done without
+    left, density = 6 if "importance" in name else 25, module.Pace.start  # past what is tried and done without
 
     def failing(self, *args, **kwargs):
         nonlocal left
