@@ -331,10 +331,10 @@ def descend(bridge: MixtureBridge, ends: Ends, options: LightOptions, loss: Call
     return history
 
 
-class Likelihood:
-    r"""Adam down the likelihood loss :math:`E \log c(y_0) - E \log v(y_1)`: KL to the bridge, up to a constant."""
+class Descent:
+    """Adam down the loss of minibatches, whichever it is."""
 
-    name, num_updates = "likelihood", 5000
+    num_updates = 5000
 
     def check(self, bridge: MixtureBridge) -> None:
         """Refuse nothing."""
@@ -346,22 +346,24 @@ class Likelihood:
 
     def loss(self, process: MixtureProcess, ends: Ends, batch_size: int) -> Tensor:
         """Loss of a minibatch, in nats up to a constant."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss.")
+
+
+class Likelihood(Descent):
+    r"""Adam down the likelihood loss :math:`E \log c(y_0) - E \log v(y_1)`: KL to the bridge, up to a constant."""
+
+    name = "likelihood"
+
+    def loss(self, process: MixtureProcess, ends: Ends, batch_size: int) -> Tensor:
+        """Loss of a minibatch, in nats up to a constant."""
         target = ends.target.batch(batch_size)
         return process.likelihood(ends.source.batch(batch_size).points, target)
 
 
-class Matching:
+class Matching(Descent):
     r"""Adam down the matching loss, whose minimiser is the likelihood's: see `LightSBM`."""
 
-    name, num_updates = "matching", 5000
-
-    def check(self, bridge: MixtureBridge) -> None:
-        """Refuse nothing."""
-
-    def solve(self, bridge: MixtureBridge, ends: Ends, options: LightOptions) -> FitHistory:
-        """Start, and make the updates."""
-        process = begin(bridge, ends)
-        return descend(bridge, ends, options, lambda: self.loss(process, ends, options.fit.batch_size))
+    name = "matching"
 
     def loss(self, process: MixtureProcess, ends: Ends, batch_size: int) -> Tensor:
         """Loss of a minibatch, in nats up to a constant."""

@@ -35,6 +35,9 @@ def sources_line(population: Population) -> Line | None:
     if population.rare > SELDOM:
         note = f"{population.rare:.1%} of the evidence lies in maxima met three times or less: there may be more"
         return Line("sources", value, "look", note)
+    if tempered.instead:
+        note = f"particles from the {tempered.name}, not from the prior: {tempered.instead}"
+        return Line("sources", value, "look", note)
     least = f"a region under {tempered.capacity:.1g} of {tempered.num} particles at every temperature may be missed"
     return Line("sources", value, "ok", least)
 

@@ -60,8 +60,9 @@ def affordable(joint: LogJoint, least: bool, num_particles: int = 1024) -> Effor
     """
     scale = num_particles / 1024
     num = 2 ** round(math.log2(scale * AFFORDABLE / (1 + joint.run_size / NUMBERS)))
-    num = min(round(scale * MOST), max(FEWEST, num))
-    return Effort(num, 0.3, 2, 2) if least and num < MOST else Effort(num, 0.5, 3, 4)
+    most = round(scale * MOST)
+    num = min(most, max(FEWEST, num))
+    return Effort(num, 0.3, 2, 2) if least and num < most else Effort(num, 0.5, 3, 4)
 
 
 class PriorLaw:
@@ -129,6 +130,7 @@ class Source:
         num_levels: Temperatures.
         exponent: Of the likelihood that the particles reached: 1 unless the budget ended before.
         failure: Why there are no particles; empty where there are.
+        instead: Why particles did not start from a prior that can be drawn; empty where they did, or it cannot.
     """
 
     name: str
@@ -138,6 +140,7 @@ class Source:
     num_levels: int = 0
     exponent: float = 1.0
     failure: str = ""
+    instead: str = ""
 
     @property
     def capacity(self) -> float:
@@ -154,7 +157,7 @@ class Source:
             f"tempered from the {self.name}: {self.num} particles, {self.num_levels} temperatures"
             + (f", unfinished at exponent {self.exponent:.3g}" if self.exponent < 1 else "")
             + f", {self.new} more maxima; a region that holds under {self.capacity:.1g} of the particles at every "
-            "temperature may be missed"
+            "temperature may be missed" + (f". Not from the prior: {self.instead}" if self.instead else "")
         )
 
 
@@ -196,6 +199,7 @@ def temper_and_climb(joint: LogJoint, optima: Optima | None, effort: Effort) -> 
             max(0, len(more.points) - len(known.points)),
             particles.num_levels,
             float(particles.levels[-1].exponent[0]),
+            instead=failure,
         )
         return Tempered(more, particles, law, effort, source)
     return Tempered(known, None, last, effort, Source("wide law", effort.num, len(known.points), failure=failure))

@@ -164,6 +164,23 @@ def test_the_second_source_says_what_it_may_miss():
     assert "may be missed" in source.describe()
 
 
+def test_a_prior_that_the_data_hardly_allow_is_said_with_its_share():
+    def model():
+        a = pyro.sample("a", dist.Normal(torch.zeros((), **F64), 1.0))
+        pyro.factor("gate", torch.where(a > 4.5, 0.0, -torch.inf))
+
+    joint = log_joint(model, initial_params={"a": torch.tensor(5.0, **F64)})
+    source = temper_and_climb(joint, find_optima(joint), Effort(512, 0.5, 2, 4)).source
+    assert source.name == "wide law"
+    assert "of 512" in source.instead and source.instead in source.describe()
+
+
+def test_small_populations_scout_no_less_than_large_ones_in_proportion():
+    joint = LogJoint.from_batched(lambda z: -z.square().sum(-1), dim=2)
+    small, large = (affordable(joint, True, num) for num in (256, 4096))
+    assert (16 * small.num, small[1:]) == (large.num, large[1:])
+
+
 def test_long_runs_of_a_model_get_fewer_particles():
     def model(num):
         a = pyro.sample("a", dist.Normal(torch.zeros((), **F64), 1.0))
