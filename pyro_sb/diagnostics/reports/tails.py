@@ -105,18 +105,16 @@ class TailAudit:
         rest, axis = divmod(int(z.argmax()), z.shape[2])
         side, level = divmod(rest, z.shape[1])
         place = (side, level, axis)
-        value = (
-            f"P({self.names[axis]} {'<>'[side]} {float(self.points[place]):.3g}): {float(self.shares[place]):.4f}, "
-            f"population {LEVELS[level]}, ratio {float(self.ratio[place]):.2f}, z {float(self.z[place]):.1f}"
-        )
+        where = f"P({self.names[axis]} {'<>'[side]} {float(self.points[place]):.3g})"
+        value = f"{where} {float(self.shares[place]):.4f} for {LEVELS[level]}, z {float(self.z[place]):.1f}"
         return Line("tails", value, self.verdict, self._note(bool(self.ratio[place] < 1)), short)
 
     def _stuck_line(self, short: bool) -> Line:
         side, axis = divmod(int(self.longest.argmax()), len(self.names))
         place = f"{self.names[axis]} {'<>'[side]} {float(self.points[side, STAYED, axis]):.3g}"
         stay = f"for {int(self.longest[side, axis])} of {self.sizes[1]} draws"
-        value = f"one chain stayed at {place}, a tail of {LEVELS[STAYED]:.0%}, {stay}"
-        note = "a chain sticks in a tail, so that its share rests on few visits: run longer, with a local move"
+        value = f"one chain stayed at {place} {stay}"
+        note = f"a {LEVELS[STAYED]:.0%} tail, whose share rests on few visits: run longer, with a local move"
         return Line("tails", value, self.verdict, note, short)
 
     def _note(self, less: bool) -> str:

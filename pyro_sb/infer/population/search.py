@@ -7,7 +7,17 @@ from torch import Tensor
 
 from pyro_sb.infer.model.log_joint import LogJoint
 
-__all__ = ["UNMET", "Optima", "climb", "dispersed_starts", "empty_optima", "find_optima", "newton_ascent", "relevant"]
+__all__ = [
+    "UNMET",
+    "Optima",
+    "climb",
+    "dispersed_starts",
+    "empty_optima",
+    "find_optima",
+    "newton_ascent",
+    "prior_draws",
+    "relevant",
+]
 
 STARTS_A_MODE = 12
 MANY_STARTS = 2048  # where two maxima are met: a third may be as far from both as they are from each other
@@ -109,7 +119,8 @@ def dispersed_starts(log_joint: LogJoint, num: int, hints: Tensor | None = None)
     try:
         usual = log_joint.start(min(num, LARGEST_BATCH // 8)).to(torch.float64)
         parts += [_repeated(usual, num - 3 * quarter - eighth), 5.0 * _repeated(usual, eighth)]
-        wide = _prior_or(log_joint, 3 * quarter, usual)
+        drawn = prior_draws(log_joint, 3 * quarter)
+        wide = 5.0 * _repeated(usual, 3 * quarter) if drawn is None else drawn
         scales = wide.new_tensor([0.5, 1.0, 2.0]).repeat_interleave(quarter)[:, None]
         parts.append(scales * wide)
     except ValueError:  # no start of its own is finite: the hints must do
@@ -135,12 +146,12 @@ def _repeated(points: Tensor, num: int) -> Tensor:
     return points[index] + 0.5 * fresh * (points[pick[0]] - points[pick[1]])
 
 
-def _prior_or(log_joint: LogJoint, num: int, usual: Tensor) -> Tensor:
-    """Prior draws, or usual starts five times as wide where the prior is improper or there is no model."""
+def prior_draws(log_joint: LogJoint, num: int) -> Tensor | None:
+    """Prior draws, unconstrained, ``(num, dim)``; None where the prior is improper or there is no model."""
     try:
         return log_joint.prior(num).to(torch.float64)
     except (NotImplementedError, ValueError, RuntimeError):
-        return 5.0 * _repeated(usual, num)
+        return None
 
 
 def newton_ascent(log_joint: LogJoint, starts: Tensor, max_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

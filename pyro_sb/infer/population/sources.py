@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_sb.distributions import Draws
 from pyro_sb.infer.model.log_joint import LogJoint
-from pyro_sb.infer.population.search import NUMBERS, UNMET, Optima, climb, empty_optima, relevant
+from pyro_sb.infer.population.search import NUMBERS, UNMET, Optima, climb, empty_optima, prior_draws, relevant
 from pyro_sb.infer.population.tempering import MixtureLaw, Particles, PointLaw, neighbour_factor, temper
 from pyro_sb.ops.student_mixture import StudentMixture
 
@@ -278,9 +278,8 @@ def screened(joint: LogJoint, optima: Optima) -> tuple[Optima, int]:
 
 def _scattered(joint: LogJoint, optima: Optima, num: int) -> Tensor:
     """Prior draws times scales from a quarter to 2; where there is no prior, draws of a wide law."""
-    try:
-        z = joint.prior(min(num, MOST)).to(torch.float64)
-    except (NotImplementedError, ValueError, RuntimeError):
+    z = prior_draws(joint, min(num, MOST))
+    if z is None:
         return widest(joint, optima).sample(num)
     centre, index = z.mean(0), torch.randint(len(z), (2, num), device=z.device)
     turn = 2 * math.pi * torch.rand(num, 1, dtype=z.dtype, device=z.device)  # more draws of the same covariance
