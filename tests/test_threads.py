@@ -63,7 +63,6 @@ def no_losses():
     module.COUNTS.own.even = 0.0
 
 
-
 def warm_trial(most=2, size=1):
     """A trial after its first call, which is slow and does not count."""
     trial = Trial()

@@ -89,6 +89,13 @@ class Archive:
         self.counts.append(num)
         return effective_sample_size(log_density - here) / num
 
+    def adopt(self, points: Tensor, log_density: Tensor, proposal: StudentMixture, core: StudentMixture) -> None:
+        """Take draws ``(N, d)`` of a proposal that were made elsewhere, with their log densities, as the first."""
+        self.clear()
+        self.points, self.log_density = points, log_density
+        self.log_proposals = proposal.log_prob(points)[None]
+        self.proposals, self.cores, self.counts = [proposal], [core], [len(points)]
+
     @property
     def log_weights(self) -> Tensor:
         """Log of target over the mixture of all proposals, at all draws. Shape ``(N,)``."""
