@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_sb.infer.amortized.simulator import Simulator
-from pyro_sb.infer.model.packing import Packing
+from pyro_sb.infer.model.prototype import Packing
 from pyro_sb.warn import warn
 
 __all__ = ["Features", "Observation", "read_observation"]
