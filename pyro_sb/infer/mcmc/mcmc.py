@@ -32,9 +32,9 @@ from pyro.util import optional
 from torch import Tensor
 
 from pyro_sb.infer.mcmc.record import (
-    SAME,
     Block,
     Record,
+    agreeing,
     floating,
     in_chunks,
     moving_entries,
@@ -251,10 +251,10 @@ class MCMC(api.MCMC):
         if self.num_chains == 1 or self.num_samples < 4:
             return
         name, r_hat = worst_r_hat(self._results())
-        if r_hat > SAME:
+        if r_hat > (limit := agreeing(self.num_chains)):
             shown = f"{r_hat:.3f}" if r_hat < 100 else "over 99"
             warn(
-                f"R-hat is {shown} > {SAME} (worst: {name}): not enough draws yet, or chains stuck, so that means and "
+                f"R-hat is {shown} > {limit} (worst: {name}): not enough draws yet, or chains stuck, so that means and "
                 f"shares of modes may be off. Raise num_samples (now {self.num_samples})."
             )
 
