@@ -24,12 +24,13 @@ BENT = 0.7  # share of the sd that the curvature asks for, below which a directi
 APART = 1.6  # sds between neighbours
 COVERED = 1.2  # sds from a piece within which there is no need of another
 FAINT = 9.0  # nats of mass below the largest piece at which a ridge ends
-NEWTON = 3
+NEWTON = 6
 ROUNDS = 5  # of pieces that begin where draws of the mixture met more than it expects
 GUARD, FEW, EXCESS = (0.2, 3.0, 9.0), 4, 1.5  # the law of those draws, how many, and by how many nats
 PROBES, SHRINKINGS = 6, 8  # draws across an axis, and times that its length may shrink
 SPREAD = 1.0  # nats by which the log density's gap to its quadratic law may differ between those draws
 STRONG = 0.25  # curvature in the frame before, above which an axis lies across the ridge
+OFF = 0.7  # slope across the ridge, in nats a width, that a piece may have
 ROWS_A_DRAW = 64  # evaluations that the pieces may take, over the draws of a round
 
 
@@ -130,6 +131,8 @@ def _pieces(joint: LogJoint, x: Tensor, frames: Tensor, ways: Tensor) -> Pieces:
         x = _onto_ridge(joint, x, frames, across, value, slope, curvature)
     size, basis = torch.linalg.eigh(curvature) if len(x) else (slope, frames)
     along = torch.einsum("mij,mi->mj", basis, slope)
+    on = (torch.where(size > STRONG, along, 0.0).abs() < OFF).all(1)  # the others did not arrive on a ridge
+    x, frames, value, size, basis, along = (part[on] for part in (x, frames, value, size, basis, along))
     axes = frames @ basis
     asked = size.clamp_min(LONGEST**-2).rsqrt()
     length = _lengths(joint, x, axes, asked, value, along, size)
