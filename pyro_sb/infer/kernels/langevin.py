@@ -16,6 +16,7 @@ from pyro_sb.infer.moves.moves import BridgeMove, IndexMove
 from pyro_sb.infer.moves.tuning import ChainStates, Tuned, share_moves, trajectory_range, tune, tune_local
 from pyro_sb.infer.population.population import Population
 from pyro_sb.infer.population.rounds import temper_weights
+from pyro_sb.infer.population.thrift import thrifty
 from pyro_sb.ops.student_mixture import StudentMixture, weighted_covariance, within_covariance
 from pyro_sb.warn import warn
 from pyro_sb.weights import normalise
@@ -194,7 +195,7 @@ def freeze(
     metric = within_covariance(population.core, points, weights)
     metrics = [metric] if population.core.num_components == 1 else [metric, weighted_covariance(points, weights)]
     scale = torch.linalg.cholesky(metric)
-    start = torch.multinomial(weights, TUNING_CHAINS, replacement=True)
+    start = torch.multinomial(weights, thrifty(log_joint, TUNING_CHAINS, 16), replacement=True)
     batch = ChainStates(points[start], log_joint.log_prob(points[start]))
     tuned: dict[str, Tuned] = {}
     roles = set(probabilities) if probabilities is not None else {"bridge", "index"} | ({"local"} if local else set())

@@ -162,7 +162,7 @@ class LogJoint:
             Shape ``(C,)``, in the dtype of ``z``; ``-inf`` where the log joint is not finite.
         """
         self.evaluations.density += len(z)
-        value, _ = self._density(self._own(z), gradient=False)
+        value, _ = self._in_parts(z, gradient=False)
         return (as_density(value) - self._log_copies).to(z)
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +177,7 @@ class LogJoint:
             the gradient leaves leapfrog steps reversible and volume-preserving.
         """
         self.evaluations.gradient += len(z)
-        value, grad = self._density(self._own(z), gradient=True)
+        value, grad = self._in_parts(z, gradient=True)
         value = as_density(value) - self._log_copies
         grad = torch.where(torch.isfinite(grad) & torch.isfinite(value)[:, None], grad, 0.0)
         return value.to(z), grad.to(z)

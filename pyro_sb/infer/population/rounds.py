@@ -10,6 +10,7 @@ from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.moves.moves import HamiltonianMove, IndexMove, adapted
 from pyro_sb.infer.moves.tuning import ChainStates
 from pyro_sb.infer.population.mixture_fit import fit_mixture
+from pyro_sb.infer.population.thrift import thrifty
 from pyro_sb.ops.student_mixture import StudentMixture
 from pyro_sb.weights import effective_sample_size, log_evidence, normalise
 
@@ -203,7 +204,8 @@ def explore(
     Returns:
         The last mixture, and by how many nats the states of the last round exceeded the weights of the draws.
     """
-    weights = normalise(archive.log_weights)
+    weights, joint = normalise(archive.log_weights), archive.log_joint
+    walk = walk._replace(num_chains=thrifty(joint, walk.num_chains, 32), num_steps=thrifty(joint, walk.num_steps, 12))
     index = torch.multinomial(weights, walk.num_chains, replacement=True)
     batch = ChainStates(archive.points[index], archive.log_density[index])
     step_size, excess = 0.5, 0.0
