@@ -64,7 +64,7 @@ def test_sources_are_none_laws_draws_or_points():
         read_source([1.0, 2.0], 2, like, point=False)
     with pytest.raises(ValueError, match="to_event"):
         read_source(Independent(Normal(torch.zeros(3), 1.0), 1), 2, like)
-    with pytest.raises(ValueError, match="finite, got the point"):
+    with pytest.raises(ValueError, match="source must be finite"):
         read_source([0.0, float("nan")], 2, like)
 
 
@@ -88,7 +88,7 @@ def test_the_data_are_described():
 )
 def test_options_that_no_fit_can_use_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        FitOptions(1, 1, 1e-3, None, 10, False, None)._replace(**change).check()
+        FitOptions(1, 1, 1e-3, None, 10, False, None)._replace(**change).read()
 
 
 MISSPELT = {

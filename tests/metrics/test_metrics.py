@@ -361,7 +361,7 @@ def test_unfit_clouds_are_refused(metric):
         metric(x, torch.randn(10, 3))
     with pytest.raises(ValueError, match="x and floor_draws must have one dimension, got 2 and 1"):
         metric(x, x, floor_draws=x[:, :1])
-    with pytest.raises(ValueError, match="y must be finite, got 1 entries of 20"):
+    with pytest.raises(ValueError, match="y must be finite, got NaN or infinity in 1 of 20"):
         metric(x, torch.where(x == x[3, 1], math.nan, x))
     with pytest.raises(ValueError, match="at least 4 draws to be halved for the floor, got 3. Pass more, or floor"):
         metric(x, x[:3])
@@ -412,7 +412,7 @@ def test_unfit_moments_are_refused():
         cbw2_uvp(torch.randn(10, 2), batch, 1.0)
     with pytest.raises(ValueError, match=r"means of one shape, got \(4, 2\) and \(3, 2\)"):
         cbw2_uvp(torch.randn(4, 10, 2), batch, 1.0)
-    with pytest.raises(ValueError, match="variance must be positive, got 0"):
+    with pytest.raises(ValueError, match="variance must be positive and finite, got 0"):
         cbw2_uvp(torch.randn(3, 10, 2), batch, 0.0)
     with pytest.raises(TypeError, match="target must be the exact conditional Moments, got Tensor"):
         cbw2_uvp(torch.randn(3, 10, 2), torch.randn(3, 10, 2), 1.0)

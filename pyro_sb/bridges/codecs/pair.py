@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyro_sb.bridges.codecs.base import Codec
 from pyro_sb.bridges.codecs.rows import shaped
+from pyro_sb.checks import flag, whole
 from pyro_sb.training import FitHistory
 
 
@@ -41,6 +42,9 @@ class PairCodec(Codec):
         bijective: bool = False,
         log_abs_det: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        if not callable(encode) or not callable(decode):
+            raise TypeError("encode and decode must be functions of tensors, got others. Write PairCodec(f, g, 8, 2).")
+        data_dim, latent_dim = whole("data_dim", data_dim, cure=""), whole("latent_dim", latent_dim, cure="")
         super().__init__(latent_dim, data_dim=data_dim)
         if latent_dim > data_dim:
             raise ValueError(
@@ -53,7 +57,7 @@ class PairCodec(Codec):
                 f"{data_dim} and {latent_dim}. Write bijective=False for a lossy pair."
             )
         self.encoder, self.decoder, self.log_determinant = encode, decode, log_abs_det
-        self._bijective = bijective
+        self._bijective = flag("bijective", bijective)
         self.eval()  # dropout would make latents random, and batch norms move
         first = next(self.parameters(), torch.empty(0))
         self.register_buffer("location", torch.zeros(data_dim, dtype=first.dtype, device=first.device))

@@ -13,6 +13,7 @@ from pyro_sb.bridges.light.fit import HELD_OUT, Dual, LightOptions, find_solver,
 from pyro_sb.bridges.light.laws import MixtureLaws
 from pyro_sb.bridges.light.mixture import MixtureBridge
 from pyro_sb.bridges.light.solvers import BASS
+from pyro_sb.checks import number
 from pyro_sb.training import FitHistory
 
 CANDIDATES = (2.0, 5.0, 20.0, 100.0, math.inf)  # of beta="auto"
@@ -92,17 +93,11 @@ class LightSBBM(MixtureBridge):
             dropout=dropout,
             embedding=embedding,
         )
-        self.asked_beta: float | str | None = beta if isinstance(beta, str) else float(beta)
-        if isinstance(beta, str):
-            if beta != "auto":
-                raise ValueError(f'beta must be a number above 1 or "auto", got {beta!r}.')
-            beta = math.inf
-        if not beta > 1:
-            raise ValueError(
-                f"beta must be above 1, got {beta}: below, the dual is infinite. Write 10, math.inf for LightSB, or "
-                '"auto".'
-            )
-        self.beta = float(beta)
+        if isinstance(beta, str) and beta != "auto":
+            raise ValueError(f'beta must be a number above 1 or "auto", got {beta!r}.')
+        cure = 'Below, the dual is infinite: write 10, math.inf for LightSB, or "auto".'
+        self.asked_beta: float | str | None = beta if isinstance(beta, str) else number("beta", beta, "(1, inf]", cure)
+        self.beta = math.inf if isinstance(self.asked_beta, str) else self.asked_beta
 
     def fit(
         self,

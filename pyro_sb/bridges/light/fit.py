@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import FitOptions, check_counts
+from pyro_sb.bridges.base import FitOptions
 from pyro_sb.bridges.data import (
     DrawsEnd,
     Ends,
@@ -26,6 +26,7 @@ from pyro_sb.bridges.data import (
 )
 from pyro_sb.bridges.light.mixture import MixtureBridge
 from pyro_sb.bridges.light.process import MixtureProcess, cluster_start, paired
+from pyro_sb.checks import whole
 from pyro_sb.ops.bass import DualProblem, Pairs, Pool
 from pyro_sb.ops.mixture import MixturePotential, matching_loss
 from pyro_sb.ops.moment_matching import Side, equal_weights
@@ -50,10 +51,9 @@ class LightOptions(NamedTuple):
     fit: FitOptions
     patience: int
 
-    def check(self) -> None:
-        """Refuse what no solver can use."""
-        self.fit.check()
-        check_counts(patience=self.patience)
+    def read(self) -> "LightOptions":
+        """The same, as numbers that a solver can use; an error where one is none."""
+        return LightOptions(self.fit.read(), whole("patience", self.patience))
 
 
 class Solver(Protocol):
@@ -116,7 +116,7 @@ def options_for(
     """Options of a fit by this solver, its defaults where None."""
     steps = solver.num_updates if num_updates is None else num_updates
     rate = (2e-3 if bridge.context_dim else 5e-3) if learning_rate is None else learning_rate
-    return LightOptions(FitOptions(steps, batch_size, rate, None, num_law_draws, progress, checkpoint), patience)
+    return LightOptions(FitOptions(steps, batch_size, rate, None, num_law_draws, progress, checkpoint), patience).read()
 
 
 class Fitting:
@@ -146,7 +146,6 @@ def learning(
 
     What fails before the solver has begun leaves the bridge as it was.
     """
-    options.check()
     begun, before = time.perf_counter(), (copy.deepcopy(bridge.state_dict()), bridge.source)
     bridge.parameters_of.changed = False
     try:

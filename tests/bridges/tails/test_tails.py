@@ -10,10 +10,11 @@ from scipy import integrate, stats
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal, StudentT
 
-from pyro_sb.bridges.base import Bridge, as_draws, as_weights
+from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.langevin.bridge import KernelLangevinBridge
 from pyro_sb.bridges.tails.bridge import TailMatched, TailTransform
 from pyro_sb.bridges.tails.fit import generalised_pareto_shape, quantile, tail_index
+from pyro_sb.checks import as_draws, as_weights
 from pyro_sb.training import FitHistory
 
 INF = math.inf
