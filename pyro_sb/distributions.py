@@ -138,7 +138,11 @@ class BridgeDistribution(TorchDistribution):
         return self.law.log_prob_rows(value.reshape(-1, self.law.dim), self._rows(shape)).reshape(shape)
 
     def draws(self, sample_shape: Any = ()) -> Draws:
-        """Draws with the log density that corrects them, without gradients unless the bridge has them."""
+        """Draws with the log density that corrects them, without gradients unless the bridge has them.
+
+        The same seed gives the same draws, whatever the number of threads. Many draws are made some rows at a time: the
+        first n of more need not be the n that the seed gives alone.
+        """
         shape = self._batch(sample_shape)
         with torch.set_grad_enabled(self.has_rsample and torch.is_grad_enabled()):
             value, log_q = self.law.draws_rows(shape.numel(), self._rows(shape))

@@ -426,3 +426,17 @@ def test_unfit_shares_are_refused():
         mode_share_tv(x, centres, [0.5, 0.5])
     with pytest.raises(ValueError, match="x and centres must have one dimension, got 2 and 1"):
         mode_shares(x, centres[:, :1])
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_a_generator_reaches_every_draw_of_a_metric(dim):
+    x, y = torch.randn(60, dim), torch.randn(60, dim)
+    law = torch.distributions.MultivariateNormal(torch.zeros(dim), torch.eye(dim))
+    for target in (y, law):
+        scores = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)  # the global generator plays no part
+            before = torch.get_rng_state()
+            scores.append(sliced_wasserstein2(x, target, generator=torch.Generator().manual_seed(0)))
+            assert torch.equal(torch.get_rng_state(), before)
+        assert float(scores[0]) == float(scores[1]) and scores[0].floor == scores[1].floor

@@ -25,9 +25,9 @@ def as_rows(x: Any) -> Tensor:
     return rows.detach()
 
 
-def shaped(name: str, x: Any, size: int | None) -> Tensor:
-    """The tensor, if its last axis has this size."""
-    x = finite(name, floats(name, x), in_chains=True)
+def shaped(name: str, x: Any, size: int | None, *, check: bool = True) -> Tensor:
+    """The tensor, if its last axis has this size; ``check``: and if it is finite."""
+    x = finite(name, floats(name, x), in_chains=True) if check else floats(name, x)
     if x.dim() == 0 or x.shape[-1] != size:
         raise ValueError(f"{name} must have shape (*, {size}), got {tuple(x.shape)}.")
     return x

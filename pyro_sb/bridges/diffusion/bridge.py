@@ -467,8 +467,8 @@ class DiffusionBridge(Bridge):
 def unit_of(covariance: Tensor) -> Tensor:
     """The unit of a diffusion's states, in the user's. Shape ``()``.
 
-    Noise rates and D are the user's where the data's root mean variance is within 1/32 and 32; elsewhere they are in
-    units of the power of two next to it, so that no change of units is felt.
+    Noise rates are in the user's units where the root of the data's mean variance is within 1/32 and 32; elsewhere they
+    are in units of that root, so that data of any scale are learnt.
     """
-    scale = float(covariance.diagonal().double().mean().sqrt())
-    return covariance.new_tensor(1.0 if 1 / WIDEST <= scale <= WIDEST else 2.0 ** round(math.log2(scale)))
+    scale = covariance.diagonal().double().mean().sqrt()
+    return torch.where((scale * WIDEST >= 1) & (scale <= WIDEST), 1.0, scale).to(covariance)

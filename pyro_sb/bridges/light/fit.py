@@ -79,10 +79,10 @@ class Solver(Protocol):
 def find_solver(bridge: MixtureBridge, name: str | None) -> Solver:
     """The solver of this name, the class's own where there is none; refused where it does not serve the bridge."""
     name = bridge.default_solver if name is None else name
-    if name not in bridge.solvers:
+    if not isinstance(name, str) or name not in bridge.solvers:
         raise ValueError(
             f"{type(bridge).__name__}'s solver must be one of {list(bridge.solvers)}, got {name!r}. "
-            f'Write solver="{OLD_NAMES.get(name, bridge.default_solver)}".'
+            f'Write solver="{OLD_NAMES.get(str(name), bridge.default_solver)}".'
         )
     bridge.solvers[name].check(bridge)
     return bridge.solvers[name]
@@ -288,7 +288,7 @@ def ascended(process: MixtureProcess, source: Side, target: Side) -> MixturePote
     for _ in range(ASCENT_STEPS):
         new, size = problem.ascend(state, size, process.floor)
         gain, state = new.dual - state.dual, new
-        if gain < 1e-3 * process.epsilon:
+        if not gain >= 1e-3 * process.epsilon:  # NaN too: no inverse was found at either
             break
     return state.potential
 

@@ -186,7 +186,7 @@ class AmortizedPosterior:
         source = simulator(self.model, self.observed, model_args, model_kwargs)
         words = words_for(self.model, self.observed, model_args, model_kwargs)
         words |= {"embedding": "none" if self.embedding is None else "one"}
-        numbers = {"num_simulations": num_simulations, "missing": missing, "held_out": held_out}
+        numbers: dict[str, Any] = {"num_simulations": num_simulations, "missing": missing, "held_out": held_out}
         numbers |= {"num_copies": num_copies, "keep_finite": keep_finite, "dtype": torch.get_default_dtype()}
         store = Store(checkpoint, words | {name: str(value) for name, value in numbers.items()})
         kept = store.read() if simulations is None else None
