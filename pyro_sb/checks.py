@@ -20,6 +20,7 @@ from torch.distributions import Distribution
 from pyro_sb.warn import warn
 
 __all__ = [
+    "answered",
     "as_draws",
     "as_weights",
     "broadcast",
@@ -219,6 +220,20 @@ def finite(name: str, value: Tensor, cure: str = "Remove or impute them.", *, in
     if not fine:
         bad = int((~torch.isfinite(value)).sum())
         raise ValueError(f"{name} must be finite, got NaN or infinity in {bad} of {value.numel()} numbers. {cure}")
+    return value
+
+
+def answered(name: str, value: Tensor) -> Tensor:
+    """What a bridge answers, if it holds no NaN; in chains, where Pyro's validation is off, nothing is looked at."""
+    try:
+        strange = is_validation_enabled() and bool(torch.isnan(value).any())
+    except RuntimeError:  # inside torch.func.vmap no branch may look at values
+        strange = False
+    if strange:
+        raise RuntimeError(
+            f"{name} must be numbers, got NaN in {int(torch.isnan(value).sum())} of {value.numel()}: points or contexts "
+            f"lie too far from those of the fit for {value.dtype}. Check them, or fit in float64."
+        )
     return value
 
 

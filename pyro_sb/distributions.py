@@ -7,7 +7,7 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-from pyro_sb.checks import broadcast, points, sample_size
+from pyro_sb.checks import answered, broadcast, points, sample_size
 
 __all__ = [
     "BridgeDistribution",
@@ -134,8 +134,10 @@ class BridgeDistribution(TorchDistribution):
         """Log density of a point, where `Bridge.density` is "marginal". Shape of ``value`` less its last axis."""
         value = points("value", value, self.law.dim, self._like)
         shape = broadcast("value and the batch", value.shape[:-1], self.batch_shape)
-        value = value.expand(*shape, self.law.dim)
-        return self.law.log_prob_rows(value.reshape(-1, self.law.dim), self._rows(shape)).reshape(shape)
+        value = value.expand(*shape, self.law.dim).reshape(-1, self.law.dim)
+        if not len(value):
+            return value.new_empty(shape)
+        return answered("log_prob", self.law.log_prob_rows(value, self._rows(shape)).reshape(shape))
 
     def draws(self, sample_shape: Any = ()) -> Draws:
         """Draws with the log density that corrects them, without gradients unless the bridge has them.
@@ -144,13 +146,19 @@ class BridgeDistribution(TorchDistribution):
         first n of more need not be the n that the seed gives alone.
         """
         shape = self._batch(sample_shape)
+        if not shape.numel():
+            return Draws(self._like.new_empty(*shape, self.law.dim), self._like.new_empty(shape))
         with torch.set_grad_enabled(self.has_rsample and torch.is_grad_enabled()):
             value, log_q = self.law.draws_rows(shape.numel(), self._rows(shape))
+        answered("draws", value), answered("log_q of draws", log_q)
         return Draws(value.reshape(*shape, self.law.dim), log_q.reshape(shape))
 
     def _sample(self, sample_shape: Any) -> Tensor:
         shape = self._batch(sample_shape)
-        return self.law.sample_rows(shape.numel(), self._rows(shape)).reshape(*shape, self.law.dim)
+        if not shape.numel():
+            return self._like.new_empty(*shape, self.law.dim)
+        value = self.law.sample_rows(shape.numel(), self._rows(shape)).reshape(*shape, self.law.dim)
+        return answered("sample", value)
 
     def _batch(self, sample_shape: Any) -> Size:
         return sample_size(sample_shape) + self.batch_shape

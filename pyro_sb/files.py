@@ -78,6 +78,8 @@ def read_file(path: str | Path, map_location: Any = None) -> Any:
         FileNotFoundError: There is none.
         ValueError: It is torn, altered, or of another program: nothing of it is used.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f'path must be a path, got {type(path).__name__}. Write path="fit.pt".')
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path must name a file, got {path}, which is none. Check it with {path.parent}.")

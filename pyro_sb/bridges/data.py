@@ -216,7 +216,7 @@ class Target(NamedTuple):
             return f"{data}, from its own source"
         if isinstance(source, Distribution):
             return f"{data}, from a {type(source).__name__}"
-        shape = np.shape(source)
+        shape = floats("source", source).shape
         return f"{data}, from {f'{shape[0]} draws' if len(shape) == 2 else 'a point'}"
 
 

@@ -33,4 +33,4 @@ def test_densities_do_not_feel_the_size_of_blocks(name, monkeypatch):
     x = torch.randn(60, DIM, dtype=torch.float64)
     whole = bridge().log_prob(x)
     monkeypatch.setattr("pyro_sb.bridges.base.MOST", 8)
-    torch.testing.assert_close(bridge().log_prob(x), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(bridge().log_prob(x), whole, rtol=1e-10, atol=1e-10)

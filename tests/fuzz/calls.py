@@ -271,6 +271,7 @@ for name, make, right, tried in [
         QUICK,
         FIT
         | {
+            "target": [v for v in pools.draws(DIM) if v.name != "wide"],
             "refit_codec": pools.FLAG,
             "pretrain": optional(pools.draws(DIM)),
             "codec_options": optional(pools.bad(number=3, dict=lambda: {"a": 1})),
@@ -301,7 +302,7 @@ for name, codec, more in (
     ),
 ):
     quick = {"x": TARGET, "progress": False} | ({"num_updates": 2} if more else {})
-    law_free = [v for v in pools.draws(DIM) if v.name not in ("law", "same")]
+    law_free = [v for v in pools.draws(DIM) if v.name not in ("law", "same", "wide")]
     add(
         f"{name}.fit",
         lambda codec=codec, **kw: codec(1).fit(**kw),
@@ -420,7 +421,7 @@ add(
     "weights.systematic_resample",
     weights.systematic_resample,
     {"weights": torch.ones(8) / 8, "num": 5},
-    weights=pools.weights(9)[:-6],
+    weights=[v for v in pools.weights(9) if v.bad and v.name not in ("single", "short")],
     num=pools.COUNT,
 )
 CLOUD = [v for v in pools.draws(2) if v.name not in ("law", "same")]
@@ -505,7 +506,7 @@ add(
     x=[v for v in CLOUD if v.bad],
     dims=optional(pools.WIDTHS),
     held_out=[v for v in pools.SHARE if v.name not in ("tiny",)],
-    stop_at=optional(pools.SHARE),
+    stop_at=optional([v for v in pools.SHARE if v.name != "one"]),
 )
 
 # ---- readers, training, datasets ----

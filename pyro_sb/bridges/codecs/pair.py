@@ -51,13 +51,13 @@ class PairCodec(Codec):
                 f"latent_dim must be at most the data's rank, which is at most data_dim, got {latent_dim} and "
                 f"{data_dim}. Write a narrower encoder."
             )
-        if bijective and (log_abs_det is None or data_dim != latent_dim):
+        if flag("bijective", bijective) and (log_abs_det is None or data_dim != latent_dim):
             raise ValueError(
                 f"a bijective pair needs log_abs_det and equal sizes, got {'one' if log_abs_det else 'none'} and "
                 f"{data_dim} and {latent_dim}. Write bijective=False for a lossy pair."
             )
         self.encoder, self.decoder, self.log_determinant = encode, decode, log_abs_det
-        self._bijective = flag("bijective", bijective)
+        self._bijective = bool(bijective)
         self.eval()  # dropout would make latents random, and batch norms move
         first = next(self.parameters(), torch.empty(0))
         self.register_buffer("location", torch.zeros(data_dim, dtype=first.dtype, device=first.device))

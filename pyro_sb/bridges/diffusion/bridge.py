@@ -13,7 +13,7 @@ from pyro_sb.bridges.data import PairsReading, summarise
 from pyro_sb.bridges.diffusion.adapt import axes_of, check_drift_matrix
 from pyro_sb.bridges.diffusion.network import DiffusionNet, factor_covariance
 from pyro_sb.bridges.diffusion.sampler import FLOW_SOLVERS, SOLVERS, Sampler, solved
-from pyro_sb.checks import check_choice, floats, number, one_time, whole, widths
+from pyro_sb.checks import answered, check_choice, floats, number, one_time, whole, widths
 from pyro_sb.distributions import Draws
 from pyro_sb.nn import embedding_config, with_constant_parameters
 from pyro_sb.ops.linear_sde import LinearSDE, Schedule, start_covariance
@@ -219,7 +219,7 @@ class DiffusionBridge(Bridge):
             z = self._start(num_paths * math.prod(batch), mean)
             states = self._solve(z, features, times, solver)
             out = torch.stack([self._outward(z, mean, tau) for z, tau in zip(states, times)])
-        return 1 - times, out.reshape(num_steps + 1, num_paths, *batch, self.dim)
+        return 1 - times, answered("paths", out.reshape(num_steps + 1, num_paths, *batch, self.dim))
 
     def drift(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
         r"""Drift :math:`\beta (\tfrac12 D x + \nabla \log p_t)` of the generating SDE, whose noise has rate beta.
@@ -232,7 +232,7 @@ class DiffusionBridge(Bridge):
         z = self._inward(x, mean, tau)
         slope = score(self.sde, tau, z, self._denoise(tau, z, features)) @ self.basis.T
         move = 0.5 * x @ self.drift_matrix + self.unit * slope
-        return (self.schedule.rate(tau) * move).reshape(shape)
+        return answered("drift", (self.schedule.rate(tau) * move).reshape(shape))
 
     def sample_rows(self, num: int, context: Tensor | None) -> Tensor:
         """Draws by the sampler's solver. Shape ``(num, dim)``."""
@@ -267,7 +267,7 @@ class DiffusionBridge(Bridge):
             mean, features = self._features(rows)
             z, times = self._inward(x, mean, torch.zeros_like(self.first_time)), self.times(self.sampler.path_steps)
             total = torch.stack([self._path_bound(z, mean, features, times) for _ in range(num_paths)])
-        return (total.logsumexp(0) - math.log(num_paths)).reshape(shape[:-1])
+        return answered("path_log_prob", (total.logsumexp(0) - math.log(num_paths)).reshape(shape[:-1]))
 
     def log_prob_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
         r"""Approximate log density by the probability flow: Heun's method in angles, divergence exact to dimension 20.
@@ -361,15 +361,17 @@ class DiffusionBridge(Bridge):
         if self.step_covariance == "analytic":
             return self.analytic(tau, z, features)
         flow, place = Flow(self.sde, self.spread), self.place(tau)
-        mean, variances = self.analytic(tau, z, features)
         factor = self.net.precision_factor(place, z * flow.inner(tau), self.basis, features)
-        return Conditional(mean, factor_covariance(factor, variances[0].sqrt()))
+        return Conditional(self._denoise(tau, z, features), factor_covariance(factor, self._variances(tau).sqrt()))
 
     def analytic(self, tau: Tensor, z: Tensor, features: Tensor | None) -> Conditional:
         """The same with one number a noise level for the covariance."""
+        return Conditional(self._denoise(tau, z, features), self._variances(tau).expand_as(z))
+
+    def _variances(self, tau: Tensor) -> Tensor:
+        """Analytic variances of the target given a state. Shape ``(dim,)``."""
         angle = Flow(self.sde, self.spread).angle(tau)
-        variances = self.spread * angle.sin().square() * self.log_error(self.place(tau)).exp()
-        return Conditional(self._denoise(tau, z, features), variances.expand_as(z))
+        return self.spread * angle.sin().square() * self.log_error(self.place(tau)).exp()
 
     def log_error(self, place: Tensor) -> Tensor:
         """Log of the analytic variance in units of the Gaussian one, between the knots it was measured at."""
@@ -421,7 +423,7 @@ class DiffusionBridge(Bridge):
             one = torch.ones_like(self.first_time)
             z = self._inward(x0, mean, one)
             z = self._solve(z, features, self.times(num_steps), solver)[-1]
-            return self._outward(z, mean, 0 * one).reshape(shape)
+            return answered("transport", self._outward(z, mean, 0 * one).reshape(shape))
 
     def _solve(self, z: Tensor, features: Tensor | None, times: Tensor, solver: str) -> list[Tensor]:
         """States at all times from those at the first."""

@@ -14,7 +14,7 @@ from pyro_sb.bridges.data import DrawsEnd, PairsReading
 from pyro_sb.bridges.diffusion.bridge import DiffusionBridge, unit_of
 from pyro_sb.bridges.diffusion.fit import fit_diffusion
 from pyro_sb.bridges.diffusion.sampler import Sampler
-from pyro_sb.checks import check_choice, number
+from pyro_sb.checks import check_choice, number, whole
 from pyro_sb.ops.linear_sde import Schedule
 from pyro_sb.threads import chosen_threads
 from pyro_sb.training import FitHistory
@@ -111,7 +111,8 @@ class SmoothedBridge(DiffusionBridge):
     ) -> None:
         cure = "Omit it for 100 times the mean variance of the data."
         epsilon = None if epsilon is None else number("epsilon", epsilon, "(0, inf)", cure)
-        source_law = source_law or ("moment" if context_dim else "rows")
+        context_dim = whole("context_dim", context_dim, 0, cure="Omit it for a bridge without context.")
+        source_law = ("moment" if context_dim else "rows") if source_law is None else source_law
         check_choice("source_law", source_law, ("rows", "moment"))
         if source_law == "rows" and context_dim:
             raise ValueError('source_law must be "moment" where there is a context, got "rows". Omit it.')

@@ -16,7 +16,7 @@ from pyro_sb.bridges.data import PairsReading, summarise
 from pyro_sb.bridges.dsb.data import SourceReading
 from pyro_sb.bridges.dsb.fit import Iterations, default_pairs, fit_dsb
 from pyro_sb.bridges.dsb.half import LATEST, Chain, Given, Guide, HalfBridge, chunked_rows, log_ratio
-from pyro_sb.checks import check_choice, flag, number, one_time, whole, widths
+from pyro_sb.checks import answered, check_choice, flag, number, one_time, whole, widths
 from pyro_sb.distributions import Draws
 from pyro_sb.nn import embedding_config
 from pyro_sb.ops.brownian import SCHEDULES, step_times
@@ -284,7 +284,7 @@ class DSB(Bridge):
         given = self.given(self.ahead, self._context_rows(rows))
         chain = self.chain(True, num_steps)
         states = chain.run(self.start(num_paths * math.prod(batch), given), given)
-        return chain.times, torch.stack(states).reshape(num_steps + 1, num_paths, *batch, self.dim)
+        return chain.times, answered("paths", torch.stack(states).reshape(num_steps + 1, num_paths, *batch, self.dim))
 
     def drift(self, t: Any, x: Tensor, context: Any = None, *, backward: bool = False) -> Tensor:
         r"""Drift of the forward process, :math:`(\hat x_1 - x) / (1 - t)`, or in its own time of the backward one.
@@ -300,7 +300,7 @@ class DSB(Bridge):
         half, u = (self.back, 1 - t) if flag("backward", backward) else (self.ahead, t)
         u = u.clamp(0, LATEST)
         end = half.end(u, x, self.given(half, rows), self.epsilon)
-        return ((end - x) / (1 - u)).reshape(shape)
+        return answered("drift", ((end - x) / (1 - u)).reshape(shape))
 
     @torch.no_grad()
     def sample_rows(self, num: int, context: Tensor | None) -> Tensor:
@@ -345,7 +345,7 @@ class DSB(Bridge):
         x, rows, shape = self._rows(x, context)
         width = self.dim * (self.num_steps + 1)
         total = torch.stack([chunked(self._redrawn, x, rows, width=width) for _ in range(num_paths)])
-        return (total.logsumexp(0) - math.log(num_paths)).reshape(shape[:-1])
+        return answered("path_log_prob", (total.logsumexp(0) - math.log(num_paths)).reshape(shape[:-1]))
 
     # Both halves, what they know, and the source
 
@@ -435,4 +435,4 @@ class DSB(Bridge):
         x, rows, shape = self._rows(x, context)
         chain = self.chain(forward)
         given = self.given(chain.half, rows)
-        return chunked_rows(lambda x, given: chain.run(x, given)[-1], x, given).reshape(shape)
+        return answered("transport", chunked_rows(lambda x, given: chain.run(x, given)[-1], x, given).reshape(shape))

@@ -212,4 +212,4 @@ def read_source_law(
     order = torch.randperm(len(draws), device=like.device)
     share = held_out if isinstance(held_out, float) else 0.1
     num = int(share * len(draws)) if len(draws) >= FEW else 0
-    return SourceReading("draws", guide, none, draws, None, order[num:], order[:num])
+    return SourceReading("draws", guide, none, draws.clone(), None, order[num:], order[:num])

@@ -37,7 +37,7 @@ from pyro_sb.bridges.langevin.setup import (
     solve,
     whiten,
 )
-from pyro_sb.checks import check_choice, number, one_time, whole
+from pyro_sb.checks import answered, check_choice, flag, number, one_time, whole
 from pyro_sb.distributions import Draws
 from pyro_sb.files import checked_path
 from pyro_sb.ops.attention import Transitions
@@ -210,7 +210,7 @@ class KernelLangevinBridge(Bridge):
             Residual before each update, whether it converged, seconds.
         """
         begun, checkpoint = time.perf_counter(), checked_path("checkpoint", checkpoint)
-        max_iter = whole("max_iter", max_iter)
+        max_iter, progress = whole("max_iter", max_iter), flag("progress", progress)
         tolerance = None if tolerance is None else number("tolerance", tolerance, "(0, inf)", "Omit it.")
         read = read_target(
             self.dim, self.context_dim, target, context=context, weights=weights, num_law_draws=num_law_draws
@@ -219,7 +219,7 @@ class KernelLangevinBridge(Bridge):
         with chosen_threads(read.points):
             result, threads = self._scale(read, progress, tolerance, max_iter)
         self._source = start if isinstance(start, Distribution) else None
-        self.source_points = start if isinstance(start, Tensor) else self.points.new_empty(0)
+        self.source_points = start.clone() if isinstance(start, Tensor) else self.points.new_empty(0)
         self.diffusion_factor = self.points.new_empty(0)
         if self.diffusion is not None:
             factor = metric_factor(self.diffusion, self.points, self.weights)
@@ -294,13 +294,14 @@ class KernelLangevinBridge(Bridge):
         one_time(t)
         z, y, shape = self._rows(x, context)
         move = self._dynamics().pull(z, y) - z + self._dynamics().push(z, y)
-        return self.num_steps * (move @ self.metric_cholesky.mT).reshape(shape)
+        return answered("drift", self.num_steps * (move @ self.metric_cholesky.mT).reshape(shape))
 
     @torch.no_grad()
     def transport(self, x0: Tensor, context: Any = None) -> Tensor:
         """The end of one chain from each point. Shapes ``(*, dim)`` to ``(*, dim)``."""
         z, y, shape = self._rows(x0, context)
-        return self._unwhiten(end_of_walk(self._dynamics(), self.scheme, z, y, self.num_steps)).reshape(shape)
+        ends = end_of_walk(self._dynamics(), self.scheme, z, y, self.num_steps)
+        return answered("transport", self._unwhiten(ends).reshape(shape))
 
     @torch.no_grad()
     def paths(self, num_paths: int, num_steps: int | None = None, context: Any = None) -> tuple[Tensor, Tensor]:
@@ -414,9 +415,9 @@ class KernelLangevinBridge(Bridge):
         bandwidths = choose_bandwidths(z, contexts.rows, weights, self._asked, variable=self.bandwidth_exponent != 0)
         keys = make_keys(z, contexts.rows, weights, bandwidths, self.bandwidth_exponent)
         result, threads = solve(keys, weights, bandwidths.epsilon, progress, tolerance=tolerance, max_iter=max_iter)
-        self.points, self.weights, self.log_v = points, weights, result.log_v
+        self.points, self.weights, self.log_v = points.clone(), weights, result.log_v  # the user's array may change
         self.location, self.metric_cholesky, self._bandwidths, self._cache = location, factor, bandwidths, None
-        self.context_points = points.new_empty(0) if read.context is None else read.context
+        self.context_points = points.new_empty(0) if read.context is None else read.context.clone()
         self.context_location, self.context_scale = contexts.location, contexts.scale
         return result, threads
 

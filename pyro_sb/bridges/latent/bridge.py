@@ -18,7 +18,7 @@ from pyro_sb.bridges.diffusion.smoothed import SmoothedBridge
 from pyro_sb.bridges.latent.fit import Parts, latent_rows, latent_source, target_size
 from pyro_sb.bridges.options import check_names, keyword_names
 from pyro_sb.bridges.proposals import MappedLaw
-from pyro_sb.checks import as_draws, flag, points
+from pyro_sb.checks import as_draws, flag, points, whole
 from pyro_sb.distributions import Draws, PathLaw
 from pyro_sb.nn import with_constant_parameters
 from pyro_sb.training import FitHistory
@@ -81,6 +81,8 @@ class LatentBridge(Bridge):
                 "Write PairCodec(encode, decode, data_dim, latent_dim)."
             )
         inner = None if bridge is None else bridge.context_dim
+        if context_dim is not None:
+            context_dim = whole("context_dim", context_dim, 0)
         if inner is not None and context_dim is not None and context_dim != inner:
             raise ValueError(f"context_dim is the inner bridge's, {inner}, got {context_dim}. Omit it.")
         super().__init__(1, context_dim=inner if inner is not None else 0 if context_dim is None else context_dim)
@@ -233,6 +235,8 @@ class LatentBridge(Bridge):
             The inner bridge's record; ``seconds`` are those of both.
         """
         codec_options, refit_codec = codec_options or {}, flag("refit_codec", refit_codec)
+        if not isinstance(codec_options, dict):
+            raise TypeError(f"codec_options must be a dict, got {codec_options!r}. Write {{'num_updates': 1000}}.")
         check_names(f"{type(self).__name__}.fit", options, self.fit_options())
         check_names(f"{type(self.codec).__name__}.fit (codec_options)", codec_options, self.codec.fit_options())
         parts, seconds = Parts(checkpoint), 0.0

@@ -161,6 +161,8 @@ class LightSBBM(MixtureBridge):
             raise NotImplementedError(f"dual has no context, got context_dim = {self.context_dim}.")
         self.check_exact()
         z0, z1 = self.unit_rows(x0, None, 0.0)[0], self.unit_rows(x1, None, 1.0)[0]
+        if not len(z0) or not len(z1):
+            raise ValueError(f"x0 and x1 must hold points, got {len(z0)} and {len(z1)}. Pass draws of both sides.")
         shift = (self.location - self.source_location) / self.scale
         moved = float(shift @ (z1.mean(0) - z0.mean(0) + 0.5 * shift))  # of the centres, whose drift is their distance
         return float(self.scale) ** 2 * (self.process.dual(z0, Batch(z1)) + moved)

@@ -1,8 +1,10 @@
 r"""Bridge with potential :math:`v = \sum_j a_j N(r_j, \epsilon S_j)`: source, units, closed forms for the rest."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from pyro_sb.bridges.data import Units
 from pyro_sb.bridges.light.laws import FixedMixture, MixtureLaws, Plan, condition_mixture
 from pyro_sb.bridges.light.process import COVARIANCES, LearnedMap, MixtureParameters, MixtureProcess
 from pyro_sb.bridges.proposals import HeldSources
-from pyro_sb.checks import broadcast, check_choice, finite, floats, number, one_time, points, whole, widths
+from pyro_sb.checks import answered, broadcast, check_choice, finite, floats, number, one_time, points, whole, widths
 from pyro_sb.distributions import BridgeDistribution, Draws, PathLaw
 from pyro_sb.nn import embedding_config
 
@@ -125,7 +127,7 @@ class MixtureBridge(Bridge):
         """
         t = one_time(t)
         z, rows, shape = self.unit_rows(x0, context, 0.0)
-        return self.units(t).back(self._laws.move(z, rows, t)).reshape(shape)
+        return answered("transport", self.units(t).back(self._laws.move(z, rows, t)).reshape(shape))
 
     def plan(self, x0: Tensor, context: Any = None) -> BridgeDistribution:
         r"""The law :math:`\pi(x_1 | x_0)` of the ends of bridges from given points, with an exact log_prob.
@@ -178,6 +180,9 @@ class MixtureBridge(Bridge):
             raise NotImplementedError("condition is for bridges on joint draws, got context_dim > 0. Call the bridge.")
         if x0 is None and self._source_kind != "point":
             raise ValueError("x0 must be given where the source is no point. Write condition(axes, observed, x0).")
+        if isinstance(axes, str) or not isinstance(axes, Sequence | Tensor | np.ndarray):
+            raise TypeError(f"axes must be a list of axes, got {axes!r}. Write [0] for the first.")
+        axes = [whole("each of axes", axis, -self.dim, cure="Write [0] for the first.") for axis in axes]
         observed = finite("observed", floats("observed", observed, like))
         x0 = self.source_points[0] if x0 is None else points("x0", x0, self.dim, like)
         if x0.shape != (self.dim,):
@@ -223,7 +228,7 @@ class MixtureBridge(Bridge):
         num_source = whole("num_source", num_source)
         z, rows, shape = self.unit_rows(x, context, 1.0)
         z0 = self.units(0.0).to(self._start(1 if self._source_kind == "point" else num_source))
-        return self._given_sources(z, z0, rows).reshape(shape[:-1])
+        return answered("marginal_log_prob", self._given_sources(z, z0, rows).reshape(shape[:-1]))
 
     @torch.no_grad()
     def drift(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
@@ -231,7 +236,7 @@ class MixtureBridge(Bridge):
         t = one_time(t)
         z, rows, shape = self.unit_rows(x, context, t)
         shift = self.location - self.source_location
-        return self.scale * self._laws.drift(t, z, rows).reshape(shape) + shift
+        return answered("drift", self.scale * self._laws.drift(t, z, rows).reshape(shape) + shift)
 
     @torch.no_grad()
     def volatility(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
@@ -268,7 +273,7 @@ class MixtureBridge(Bridge):
         times = torch.linspace(0, 1, num_steps + 1).to(z)
         path = self._laws.path(z, self._context_rows(rows), times)
         states = [self.units(0.0).back(z), *(self.units(t).back(x) for t, x in zip(times[1:], path))]
-        return times, torch.stack(states).reshape(num_steps + 1, *shape, self.dim)
+        return times, answered("paths", torch.stack(states).reshape(num_steps + 1, *shape, self.dim))
 
     @torch.no_grad()
     def fixed(self, context: Any) -> FixedMixture | None:
@@ -424,7 +429,7 @@ class MixtureBridge(Bridge):
         if self.source is not None:
             self.source_points, self._source_kind = units.location.new_empty(0), "law"
         else:
-            points = units.location[None] if source is None else source
+            points = units.location[None] if source is None else source.clone()  # the user's array may change
             self.source_points, self._source_kind = points, "point" if len(points) == 1 else "draws"
 
     def _start(self, num: int) -> Tensor:

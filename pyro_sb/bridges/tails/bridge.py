@@ -13,7 +13,7 @@ from pyro_sb.bridges.data import read_source, read_target
 from pyro_sb.bridges.options import check_names
 from pyro_sb.bridges.proposals import MappedLaw
 from pyro_sb.bridges.tails.fit import quantile, tail_index
-from pyro_sb.checks import floats, number, one_time, points
+from pyro_sb.checks import finite, floats, number, one_time, points
 from pyro_sb.distributions import Draws, PathLaw
 from pyro_sb.files import checked_path
 from pyro_sb.ops.tails import curvature, gaussian_tail, log_derivative, power_tail
@@ -47,7 +47,12 @@ class TailTransform(Transform):
 
     def __init__(self, loc: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
+        loc = floats("loc", loc)
+        scale, lower, upper = (floats(n, v, loc) for n, v in (("scale", scale), ("lower", lower), ("upper", upper)))
+        finite("loc", loc)
         for name, value in (("scale", scale), ("lower", lower), ("upper", upper)):
+            if value.shape != loc.shape:
+                raise ValueError(f"{name} must have the shape of loc, {tuple(loc.shape)}, got {tuple(value.shape)}.")
             if not bool((value > 0).all()):
                 raise ValueError(f"{name} must be positive, got {value.tolist()}. Write inf for the index of no tail.")
         self.loc, self.scale, self.lower, self.upper = loc, scale, lower, upper
@@ -74,6 +79,8 @@ class TailTransform(Transform):
         return f"TailTransform(dim={len(self.loc)}): tails of index {tails[0]}{more} below, {tails[1]}{more} above"
 
     def _call(self, x: Tensor) -> Tensor:
+        if x.dim() == 0 or x.shape[-1] != self.loc.shape[-1]:
+            raise ValueError(f"x must have shape (*, {len(self.loc)}), got {tuple(x.shape)}.")
         return self.loc + self.scale * power_tail(x, self.lower, self.upper)
 
     def _inverse(self, y: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import inspect
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,13 @@ class AmortizedPosterior:
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be a Pyro model, a function, got {type(model).__name__}.")
+        if embedding is not None and not isinstance(embedding, nn.Module):
+            raise TypeError(f"embedding must be a module, got {type(embedding).__name__}. Write SetEmbedding(2, 16).")
         self.model = model
-        self.observed = (observed,) if isinstance(observed, str) else tuple(observed)
+        names = (observed,) if isinstance(observed, str) else observed
+        if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+            raise TypeError(f'observed must name sites, got {observed!r}. Write observed=("y",).')
+        self.observed = tuple(names)
         self.embedding = embedding
         self._candidates = candidates(bridge)
         self.bridge: Bridge | None = None

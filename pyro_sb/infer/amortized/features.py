@@ -182,7 +182,7 @@ def read_observation(y: Any, simulator: Simulator, features: Features) -> Observ
         )
     dtype = simulator.prototype.packing.dtype
     like = torch.empty(0, dtype=dtype, device=data.device)
-    sites = {name: floats("y" if len(sites) == 1 else name, value, like) for name, value in sites.items()}
+    sites = {name: floats("y" if len(sites) == 1 else name, value, like).detach() for name, value in sites.items()}
     leads = {name: value.shape[: max(0, value.dim() - len(data.shapes[name]))] for name, value in sites.items()}
     for name, value in sites.items():
         shape = data.shapes[name]

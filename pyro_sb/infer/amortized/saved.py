@@ -27,6 +27,18 @@ NEEDED = {
     "residuals",
     "pairs",
 }
+FEATURES = (
+    "masked",
+    "raw",
+    "references",
+    "quantiles",
+    "location",
+    "scale",
+    "farthest",
+    "raw_location",
+    "raw_scale",
+    "levels",
+)
 TENSORS = ("location", "scale", "farthest", "raw_location", "raw_scale", "levels")
 
 
@@ -49,7 +61,7 @@ class SavedPosterior:
         self.residuals = Residuals(*saved["residuals"])
         self.simulations = Simulations(*saved["pairs"])
         self.figures: dict[str, Any] = saved["figures"]
-        self._features: dict[str, Any] = saved["features"]
+        self._features = {name: saved["features"][name] for name in FEATURES}
 
     def features(self, source: Simulator) -> Features:
         """The features of an observation, for a model's layout of it."""
