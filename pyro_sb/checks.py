@@ -231,7 +231,7 @@ def answered(name: str, value: Tensor) -> Tensor:
         strange = False
     if strange:
         raise RuntimeError(
-            f"{name} must be numbers, got NaN in {int(torch.isnan(value).sum())} of {value.numel()}: points or contexts "
+            f"{name} must be numbers, got NaN in {int(torch.isnan(value).sum())} of {value.numel()}: points or context "
             f"lie too far from those of the fit for {value.dtype}. Check them, or fit in float64."
         )
     return value

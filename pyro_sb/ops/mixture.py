@@ -103,8 +103,8 @@ class MixturePotential(NamedTuple):
             index = torch.multinomial(gates.flatten(0, -2), 1).view(gates.shape[:-1])
         except RuntimeError:
             raise RuntimeError(
-                "shares of a mixture must be numbers, got NaN or infinity: a point or a context is too far from those of "
-                "the fit for its dtype. Check them, or fit in float64."
+                "shares of a mixture must be numbers, got NaN or infinity: a point or a context is too far from those "
+                "of the fit for its dtype. Check them, or fit in float64."
             ) from None
         noise = math.sqrt(self.epsilon) * torch.randn_like(y0)
         locs = _pick(self.locs, index)

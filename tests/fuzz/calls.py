@@ -476,7 +476,7 @@ add(
     "tail_index",
     tail_index,
     {"x": TARGET},
-    x=[v for v in CLOUD if v.name != "flat"],
+    x=[v for v in CLOUD if v.name not in ("flat", "wide")],
     fraction=[v for v in pools.SHARE if v.name != "half"],
     weights=pools.weights(40),
 )
