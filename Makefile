@@ -1,5 +1,5 @@
 # `make demo` and `make test` do all their set-up: Python >= 3.10 with its venv module is all they need.
-.PHONY: setup demo test test-slow lint format bench-env bench sbi-peers arviz1-env clean
+.PHONY: setup demo test test-slow fuzz lint format bench-env bench sbi-peers arviz1-env clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -45,6 +45,10 @@ test: setup arviz1-env
 # The long sampled tests.
 test-slow: setup arviz1-env
 	$(PYTEST) -m slow tests
+
+# Every public call against values that are right, wrong and absurd, for about an hour: CASES=... and SEED=... for others.
+fuzz: setup
+	CI=1 $(PY) -m tests.fuzz --cases $(or $(CASES),10000) --seed $(or $(SEED),0)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -7,6 +7,8 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
 
+from pyro_sb.checks import answered, broadcast, points, sample_size
+
 __all__ = [
     "BridgeDistribution",
     "Draws",
@@ -89,7 +91,7 @@ class BridgeDistribution(TorchDistribution):
         self.law, self.context, self._like = law, context, like
         if batch_shape is None:
             batch_shape = Size() if context is None else context.shape[:-1]
-        super().__init__(Size(batch_shape), Size((law.dim,)), validate_args=False)
+        super().__init__(sample_size(batch_shape, "batch_shape"), Size((law.dim,)), validate_args=False)
 
     @property
     def has_rsample(self) -> bool:
@@ -105,10 +107,15 @@ class BridgeDistribution(TorchDistribution):
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> "BridgeDistribution":
         """The same law over a larger batch."""
-        context = self.context
+        context, shape = self.context, sample_size(batch_shape, "batch_shape")
+        if broadcast("batch_shape and the batch", shape, self.batch_shape) != shape:
+            raise ValueError(
+                f"batch_shape must be one that {tuple(self.batch_shape)} expands to, got {tuple(shape)}. Write "
+                f"{(2, *self.batch_shape)}."
+            )
         if context is not None:
-            context = context.expand(*batch_shape, context.shape[-1])
-        return BridgeDistribution(self.law, context, Size(batch_shape), like=self._like)
+            context = context.expand(*shape, context.shape[-1])
+        return BridgeDistribution(self.law, context, shape, like=self._like)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draws without gradients. Shape ``(*sample_shape, *batch_shape, dim)``."""
@@ -125,9 +132,12 @@ class BridgeDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of a point, where `Bridge.density` is "marginal". Shape of ``value`` less its last axis."""
-        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
-        value = value.expand(*shape, self.law.dim)
-        return self.law.log_prob_rows(value.reshape(-1, self.law.dim), self._rows(shape)).reshape(shape)
+        value = points("value", value, self.law.dim, self._like)
+        shape = broadcast("value and the batch", value.shape[:-1], self.batch_shape)
+        value = value.expand(*shape, self.law.dim).reshape(-1, self.law.dim)
+        if not len(value):
+            return value.new_empty(shape)
+        return answered("log_prob", self.law.log_prob_rows(value, self._rows(shape)).reshape(shape))
 
     def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Refused in a guide that is being trained, where the bridge has no reparametrised draws."""
@@ -141,18 +151,28 @@ class BridgeDistribution(TorchDistribution):
         return super().score_parts(x, *args, **kwargs)
 
     def draws(self, sample_shape: Any = ()) -> Draws:
-        """Draws with the log density that corrects them, without gradients unless the bridge has them."""
+        """Draws with the log density that corrects them, without gradients unless the bridge has them.
+
+        The same seed gives the same draws, whatever the number of threads. Many draws are made some rows at a time: the
+        first n of more need not be the n that the seed gives alone.
+        """
         shape = self._batch(sample_shape)
+        if not shape.numel():
+            return Draws(self._like.new_empty(*shape, self.law.dim), self._like.new_empty(shape))
         with torch.set_grad_enabled(self.has_rsample and torch.is_grad_enabled()):
             value, log_q = self.law.draws_rows(shape.numel(), self._rows(shape))
+        answered("draws", value), answered("log_q of draws", log_q)
         return Draws(value.reshape(*shape, self.law.dim), log_q.reshape(shape))
 
     def _sample(self, sample_shape: Any) -> Tensor:
         shape = self._batch(sample_shape)
-        return self.law.sample_rows(shape.numel(), self._rows(shape)).reshape(*shape, self.law.dim)
+        if not shape.numel():
+            return self._like.new_empty(*shape, self.law.dim)
+        value = self.law.sample_rows(shape.numel(), self._rows(shape)).reshape(*shape, self.law.dim)
+        return answered("sample", value)
 
     def _batch(self, sample_shape: Any) -> Size:
-        return Size(sample_shape) + self.batch_shape
+        return sample_size(sample_shape) + self.batch_shape
 
     def _rows(self, shape: Size) -> Tensor | None:
         """The context of every draw, flat."""

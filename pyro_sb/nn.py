@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pyro_sb.checks import whole, widths
 from pyro_sb.threads import Pace
 
 __all__ = [
@@ -187,13 +188,10 @@ class SetEmbedding(nn.Module):
         from zuko.nn import MLP
 
         super().__init__()
-        if item_dim < 1 or out_dim < 1 or not hidden:
-            raise ValueError(
-                f"item_dim and out_dim must be at least 1 and hidden name a layer, got {item_dim}, {out_dim}, {hidden}."
-            )
-        self.item_dim, self.out_dim, self.hidden = int(item_dim), int(out_dim), tuple(map(int, hidden))
-        self.item = MLP(item_dim, self.hidden[-1], hidden_features=self.hidden, activation=nn.SiLU)
-        self.pooled = MLP(self.hidden[-1], out_dim, hidden_features=self.hidden, activation=nn.SiLU)
+        self.item_dim = whole("item_dim", item_dim, cure="Write the number of columns of an item.")
+        self.out_dim, self.hidden = whole("out_dim", out_dim, cure="Write 16."), widths("hidden", hidden)
+        self.item = MLP(self.item_dim, self.hidden[-1], hidden_features=self.hidden, activation=nn.SiLU)
+        self.pooled = MLP(self.hidden[-1], self.out_dim, hidden_features=self.hidden, activation=nn.SiLU)
 
     def reset(self) -> None:
         """New random layers."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_sb.checks import number, whole
 from pyro_sb.threads import Pace, chosen_threads
 from pyro_sb.warn import warn
 
@@ -117,9 +118,8 @@ class Average:
     """
 
     def __init__(self, parameters: list[nn.Parameter], decay: float | None) -> None:
-        if decay is not None and not 0 <= decay < 1:
-            raise ValueError(f"ema must lie in [0, 1), got {decay}. Write None for no average.")
-        self.parameters, self.decay, self.updates = parameters, decay, 0
+        self.parameters, self.updates = parameters, 0
+        self.decay = None if decay is None else number("ema", decay, "[0, 1)", "Write None for no average.")
         self.values = [] if decay is None else [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
@@ -207,10 +207,8 @@ def train(
         >>> abs(x.item()) < 0.01
         True
     """
-    if num_updates < 1 or not 0 < learning_rate < math.inf:
-        raise ValueError(
-            f"num_updates must be at least 1 and learning_rate positive, got {num_updates} and {learning_rate}."
-        )
+    num_updates, num_checks = whole("num_updates", num_updates), whole("num_checks", num_checks)
+    learning_rate = number("learning_rate", learning_rate, "(0, inf)", "Write 2e-3.")
     begun, history, pace = time.perf_counter(), FitHistory(), Pace()
     parameters = list(parameters)
     optimiser = torch.optim.Adam(parameters, learning_rate, foreach=True)

@@ -1,11 +1,13 @@
 """Algebra of log weights: effective sample size, evidence and its error, resampling."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
+
+from pyro_sb.checks import floats, shown, whole
 
 __all__ = [
     "ParetoTail",
@@ -23,9 +25,27 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+def read_log_weights(log_weights: Any) -> Tensor:
+    """Log weights ``(N,)``: numbers, or minus infinity for a weight of zero."""
+    read = floats("log_weights", log_weights)
+    if read.dim() != 1 or not len(read):
+        raise ValueError(
+            f"log_weights must have shape (N,), one a draw, got {tuple(read.shape)}. Write log_weights[:, i] for those "
+            "of one observation."
+        )
+    if bool((torch.isnan(read) | (read == math.inf)).any()):
+        raise ValueError(
+            "log_weights must be numbers or -inf, got NaN or +inf. Write -math.inf where the target's density is zero."
+        )
+    return read
+
+
 def normalise(log_weights: Tensor) -> Tensor:
     """Weights that sum to one. Shape ``(N,)``; entries of ``-inf`` become zero."""
-    return torch.softmax(log_weights, -1)
+    read = read_log_weights(log_weights)
+    if bool(torch.isneginf(read).all()):
+        raise ValueError("log_weights must not all be -inf: every draw has weight zero. Draw from a wider proposal.")
+    return torch.softmax(read, -1)
 
 
 def effective_sample_size(log_weights: Tensor) -> float:
@@ -35,6 +55,7 @@ def effective_sample_size(log_weights: Tensor) -> float:
         >>> effective_sample_size(torch.zeros(4))
         4.0
     """
+    log_weights = read_log_weights(log_weights)
     if bool(torch.isneginf(log_weights).all()):
         return 0.0
     return float(1.0 / normalise(log_weights).square().sum())
@@ -58,6 +79,7 @@ def log_evidence(log_weights: Tensor) -> tuple[float, float]:
         >>> log_evidence(torch.zeros(4, dtype=torch.float64))
         (0.0, 0.0)
     """
+    log_weights = read_log_weights(log_weights)
     num = log_weights.numel()
     ess = effective_sample_size(log_weights)
     if ess == 0.0:
@@ -76,6 +98,14 @@ def systematic_resample(weights: Tensor, num: int) -> Tensor:
     Returns:
         Shape ``(num,)`` or ``(num, B)``.
     """
+    weights, num = floats("weights", weights), whole("num", num, cure="Write 1000.")
+    if weights.dim() not in (1, 2) or not len(weights) or not bool((weights >= 0).all()):
+        raise ValueError(
+            f"weights must be non-negative, of shape (N,) or (N, B), got {shown(weights)}. Write normalise(log_w)."
+        )
+    total = weights.sum(0)
+    if bool(((total - 1).abs() > 1e-3).any()):
+        raise ValueError("weights must sum to one in each column. Write weights / weights.sum(0).")
     offset = torch.rand(weights.shape[1:], dtype=weights.dtype, device=weights.device)
     grid = torch.arange(num, dtype=weights.dtype, device=weights.device)
     positions = (grid + offset[..., None]) / num
@@ -115,6 +145,7 @@ def pareto_tail(log_weights: Tensor) -> ParetoTail:
         >>> pareto_tail(log_weights).k
         inf
     """
+    log_weights = read_log_weights(log_weights)
     num = log_weights.numel()
     if num < 25:
         raise ValueError(f"k-hat needs at least 25 weights, got {num}. Draw more.")

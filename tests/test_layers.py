@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pyro_sb"
 LAYERS = [
     {"ops"},
-    {"nn", "training", "threads", "weights", "distributions", "files", "warn"},
+    {"nn", "training", "threads", "weights", "distributions", "files", "warn", "checks", "fingerprint"},
     {"bridges"},
     {"infer"},
     {"metrics", "plots", "datasets"},

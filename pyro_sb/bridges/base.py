@@ -1,18 +1,16 @@
 """A bridge: fitted on draws, called on a context, it is a Pyro distribution. With it the options that fits share."""
 
-import math
 from collections.abc import Callable, Iterable
-from operator import index
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from pyro_sb.bridges.options import check_names, keyword_names
+from pyro_sb.checks import broadcast, finite, flag, floats, number, points, whole
 from pyro_sb.distributions import BridgeDistribution, Draws, PathLaw
-from pyro_sb.files import read_file, write_file
+from pyro_sb.files import checked_path, read_file, write_file
 from pyro_sb.nn import embedding_from_config
 from pyro_sb.training import FitHistory
 
@@ -21,9 +19,36 @@ MOST = 2**22  # numbers in an array of rows, components and axes
 
 
 class Fitted(nn.Module):
-    """A module whose buffers hold what a fit found: they take the shape, dtype and device that were saved."""
+    """A module whose buffers hold what a fit found: they take the shape, dtype and device that were saved.
+
+    Attributes:
+        shapes: Of buffers, an axis a letter: those in `sizes` are known, the others only have to agree.
+    """
+
+    shapes: ClassVar[dict[str, str]] = {}
+
+    def sizes(self) -> dict[str, int]:
+        """Sizes that `shapes` names."""
+        return {}
+
+    def _check_buffers(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Refuse buffers of other shapes, before any is made."""
+        sizes = self.sizes() if self.shapes else {}
+        for name, letters in self.shapes.items():
+            saved = state_dict.get(prefix + name)
+            if not isinstance(saved, Tensor) or not saved.numel():
+                continue
+            axes = letters.split()
+            agree = [sizes.setdefault(letter, size) == size for letter, size in zip(axes, saved.shape)]
+            if len(axes) != saved.dim() or not all(agree):
+                wanted = ", ".join(str(sizes.get(letter, letter)) for letter in axes)
+                raise ValueError(
+                    f"{type(self).__name__}'s {name} must have shape ({wanted}), got {tuple(saved.shape)} in the file. "
+                    "It was altered, or is of another bridge: save it again."
+                )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._check_buffers(state_dict, prefix)
         for name, buffer in self._buffers.items():
             saved = state_dict.get(prefix + name)
             if buffer is not None and isinstance(saved, Tensor):
@@ -65,9 +90,8 @@ class Bridge(Fitted):
 
     def __init__(self, dim: int, *, context_dim: int = 0) -> None:
         super().__init__()
-        if dim < 1 or context_dim < 0:
-            raise ValueError(f"dim must be at least 1 and context_dim at least 0, got {dim} and {context_dim}.")
-        self.dim, self.context_dim = index(dim), index(context_dim)
+        self.dim = whole("dim", dim, cure="Write the number of columns of the draws.")
+        self.context_dim = whole("context_dim", context_dim, 0, cure="Omit it for a bridge without context.")
         self.fitted_to = ""
 
     def fit(
@@ -175,6 +199,10 @@ class Bridge(Fitted):
         """
         return self
 
+    def sizes(self) -> dict[str, int]:
+        """Size of an event, d, and of a context, c."""
+        return {"d": self.dim, "c": self.context_dim}
+
     @property
     def fitted(self) -> bool:
         """Whether `fit` was called, or a fitted bridge loaded."""
@@ -238,21 +266,35 @@ class Bridge(Fitted):
             path: What `save` wrote. Read with ``weights_only=True``: no code in the file is run.
             map_location: As in `torch.load`.
         """
-        saved = read_file(path, map_location)
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            raise ValueError(f"{path} must hold a bridge written by Bridge.save, format {FORMAT}.")
-        bridge = class_named(saved["class"], cls, str(path)).from_config(saved["config"])
-        bridge.load_state_dict(saved["state"])
-        bridge.fitted_to = saved.get("fitted_to", "")
+        return cls.rebuilt(read_file(path, map_location), str(path))
+
+    @classmethod
+    def rebuilt(cls, saved: Any, path: str) -> Any:
+        """The bridge of a file's contents; ``path`` names the file in messages."""
+        if not isinstance(saved, dict) or not {"format", "class", "config", "state"} <= saved.keys():
+            raise ValueError(f"{path} must hold a bridge written by Bridge.save, got other contents.")
+        check_format(path, saved["format"], FORMAT)
+        kind = class_named(saved["class"], cls, path)
+        try:
+            check_parameters(lambda: kind.from_config(saved["config"]), saved["state"])
+            bridge = kind.from_config(saved["config"])
+            bridge.load_state_dict(saved["state"])
+        except (ValueError, NotImplementedError):
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{path} must hold a {kind.__name__} as this version writes it, got one that differs "
+                f"({str(error).splitlines()[0]}). Fit the bridge again."
+            ) from error
+        bridge.fitted_to = str(saved.get("fitted_to", ""))
         return bridge
 
     def flat_rows(self, x: Any, context: Any) -> tuple[Tensor, Tensor | None, torch.Size]:
         """Points and contexts, checked and broadcast, as flat rows; the points' shape before."""
-        x, context = torch.as_tensor(x).to(self.like()), self.check_context(context)
-        check_points("x", x, self.dim)
+        x, context = points("x", x, self.dim, self.like()), self.check_context(context)
         if context is None:
             return x.reshape(-1, self.dim), None, x.shape
-        shape = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+        shape = broadcast("x and context", x.shape[:-1], context.shape[:-1])
         x, context = x.expand(*shape, self.dim), context.expand(*shape, self.context_dim)
         return x.reshape(-1, self.dim), context.reshape(-1, self.context_dim), x.shape
 
@@ -268,16 +310,13 @@ class Bridge(Fitted):
             raise ValueError(
                 f"{type(self).__name__} has context_dim {self.context_dim}: call it on a context, bridge(context)."
             )
-        like = self.like()
-        context = torch.as_tensor(context, dtype=like.dtype, device=like.device)
+        context = floats("context", context, self.like())
         if context.dim() == 0 or context.shape[-1] != self.context_dim:
             raise ValueError(
                 f"context must have shape (*batch, {self.context_dim}), got {tuple(context.shape)}. "
                 "Put observations in the last axis."
             )
-        if not bool(torch.isfinite(context).all()):
-            raise ValueError("context must be finite, got NaN or infinity. Drop or impute those entries.")
-        return context
+        return finite("context", context, "Drop or impute those entries.", in_chains=True)
 
 
 class FitOptions(NamedTuple):
@@ -301,117 +340,60 @@ class FitOptions(NamedTuple):
     progress: bool
     checkpoint: str | Path | None
 
-    def check(self) -> None:
-        """Refuse what no fit can use."""
-        check_counts(num_updates=self.num_updates, batch_size=self.batch_size)
-        check_counts(2, num_law_draws=self.num_law_draws)
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}. Write 2e-3.")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema must lie in [0, 1), got {self.ema}. Write None for no average.")
+    def read(self) -> "FitOptions":
+        """The same, as numbers that a fit can use; an error where one is none."""
+        return FitOptions(
+            whole("num_updates", self.num_updates),
+            whole("batch_size", self.batch_size),
+            number("learning_rate", self.learning_rate, "(0, inf)", "Write 2e-3."),
+            None if self.ema is None else number("ema", self.ema, "[0, 1)", "Write None for no average."),
+            whole("num_law_draws", self.num_law_draws, 2),
+            flag("progress", self.progress),
+            checked_path("checkpoint", self.checkpoint),
+        )
 
 
-def check_counts(least: int = 1, **counts: int) -> None:
-    """Refuse numbers below the least.
+def check_format(path: str, came: Any, known: int) -> None:
+    """Refuse a file of another version of what it holds."""
+    if came != known:
+        newer = isinstance(came, int) and came > known
+        cure = "A later version wrote it: update pyro_sb." if newer else "Fit and save it again."
+        raise ValueError(f"{path} must have format {known}, got {came!r}. {cure}")
 
-    Example:
-        >>> check_counts(2, num_law_draws=1)
-        Traceback (most recent call last):
-        ValueError: num_law_draws must be at least 2, got 1. Omit it for the default.
+
+def check_parameters(make: Callable[[], nn.Module], state: Any, prefix: str = "") -> None:
+    """Refuse a state without the parameters of a module, or with others, before the module takes any memory.
+
+    Args:
+        make: Makes the module.
+        state: Saved values by name.
+        prefix: Of the names.
     """
-    for name, count in counts.items():
-        if count < least:
-            raise ValueError(f"{name} must be at least {least}, got {count}. Omit it for the default.")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a name that is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")
-
-
-def check_points(name: str, x: Tensor, dim: int) -> None:
-    """Refuse points of another size."""
-    if x.dim() == 0 or x.shape[-1] != dim:
-        raise ValueError(f"{name} must have shape (*, {dim}), got {tuple(x.shape)}. Put coordinates in the last axis.")
+    try:
+        with torch.device("meta"):
+            shell = make()
+    except (NotImplementedError, RuntimeError):  # a class of the user's own that looks at its numbers
+        return
+    for name, parameter in shell.named_parameters():
+        saved = state.get(prefix + name)
+        if not isinstance(saved, Tensor) or saved.shape != parameter.shape:
+            came = f"shape {tuple(saved.shape)}" if isinstance(saved, Tensor) else "none"
+            raise ValueError(
+                f"{prefix}{name} of a {type(shell).__name__} must have shape {tuple(parameter.shape)}, got {came} in "
+                "the file. It was altered, or is of another version: fit and save it again."
+            )
 
 
 def class_named(name: str, cls: type[Bridge], path: str) -> type[Bridge]:
     """The class of this name among ``cls`` and those derived from it; ``path`` is the file that asks for it."""
     known = {c.__name__: c for c in _family(cls)}
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"{path} must hold one of {sorted(known)}, got {name}. Import it, then Bridge.load(path).")
     return known[name]
 
 
 def _family(cls: type["Bridge"]) -> list[type["Bridge"]]:
     return [cls] + [c for child in cls.__subclasses__() for c in _family(child)]
-
-
-def as_draws(name: str, value: Any, dim: int, *, num_draws: int = 1024, like: Tensor | None = None) -> Tensor:
-    """Draws as a finite tensor ``(N, dim)``, from an array, a tensor or a distribution.
-
-    Args:
-        name: What it is, for messages.
-        value: Array or tensor of shape ``(N, dim)``, or a distribution whose event has this size.
-        dim: Expected number of columns.
-        num_draws: How many draws a distribution gives.
-        like: A tensor whose dtype and device are taken. Omitted: the value's own (integers become the default dtype).
-
-    Example:
-        >>> as_draws("target", [[0, 1], [2, 3]], 2)
-        tensor([[0., 1.],
-                [2., 3.]])
-    """
-    draws = value.sample((num_draws,)) if isinstance(value, Distribution) else torch.as_tensor(value)
-    if like is not None:
-        draws = draws.to(like)
-    elif not draws.is_floating_point():
-        draws = draws.to(torch.get_default_dtype())
-    if draws.dim() != 2 or draws.shape[1] != dim:
-        cure = (
-            f" Write {name}[:, None]." if draws.dim() == 1 and dim == 1 else " Put draws in rows; dim is the bridge's."
-        )
-        raise ValueError(f"{name} must have shape (draws, {dim}), got {tuple(draws.shape)}.{cure}")
-    if len(draws) < 2:
-        raise ValueError(f"{name} must hold at least 2 draws, got {len(draws)}. Pass a sample of the law.")
-    bad = int((~torch.isfinite(draws)).any(1).sum())
-    if bad:
-        raise ValueError(
-            f"{name} must be finite, got NaN or infinity in {bad} of {len(draws)} draws. Remove those rows."
-        )
-    return draws.detach()
-
-
-def as_weights(weights: Any, like: Tensor) -> Tensor:
-    """Normalised weights of the rows of ``like``; refused where negative, not finite, or all on one draw."""
-    if weights is None:
-        return like.new_full((len(like),), 1 / len(like))
-    weights = torch.as_tensor(weights, dtype=like.dtype, device=like.device).detach()
-    if weights.shape != like.shape[:1]:
-        raise ValueError(
-            f"weights must have shape ({len(like)},), one a draw, got {tuple(weights.shape)}. Omit them for equal ones."
-        )
-    negative, strange = int((weights < 0).sum()), int((~torch.isfinite(weights)).sum())
-    if negative or strange:
-        raise ValueError(
-            f"weights must be finite and non-negative, got {negative} negative and {strange} NaN or infinite of "
-            f"{len(weights)}. Pass weights, not log weights: (log_w - log_w.max()).exp()."
-        )
-    if not bool((weights > 0).any()):
-        raise ValueError(
-            f"weights must not all be zero, got {len(weights)} zeros. "
-            "Pass (log_w - log_w.max()).exp() if they underflowed."
-        )
-    weights = weights / weights.max()
-    weights = weights / weights.sum()
-    effective = 1 / float(weights.square().sum())
-    if effective < 1.5:
-        raise ValueError(
-            f"weights must count for more than one draw, got 1 / sum w^2 = {effective:.3g} of {len(weights)}. "
-            "Use draws that overlap the target, or temper the weights: weights ** 0.1."
-        )
-    return weights
 
 
 def check_fit_options(call: str, bridge: Bridge | type[Bridge], options: Iterable[str], given: Iterable[str]) -> None:

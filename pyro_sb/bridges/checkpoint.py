@@ -1,4 +1,4 @@
-"""A fit of a network on disk: the file that it goes on from, and the text that tells it from others."""
+"""A fit of a network on disk: the file that it goes on from, and the words that tell it from others."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor
 from pyro_sb.bridges.base import FitOptions
 from pyro_sb.bridges.data import DrawsEnd, PairsReading
 from pyro_sb.files import read_file, write_file
+from pyro_sb.fingerprint import differences, fingerprint
 from pyro_sb.training import random_state, set_random_state
 
 
@@ -45,17 +46,20 @@ def go_on(options: FitOptions) -> tuple[dict[str, Any] | None, list[Tensor]]:
     return saved, random
 
 
-def check_same(saved: dict[str, Any] | None, name: str, options: FitOptions) -> None:
+def check_same(saved: dict[str, Any] | None, name: dict[str, str], options: FitOptions) -> None:
     """Refuse to go on from another fit."""
-    if saved is not None and saved["fit"] != name:
+    differ = "" if saved is None else differences(saved["fit"], name)
+    if differ:
         raise ValueError(
-            f"checkpoint must be of this fit to go on from, got that of another in {options.checkpoint}: its options "
-            "or data differ. Delete it, or write another path."
+            f"checkpoint must be of this fit to go on from, got that of another in {options.checkpoint}: {differ}. "
+            "Delete it, or write another path."
         )
 
 
-def fingerprint(kind: str, config: dict[str, Any], options: FitOptions, read: PairsReading, *others: Any) -> str:
-    """A text that differs between fits that could not go on from each other.
+def words_of(
+    kind: str, config: dict[str, Any], options: FitOptions, read: PairsReading, *others: Any
+) -> dict[str, str]:
+    """What tells a fit from those that could not go on from it, by name.
 
     Args:
         kind: The bridge's class.
@@ -64,11 +68,15 @@ def fingerprint(kind: str, config: dict[str, Any], options: FitOptions, read: Pa
         read: Its data.
         others: Options and data of this kind of fit alone.
     """
-    config = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in config.items()}
-    plain = options._replace(progress=False, checkpoint=None)
-    split: list[float] = [] if not isinstance(read.end, DrawsEnd) else [read.end.num_train]
-    split.append(float(read.affine.location.double().sum()))
-    return repr((kind, config, plain, split, read.sums, str(read.covariance.dtype), others))
+    plain = options._replace(progress=False, checkpoint=None)._asdict()
+    words = {name: _word(value) for name, value in (config | plain).items()}
+    kept = read.end.num_train if isinstance(read.end, DrawsEnd) else "a law's"
+    data = f"{read.data} ({fingerprint(read.digest, read.covariance, read.affine.location)}), {kept} to learn from"
+    return words | {"bridge": kind, "data": data, "other options": fingerprint(*others)}
+
+
+def _word(value: Any) -> str:
+    return fingerprint(value) if isinstance(value, Tensor) or len(repr(value)) > 60 else repr(value)
 
 
 def write(contents: dict[str, Any], training: dict[str, Any], checkpoint: str | Path | None) -> None:

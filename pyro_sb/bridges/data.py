@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import as_draws, as_weights
+from pyro_sb.checks import as_draws, as_weights, finite, floats, number, whole
+from pyro_sb.fingerprint import fingerprint
 from pyro_sb.ops.regression import Affine, regress
 
 
@@ -215,7 +216,7 @@ class Target(NamedTuple):
             return f"{data}, from its own source"
         if isinstance(source, Distribution):
             return f"{data}, from a {type(source).__name__}"
-        shape = np.shape(source)
+        shape = floats("source", source).shape
         return f"{data}, from {f'{shape[0]} draws' if len(shape) == 2 else 'a point'}"
 
 
@@ -247,7 +248,7 @@ def read_target(
             raise ValueError("target must be draws where there is a context, got a distribution. Draw pairs first.")
         if weights is not None:
             raise ValueError("weights go with draws, got a distribution as target. Pass target.sample((n,)).")
-    points = as_draws("target", target, dim, num_draws=num_law_draws)
+    points = as_draws("target", target, dim, num_draws=whole("num_law_draws", num_law_draws, 2))
     mask = read_held_out(held_out, None if law is not None else len(points))
     shares = None if weights is None else as_weights(weights, points)
     rows = _read_context(context_dim, context, points)
@@ -260,11 +261,9 @@ def read_target(
 
 def read_held_out(held_out: Any, num: int | None) -> float | Tensor:
     """A share in [0, 1), or a boolean mask of ``num`` draws that leaves some to learn from; None: no draws."""
-    if not isinstance(held_out, Tensor) and np.ndim(held_out) == 0:
-        if not 0 <= held_out < 1:
-            raise ValueError(f"held_out must lie in [0, 1), got {held_out}. Write 0.1 for a tenth of the draws.")
-        return float(held_out)
-    mask = torch.as_tensor(held_out).detach().cpu()
+    if np.ndim(held_out) == 0:
+        return number("held_out", held_out, "[0, 1)", "Write 0.1 for a tenth of the draws.")
+    mask = torch.as_tensor(np.array(held_out)) if not isinstance(held_out, Tensor) else held_out.detach().cpu()
     if num is None:
         raise ValueError("held_out must be a share where the target is a distribution, got a mask. Write 0.1.")
     if mask.dtype != torch.bool or mask.shape != (num,):
@@ -305,14 +304,10 @@ def read_source(source: Any, dim: int, like: Tensor, *, point: bool = True) -> A
     if isinstance(source, Distribution):
         check_law("source", source, dim)
         return source
-    value = torch.as_tensor(source).to(like)
+    value = floats("source", source, like)
     if not point or value.shape != (dim,):
-        return as_draws("source", value, dim, like=like)
-    if not bool(torch.isfinite(value).all()):
-        raise ValueError(
-            f"source must be finite, got the point {value.tolist()}. Write the place that bridges leave from."
-        )
-    return value[None]
+        return as_draws("source", source, dim, like=like)
+    return finite("source", value, "Write the place that bridges leave from.").detach()[None]
 
 
 def check_law(name: str, law: Distribution, dim: int) -> None:
@@ -376,7 +371,7 @@ class PairsReading(NamedTuple):
         affine: The regression.
         covariance: Of what it leaves. Shape ``(dim, dim)``.
         contexts: Mean and standard deviation of the contexts. Shape ``(context_dim,)``.
-        sums: Figures that tell these data from others.
+        digest: Text that tells these data from others.
         data: The data in words.
     """
 
@@ -384,7 +379,7 @@ class PairsReading(NamedTuple):
     affine: Affine
     covariance: Tensor
     contexts: tuple[Tensor, Tensor]
-    sums: list[float]
+    digest: str
     data: str
 
 
@@ -404,9 +399,7 @@ def read_pairs(read: Target, embedding: nn.Module | None = None, source: Any = N
         raw = rows * scale + location
         location, scale = shared_units(location, scale, item_dim)
         rows = (raw - location) / scale
-    sums = [float(points.double().sum()), float(points.double().square().sum())]
-    sums += [] if rows is None else [float(rows.double().square().sum())]
-    sums += [] if shares is None else [float(shares.double().square().sum())]
+    digest = fingerprint(points, rows, shares, read.held_out)
     unit = Units(torch.zeros_like(points[0]), torch.ones_like(points[0, 0]))
     end = LawEnd(read.law, unit) if read.law is not None else DrawsEnd(points, shares, rows, read.held_out)
     if isinstance(end, DrawsEnd):
@@ -420,7 +413,7 @@ def read_pairs(read: Target, embedding: nn.Module | None = None, source: Any = N
     affine = regress(points, features, shares)
     rest = (points - affine(features)).double()
     covariance = (shares.double()[:, None] * rest).T @ rest
-    return PairsReading(end, affine, covariance.to(points), (location, scale), sums, read.describe(source))
+    return PairsReading(end, affine, covariance.to(points), (location, scale), digest, read.describe(source))
 
 
 def shared_units(location: Tensor, scale: Tensor, item_dim: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from pyro_sb.checks import check_choice
 from pyro_sb.datasets.posteriors import (
     POSTERIORS,
     PosteriorTask,
@@ -67,8 +68,7 @@ def exact_task(name: str) -> PosteriorTask:
         >>> task.columns(samples).shape
         torch.Size([4, 100, 10])
     """
-    if name not in POSTERIORS:
-        raise ValueError(f"name must be one of {', '.join(map(repr, POSTERIORS))}, got {name!r}.")
+    check_choice("name", name, POSTERIORS)
     model, args, parameters, reference = _TASKS[name]()
     mean, sd, draws = reference
     return PosteriorTask(name, model, args, parameters, mean, sd, torch.zeros_like(mean), draws)

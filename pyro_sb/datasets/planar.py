@@ -9,6 +9,8 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
 
+from pyro_sb.checks import points, sample_size, whole
+
 
 class PlanarLaw(TorchDistribution):
     r"""A law in the plane. A member gives its draws by `points`, and `log_prob` where its density has a closed form.
@@ -23,6 +25,8 @@ class PlanarLaw(TorchDistribution):
 
     def __init__(self, *, dtype: torch.dtype | None = None) -> None:
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        if self.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}. Omit it for the default.")
         super().__init__(Size(), Size((2,)), validate_args=False)
 
     def points(self, shape: Size) -> Tensor:
@@ -32,7 +36,7 @@ class PlanarLaw(TorchDistribution):
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Independent draws. Shape ``(*sample_shape, *batch_shape, 2)``."""
         with torch.no_grad():
-            return self.points(Size(sample_shape) + self.batch_shape)
+            return self.points(sample_size(sample_shape) + self.batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density, where it has a closed form. Shape of ``value`` less its last axis."""
@@ -44,7 +48,7 @@ class PlanarLaw(TorchDistribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> "PlanarLaw":
         """The same law, independent over a batch."""
         law = copy.copy(self)
-        law._batch_shape = Size(batch_shape)
+        law._batch_shape = sample_size(batch_shape, "batch_shape")
         return law
 
     def _uniform(self, shape: Size | tuple[int, ...]) -> Tensor:
@@ -100,13 +104,14 @@ class EightGaussians(PlanarLaw):
         Returns:
             Shape ``(n, 2)``.
         """
-        if n < 1 or n % 8:
+        if whole("n", n, cure="Write 1000.") % 8:
             raise ValueError(f"n must be a positive multiple of 8, got {n}. Write equal_counts({max(8, n - n % 8)}).")
         mode = torch.arange(8).repeat(n // 8)[torch.randperm(n)]
         return self.centres[mode] + self.sd * self._normal((n, 2))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density. Shape of ``value`` less its last axis, broadcast with ``batch_shape``."""
+        value = points("value", value, 2, self.centres)
         squared = (value[..., None, :] - self.centres).square().sum(-1) / self.sd**2
         density = torch.logsumexp(-squared / 2, -1) - math.log(8 * 2 * math.pi * self.sd**2)
         return density.expand(torch.broadcast_shapes(density.shape, self.batch_shape))
@@ -148,7 +153,7 @@ class Moons(PlanarLaw):
         Returns:
             Shape ``(n, 2)``. Only the smear is random.
         """
-        if n < 1 or n % 2:
+        if whole("n", n, cure="Write 1000.") % 2:
             raise ValueError(f"n must be positive and even, got {n}. Write stratified({max(2, n - n % 2)}).")
         angle = torch.linspace(0, math.pi, n // 2, dtype=self.dtype).repeat(2)
         order = torch.randperm(n)
@@ -244,6 +249,7 @@ class Checkerboard(PlanarLaw):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density, ``-inf`` off the dark squares. Shape of ``value`` less its last axis, with ``batch_shape``."""
+        value = points("value", value, 2, torch.zeros((), dtype=self.dtype))
         inside = ((value >= -4) & (value < 4)).all(-1)
         dark = (value / 2).floor().sum(-1) % 2 == 0
         density = torch.where(inside & dark, value.new_tensor(-math.log(32)), -math.inf)

@@ -17,6 +17,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
+from pyro_sb.checks import check_choice
 from pyro_sb.datasets.originals import read_posterior
 
 
@@ -93,8 +94,7 @@ def posterior_task(name: str, *, root: str | Path | None = None) -> PosteriorTas
         Traceback (most recent call last):
         FileNotFoundError: root (or PYRO_SB_POSTERIORDB) must be a checkout of posteriordb ...
     """
-    if name not in _TASKS:
-        raise ValueError(f"name must be one of {', '.join(map(repr, _TASKS))}, got {name!r}.")
+    check_choice("name", name, _TASKS)
     stored, model, arguments = _TASKS[name]
     data, reference = read_posterior(stored, root)
     mean, sd = torch.from_numpy(reference.mean), torch.from_numpy(reference.sd)

@@ -17,6 +17,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_sb.checks import check_choice
 from pyro_sb.datasets.originals import read_simulator
 from pyro_sb.datasets.simulator_laws import Crescent, Gaussian, SpikeSums, runge_kutta4
 
@@ -71,8 +72,7 @@ def sbi_task(name: str, *, root: str | Path | None = None) -> SBITask:
         Traceback (most recent call last):
         FileNotFoundError: root (or PYRO_SB_SBIBM) must be the folder of the package sbibm ...
     """
-    if name not in _MODELS:
-        raise ValueError(f"name must be one of {', '.join(map(repr, _MODELS))}, got {name!r}.")
+    check_choice("name", name, _MODELS)
     read = {key: torch.as_tensor(value) for key, value in read_simulator(name, root).items()}
     design, model = read.pop("design_matrix", None), _MODELS[name]
     if design is not None:

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_sb.metrics.score import Score, cloud, finite
+from pyro_sb.checks import finite, floats, number
+from pyro_sb.metrics.score import Score, cloud
 
 _BLOCK = 64  # source points whose draws are held in float64 at a time
 
@@ -83,10 +84,8 @@ def cbw2_uvp(model: Any, target: Moments, variance: float) -> Score:
         >>> cbw2_uvp(torch.randn(3, 100, 2), target, variance=4.0).floor  # doctest: +ELLIPSIS
         0.878...
     """
-    if not variance > 0:
-        raise ValueError(
-            f"variance must be positive, got {variance}. Pass the trace of the covariance of the target's marginal."
-        )
+    cure = "Pass the trace of the covariance of the target's marginal."
+    variance = number("variance", variance, "(0, inf)", cure)
     if not isinstance(target, Moments):
         raise TypeError(
             f"target must be the exact conditional Moments, got {type(target).__name__}. "
@@ -103,8 +102,8 @@ def _moments(name: str, law: Any, ndim: int) -> tuple[Moments, int | None]:
     if not isinstance(law, Moments):
         batched = ndim == 2 and isinstance(law, Tensor) and law.dim() == 3
         blocks = [_sample_moments(cloud(name, rows, ndim + 1)) for rows in (law.split(_BLOCK) if batched else [law])]
-        return Moments(*(torch.cat(part) for part in zip(*blocks))), torch.as_tensor(law).shape[-2]
-    mean, covariance = (torch.as_tensor(part).detach().to(torch.float64) for part in law)
+        return Moments(*(torch.cat(part) for part in zip(*blocks))), floats(name, law).shape[-2]
+    mean, covariance = (floats(f"{name}.{of}", part).detach().double() for of, part in zip(("mean", "covariance"), law))
     if mean.dim() != ndim or covariance.shape != (*mean.shape, mean.shape[-1]):
         wanted = "(d,) and (d, d)" if ndim == 1 else "(P, d) and (P, d, d)"
         raise ValueError(

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyro_sb.checks import generator_of, whole
 from pyro_sb.metrics.score import Score, clouds
 
 
@@ -26,7 +27,7 @@ def c2st(x: Any, y: Any, *, num_folds: int = 5, generator: torch.Generator | Non
         x: Draws of the model. Shape ``(n, d)``.
         y: Draws of the target, as many. Shape ``(n, d)``; or a distribution, of which n are drawn.
         num_folds: K, from 2 to 2 n.
-        generator: Shuffles the folds and starts the network. Omitted: torch's global generator.
+        generator: Draws from a distribution, shuffles the folds and starts the network. Omitted: torch's global one.
 
     Returns:
         The accuracy, with the floor 0.5: the expected value for a perfect sampler. Exact draws score .48 to .52 at
@@ -47,14 +48,15 @@ def c2st(x: Any, y: Any, *, num_folds: int = 5, generator: torch.Generator | Non
     from sklearn.model_selection import KFold, cross_val_score
     from sklearn.neural_network import MLPClassifier
 
-    x, y, _, _ = clouds(x, y, x)  # x as the floor's draws: the floor is known, and needs no further draws
+    num_folds, generator = whole("num_folds", num_folds, 2), generator_of(generator)
+    x, y, _, _ = clouds(x, y, x, generator)  # x as the floor's draws: the floor is known, and needs no further draws
     if len(x) != len(y):
         small, name = min((len(x), "y"), (len(y), "x"))
         raise ValueError(
             f"x and y must hold as many draws, or the classifier gains by guessing, got {len(x)} and {len(y)}. "
             f"Write {name}[torch.randperm(len({name}))[:{small}]]."
         )
-    if not 2 <= num_folds <= 2 * len(x):
+    if num_folds > 2 * len(x):
         raise ValueError(f"num_folds must be from 2 to the number of draws, {2 * len(x)}, got {num_folds}.")
     sd = y.std(0)
     if bool((sd == 0).any()):

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sb.metrics.score import Score, cloud, finite
+from pyro_sb.checks import finite, floats
+from pyro_sb.metrics.score import Score, cloud
 
 
 def mode_shares(x: Any, centres: Any) -> Tensor:
@@ -54,14 +55,14 @@ def mode_share_tv(x: Any, centres: Any, shares: Any = None) -> Score:
         0.25 (floor 0.199)
     """
     found = mode_shares(x, centres)
-    num_modes, n = len(found), len(torch.as_tensor(x))
+    num_modes, n = len(found), len(cloud("x", x))
     truth = torch.full_like(found, 1 / num_modes) if shares is None else _checked(shares, found)
     floor = (2 * truth * (1 - truth) / (math.pi * n)).sqrt().sum() / 2
     return Score(float((found - truth).abs().sum() / 2), floor=float(floor))
 
 
 def _checked(shares: Any, found: Tensor) -> Tensor:
-    truth = finite("shares", torch.as_tensor(shares).detach().to(found))
+    truth = finite("shares", floats("shares", shares, found).detach())
     if truth.shape != found.shape or bool((truth < 0).any()) or abs(float(truth.sum()) - 1) > 1e-5:
         raise ValueError(
             f"shares must be {len(found)} numbers of at least 0 that sum to 1, got shape {tuple(truth.shape)} with sum "

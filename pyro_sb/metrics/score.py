@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_sb.checks import finite, floats
+
 
 class Score(float):
     r"""A metric's value that knows its floor: what a perfect sampler would score, given as many draws.
@@ -53,7 +55,7 @@ class Clouds(NamedTuple):
     y1: Tensor
 
 
-def clouds(x: Any, y: Any, floor_draws: Any = None) -> Clouds:
+def clouds(x: Any, y: Any, floor_draws: Any = None, generator: torch.Generator | None = None) -> Clouds:
     r"""The model's draws, the target's, and two independent clouds of the target.
 
     Args:
@@ -61,9 +63,10 @@ def clouds(x: Any, y: Any, floor_draws: Any = None) -> Clouds:
         y: Draws of the target, shape ``(m, d)``, or a distribution, of which n are drawn.
         floor_draws: Further draws of the target, or a distribution, of which n are drawn. Omitted: n fresh draws if
             ``y`` is a distribution, else ``y`` is split into random halves.
+        generator: Makes the draws and parts the halves. Omitted: torch's global generator.
     """
     model = cloud("x", x)
-    target = _like("y", y, model)
+    target = _like("y", y, model, generator)
     if floor_draws is None and not isinstance(y, Distribution):
         half = len(target) // 2
         if half < 2:
@@ -71,9 +74,12 @@ def clouds(x: Any, y: Any, floor_draws: Any = None) -> Clouds:
                 f"y must hold at least 4 draws to be halved for the floor, got {len(target)}. "
                 "Pass more, or floor_draws."
             )
-        order = torch.randperm(len(target)).to(target.device)
+        device = None if generator is None else generator.device
+        order = torch.randperm(len(target), generator=generator, device=device).to(target.device)
         return Clouds(model, target, target[order[:half]], target[order[half:]])
-    return Clouds(model, target, target, _like("floor_draws", y if floor_draws is None else floor_draws, model))
+    return Clouds(
+        model, target, target, _like("floor_draws", y if floor_draws is None else floor_draws, model, generator)
+    )
 
 
 def cloud(name: str, draws: Any, ndim: int = 2) -> Tensor:
@@ -81,29 +87,18 @@ def cloud(name: str, draws: Any, ndim: int = 2) -> Tensor:
     shape = "(n, d)" if ndim == 2 else "(num_points, n, d)"
     if isinstance(draws, Distribution):
         raise TypeError(f"{name} must be draws of shape {shape}, got a distribution. Write {name}.sample((n,)).")
-    value = torch.as_tensor(draws).detach().to(torch.float64)
+    value = floats(name, draws).detach().to(torch.float64)
     if value.dim() != ndim or value.shape[-2] < 2 or value.shape[-1] < 1:
         raise ValueError(
             f"{name} must be at least two draws of shape {shape}, got {tuple(value.shape)}. "
             f"For scalar draws write {name}[..., None]."
         )
-    return finite(name, value)
+    return finite(name, value, "Correct the sampler: a score of the other draws alone would hide them.")
 
 
-def finite(name: str, value: Tensor) -> Tensor:
-    """The value itself if it is finite."""
-    bad = int((~torch.isfinite(value)).sum())
-    if bad:
-        raise ValueError(
-            f"{name} must be finite, got {bad} entries of {value.numel()} that are not. "
-            "Correct the sampler: a score of the other draws alone would hide them."
-        )
-    return value
-
-
-def _like(name: str, draws: Any, model: Tensor) -> Tensor:
+def _like(name: str, draws: Any, model: Tensor, generator: torch.Generator | None) -> Tensor:
     if isinstance(draws, Distribution):
-        draws = draws.sample(torch.Size([len(model)]))
+        draws = _drawn(draws, len(model), generator)
     value = cloud(name, draws).to(model.device)
     if value.shape[-1] != model.shape[-1]:
         raise ValueError(
@@ -111,3 +106,13 @@ def _like(name: str, draws: Any, model: Tensor) -> Tensor:
             "Pass draws of the same law, (n, d) each."
         )
     return value
+
+
+def _drawn(law: Distribution, num: int, generator: torch.Generator | None) -> Tensor:
+    """Draws of a law, which knows torch's global generator alone: seeded by the given one for that long."""
+    if generator is None:
+        return law.sample(torch.Size([num]))
+    seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return law.sample(torch.Size([num]))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_sb.checks import generator_of, whole
 from pyro_sb.metrics.score import Score, clouds
 
 
@@ -62,7 +63,8 @@ def sliced_wasserstein2(
         num_projections: K, at least 1. In the plane the directions are equispaced over the half circle, from the first
             axis on; on the line there is one; else they are random.
         floor_draws: For the floor, as in `wasserstein2`. The floor is taken over the same directions.
-        generator: Makes the random directions. Omitted: torch's global generator.
+        generator: Makes the random directions, the draws of a distribution and the halves of ``y`` for the floor.
+            Omitted: torch's global generator.
 
     Returns:
         The distance, in units of ``x``, with its floor.
@@ -76,9 +78,8 @@ def sliced_wasserstein2(
         >>> round(sliced_wasserstein2(x, x + torch.tensor([3.0, 4.0])) ** 2, 4)  # half of |(3, 4)|^2
         12.5
     """
-    if num_projections < 1:
-        raise ValueError(f"num_projections must be at least 1, got {num_projections}. The default is 64.")
-    x, y, y0, y1 = clouds(x, y, floor_draws)
+    num_projections, generator = whole("num_projections", num_projections), generator_of(generator)
+    x, y, y0, y1 = clouds(x, y, floor_draws, generator)
     directions = _directions(x.shape[-1], num_projections, generator).to(x.device)
     return Score(_sliced(x, y, directions), floor=_sliced(y0, y1, directions))
 

@@ -174,3 +174,19 @@ def log_sum_exp(terms: Tensor) -> Tensor:
         tensor([1.3863, 1.3863])
     """
     return _LogSumExp.apply(terms)
+
+
+def covariance_factor(matrix: Tensor) -> Tensor:
+    """Cholesky factors of covariances ``(*, d, d)``; an error in words where rounding has spoilt one.
+
+    Example:
+        >>> covariance_factor(4 * torch.eye(1))
+        tensor([[2.]])
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if bool((failed > 0).any()):
+        raise torch.linalg.LinAlgError(
+            "covariances must be positive definite, got some that rounding has spoilt: a point or a context far from "
+            "those of the fit, or axes of very different widths. Check them, or fit in float64."
+        )
+    return factor

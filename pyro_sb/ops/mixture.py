@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_sb.ops.log_quadratic import LogSumQuadratic
+from pyro_sb.ops.log_quadratic import LogSumQuadratic, covariance_factor
 
 LAST_TIME, NUM_TIMES = 0.99, 32  # of bridge matching: the papers' cut, and the times that a minibatch shares
 
@@ -60,7 +60,7 @@ class MixturePotential(NamedTuple):
             quadratic, log_det = (self.scales - 1) / spread, spread.log().sum(-1)
         else:
             eye = torch.eye(self.locs.shape[-1], dtype=self.locs.dtype, device=self.locs.device)
-            factor = torch.linalg.cholesky((1 - t_matrix) * eye + t_matrix * self.scales)
+            factor = covariance_factor((1 - t_matrix) * eye + t_matrix * self.scales)
             inverse = torch.cholesky_inverse(factor)
             pulled = (inverse @ self.locs[..., None])[..., 0]
             quadratic = (self.scales - eye) @ inverse
@@ -80,7 +80,7 @@ class MixturePotential(NamedTuple):
             precision, log_det = 1 / self.scales, self.scales.log().sum(-1)
             pulled = self.locs * precision
         else:
-            factor = torch.linalg.cholesky(self.scales)
+            factor = covariance_factor(self.scales)
             precision, log_det = torch.cholesky_inverse(factor), 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
             pulled = (precision @ self.locs[..., None])[..., 0]
         constant = self.log_weights - 0.5 * (log_det + (self.locs * pulled).sum(-1) / self.epsilon)
@@ -99,13 +99,19 @@ class MixturePotential(NamedTuple):
     def plan_sample(self, y0: Tensor) -> Tensor:
         r"""One draw of :math:`\sum_j w_j(y_0) N(r_j + S_j y_0, \epsilon S_j)` from each point. Shape of ``y0``."""
         gates = self.normaliser().gates(y0)
-        index = torch.multinomial(gates.flatten(0, -2), 1).view(gates.shape[:-1])
+        try:
+            index = torch.multinomial(gates.flatten(0, -2), 1).view(gates.shape[:-1])
+        except RuntimeError:
+            raise RuntimeError(
+                "shares of a mixture must be numbers, got NaN or infinity: a point or a context is too far from those "
+                "of the fit for its dtype. Check them, or fit in float64."
+            ) from None
         noise = math.sqrt(self.epsilon) * torch.randn_like(y0)
         locs = _pick(self.locs, index)
         if self.diagonal:
             scales = _pick(self.scales, index)
             return locs + scales * y0 + scales.sqrt() * noise
-        factors = _pick(torch.linalg.cholesky(self.scales), index)
+        factors = _pick(covariance_factor(self.scales), index)
         pulled = (factors.mT @ y0[..., None]) + noise[..., None]  # S y0 + L z = L (L^T y0 + z)
         return locs + (factors @ pulled)[..., 0]
 

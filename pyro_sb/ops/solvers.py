@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_sb.ops.linear_sde import LinearSDE
+from pyro_sb.ops.log_quadratic import covariance_factor
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
@@ -202,7 +203,7 @@ def step_law(sde: LinearSDE, now: Tensor, then: Tensor, x: Tensor, given: Condit
     if given.covariance.dim() == x.dim():
         return StepLaw(mean, (rest + pull.square() * given.covariance).sqrt())
     covariance = pull[:, None] * given.covariance * pull + rest.diag()
-    return StepLaw(mean, torch.linalg.cholesky(covariance))
+    return StepLaw(mean, covariance_factor(covariance))
 
 
 class Path(NamedTuple):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import Bridge, as_draws
+from pyro_sb.bridges.base import Bridge
+from pyro_sb.checks import as_draws
 from pyro_sb.plots.axes import OURS, SOURCE, TARGET, Size, array, check_coords, one_axes, row_of_axes, styled
 
 __all__ = ["plot_marginal", "plot_marginals"]

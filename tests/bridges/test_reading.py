@@ -1,10 +1,21 @@
 """Targets, sources and options are checked in one place, with messages that name the cure."""
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Independent, MultivariateNormal, Normal
 
-from pyro_sb.bridges import DSB, VSDM, AutoencoderCodec, Bridge, LatentBridge, LightSB, PCACodec, TailMatched
+from pyro_sb.bridges import (
+    DSB,
+    VSDM,
+    AutoencoderCodec,
+    Bridge,
+    KernelLangevinBridge,
+    LatentBridge,
+    LightSB,
+    PCACodec,
+    TailMatched,
+)
 from pyro_sb.bridges.base import FitOptions
 from pyro_sb.bridges.data import read_source, read_target
 from pyro_sb.bridges.options import keyword_names
@@ -64,8 +75,29 @@ def test_sources_are_none_laws_draws_or_points():
         read_source([1.0, 2.0], 2, like, point=False)
     with pytest.raises(ValueError, match="to_event"):
         read_source(Independent(Normal(torch.zeros(3), 1.0), 1), 2, like)
-    with pytest.raises(ValueError, match="finite, got the point"):
+    with pytest.raises(ValueError, match="source must be finite"):
         read_source([0.0, float("nan")], 2, like)
+
+
+KEEPERS = {
+    "langevin": (lambda: KernelLangevinBridge(2, num_steps=2), {}),
+    "light": (lambda: LightSB(2, num_components=2), {"num_updates": 2}),
+    "dsb": (lambda: DSB(2, hidden=(4,), num_steps=2), {"num_updates": 2, "num_iterations": 1, "num_pairs": 30}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*has not converged")
+@pytest.mark.parametrize("name", KEEPERS)
+def test_what_a_bridge_keeps_is_its_own(name):
+    make, options = KEEPERS[name]
+    bridge, x, source = make(), np.random.default_rng(0).normal(size=(40, 2)), torch.randn(40, 2, dtype=torch.float64)
+    bridge.fit(x, source, progress=False, **options)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        draws.append(bridge().sample((9,)))
+        x[:], source[:] = 1e6, 1e6
+    assert torch.equal(*draws)
 
 
 def test_the_data_are_described():
@@ -88,7 +120,7 @@ def test_the_data_are_described():
 )
 def test_options_that_no_fit_can_use_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        FitOptions(1, 1, 1e-3, None, 10, False, None)._replace(**change).check()
+        FitOptions(1, 1, 1e-3, None, 10, False, None)._replace(**change).read()
 
 
 MISSPELT = {

@@ -323,7 +323,7 @@ def test_without_a_folder_the_error_says_what_to_do(monkeypatch):
 
 @pytest.mark.parametrize("door", [exact_task, posterior_task])
 def test_an_unknown_name_is_refused(door):
-    with pytest.raises(ValueError, match="name must be one of 'eight_schools_noncentered'"):
+    with pytest.raises(ValueError, match="name must be one of .'eight_schools_noncentered'"):
         door("eight_schools")
 
 

@@ -361,7 +361,7 @@ def test_unfit_clouds_are_refused(metric):
         metric(x, torch.randn(10, 3))
     with pytest.raises(ValueError, match="x and floor_draws must have one dimension, got 2 and 1"):
         metric(x, x, floor_draws=x[:, :1])
-    with pytest.raises(ValueError, match="y must be finite, got 1 entries of 20"):
+    with pytest.raises(ValueError, match="y must be finite, got NaN or infinity in 1 of 20"):
         metric(x, torch.where(x == x[3, 1], math.nan, x))
     with pytest.raises(ValueError, match="at least 4 draws to be halved for the floor, got 3. Pass more, or floor"):
         metric(x, x[:3])
@@ -412,7 +412,7 @@ def test_unfit_moments_are_refused():
         cbw2_uvp(torch.randn(10, 2), batch, 1.0)
     with pytest.raises(ValueError, match=r"means of one shape, got \(4, 2\) and \(3, 2\)"):
         cbw2_uvp(torch.randn(4, 10, 2), batch, 1.0)
-    with pytest.raises(ValueError, match="variance must be positive, got 0"):
+    with pytest.raises(ValueError, match="variance must be positive and finite, got 0"):
         cbw2_uvp(torch.randn(3, 10, 2), batch, 0.0)
     with pytest.raises(TypeError, match="target must be the exact conditional Moments, got Tensor"):
         cbw2_uvp(torch.randn(3, 10, 2), torch.randn(3, 10, 2), 1.0)
@@ -426,3 +426,17 @@ def test_unfit_shares_are_refused():
         mode_share_tv(x, centres, [0.5, 0.5])
     with pytest.raises(ValueError, match="x and centres must have one dimension, got 2 and 1"):
         mode_shares(x, centres[:, :1])
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_a_generator_reaches_every_draw_of_a_metric(dim):
+    x, y = torch.randn(60, dim), torch.randn(60, dim)
+    law = torch.distributions.MultivariateNormal(torch.zeros(dim), torch.eye(dim))
+    for target in (y, law):
+        scores = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)  # the global generator plays no part
+            before = torch.get_rng_state()
+            scores.append(sliced_wasserstein2(x, target, generator=torch.Generator().manual_seed(0)))
+            assert torch.equal(torch.get_rng_state(), before)
+        assert float(scores[0]) == float(scores[1]) and scores[0].floor == scores[1].floor

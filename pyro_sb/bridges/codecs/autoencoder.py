@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pyro_sb.bridges.codecs.base import Codec
 from pyro_sb.bridges.codecs.report import SHARE, choose_dim
 from pyro_sb.bridges.codecs.rows import shaped
+from pyro_sb.checks import number, whole, widths
 from pyro_sb.training import FitHistory, train
 
 NUM_CHECKS, PATIENCE, HELD_OUT = 40, 8, 0.1
@@ -44,6 +45,7 @@ class AutoencoderCodec(Codec):
     scale: Tensor
     latent_location: Tensor
     latent_scale: Tensor
+    shapes = {"location": "D", "scale": "", "latent_location": "L", "latent_scale": "L"}
 
     def __init__(
         self,
@@ -54,12 +56,9 @@ class AutoencoderCodec(Codec):
         share: float = SHARE,
     ) -> None:
         super().__init__(latent_dim)
-        if not hidden or not latent_noise >= 0 or not 0 < share <= 1:
-            raise ValueError(
-                f"hidden must name a layer, latent_noise be at least 0 and share in (0, 1], got {hidden}, "
-                f"{latent_noise} and {share}. Omit them."
-            )
-        self.hidden, self.latent_noise, self.share = tuple(map(int, hidden)), float(latent_noise), float(share)
+        self.hidden = widths("hidden", hidden)
+        self.latent_noise = number("latent_noise", latent_noise, "[0, inf)", "Omit it for the default.")
+        self.share = number("share", share, "(0, 1]", "Omit it for the default.")
         for name in AutoencoderCodec.__annotations__:
             self.register_buffer(name, torch.empty(0))
         self.encoder: nn.Module = nn.Identity()
@@ -97,8 +96,7 @@ class AutoencoderCodec(Codec):
         learning_rate: float = 2e-3,
         ema: float | None = 0.995,
     ) -> FitHistory:
-        if batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2, got {batch_size}. Omit it for 256.")
+        batch_size = whole("batch_size", batch_size, 2)
         num = self.given_dim
         if num is None:
             some = {"num_updates": num_updates, "batch_size": batch_size, "learning_rate": learning_rate, "ema": ema}

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform, TransformedDistribution, constraints
 
-from pyro_sb.bridges.base import Fitted, as_weights
+from pyro_sb.bridges.base import Fitted, check_parameters
 from pyro_sb.bridges.codecs.rows import as_rows, check_rank, shaped
 from pyro_sb.bridges.options import check_names, keyword_names
+from pyro_sb.checks import as_weights, whole
 from pyro_sb.training import FitHistory
 
 
@@ -29,15 +30,21 @@ class Codec(Fitted):
     """
 
     location: Tensor
+    shapes = {"location": "D"}
     affine = False  # whether decoding is an affine map
 
     def __init__(self, latent_dim: int | None = None, *, data_dim: int | None = None) -> None:
         super().__init__()
         for name, size in (("latent_dim", latent_dim), ("data_dim", data_dim)):
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}. Omit it to have it found.")
-        self.given_dim, self.latent_dim, self.data_dim = latent_dim, latent_dim, data_dim
+            if size is not None:
+                whole(name, size, cure="Omit it to have it found.")
+        self.given_dim = self.latent_dim = None if latent_dim is None else int(latent_dim)
+        self.data_dim = None if data_dim is None else int(data_dim)
         self.register_buffer("location", torch.empty(0))
+
+    def sizes(self) -> dict[str, int]:
+        """Size of the data, D, and of the latents, L."""
+        return {name: size for name, size in (("D", self.data_dim), ("L", self.latent_dim)) if size is not None}
 
     @property
     def bijective(self) -> bool:
@@ -119,6 +126,10 @@ class Codec(Fitted):
     def _fit(self, rows: Tensor, weights: Tensor, progress: bool, **options: Any) -> FitHistory:
         raise NotImplementedError(f"{type(self).__name__} has no fit.")
 
+    def _built(self) -> "Codec":
+        self._build()
+        return self
+
     def _build(self) -> None:
         """Make what depends on the sizes."""
 
@@ -136,6 +147,8 @@ class Codec(Fitted):
         sizes, saved = state_dict.get(prefix + "_extra_state"), state_dict.get(prefix + "location")
         if isinstance(sizes, dict) and isinstance(saved, Tensor) and len(saved):
             self.set_extra_state(sizes)
+            self._check_buffers(state_dict, prefix)
+            check_parameters(self._built, state_dict, prefix)
             self._build()
             self.to(saved)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyro_sb.bridges.codecs.base import Codec
 from pyro_sb.bridges.codecs.rows import shaped
+from pyro_sb.checks import flag, whole
 from pyro_sb.training import FitHistory
 
 
@@ -41,19 +42,22 @@ class PairCodec(Codec):
         bijective: bool = False,
         log_abs_det: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        if not callable(encode) or not callable(decode):
+            raise TypeError("encode and decode must be functions of tensors, got others. Write PairCodec(f, g, 8, 2).")
+        data_dim, latent_dim = whole("data_dim", data_dim, cure=""), whole("latent_dim", latent_dim, cure="")
         super().__init__(latent_dim, data_dim=data_dim)
         if latent_dim > data_dim:
             raise ValueError(
                 f"latent_dim must be at most the data's rank, which is at most data_dim, got {latent_dim} and "
                 f"{data_dim}. Write a narrower encoder."
             )
-        if bijective and (log_abs_det is None or data_dim != latent_dim):
+        if flag("bijective", bijective) and (log_abs_det is None or data_dim != latent_dim):
             raise ValueError(
                 f"a bijective pair needs log_abs_det and equal sizes, got {'one' if log_abs_det else 'none'} and "
                 f"{data_dim} and {latent_dim}. Write bijective=False for a lossy pair."
             )
         self.encoder, self.decoder, self.log_determinant = encode, decode, log_abs_det
-        self._bijective = bijective
+        self._bijective = bool(bijective)
         self.eval()  # dropout would make latents random, and batch norms move
         first = next(self.parameters(), torch.empty(0))
         self.register_buffer("location", torch.zeros(data_dim, dtype=first.dtype, device=first.device))
@@ -65,17 +69,21 @@ class PairCodec(Codec):
 
     def encode(self, x: Tensor) -> Tensor:
         """The user's, its shape checked."""
-        return self._answer("encode", self.encoder, shaped("x", x, self.data_dim), (cast(int, self.latent_dim),))
+        return self._answer(
+            "encode", self.encoder, shaped("x", x, self.data_dim, check=False), (cast(int, self.latent_dim),)
+        )
 
     def decode(self, z: Tensor) -> Tensor:
         """The user's, its shape checked."""
-        return self._answer("decode", self.decoder, shaped("z", z, self.latent_dim), (cast(int, self.data_dim),))
+        return self._answer(
+            "decode", self.decoder, shaped("z", z, self.latent_dim, check=False), (cast(int, self.data_dim),)
+        )
 
     def log_abs_det(self, z: Tensor) -> Tensor:
         """The user's."""
         if self.log_determinant is None:
             return super().log_abs_det(z)
-        return self._answer("log_abs_det", self.log_determinant, shaped("z", z, self.latent_dim), ())
+        return self._answer("log_abs_det", self.log_determinant, shaped("z", z, self.latent_dim, check=False), ())
 
     def config(self) -> dict[str, Any]:
         """The sizes alone: functions are not saved."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyro_sb.bridges.codecs.base import Codec
 from pyro_sb.bridges.codecs.report import SHARE, ReconstructionReport, parted
 from pyro_sb.bridges.codecs.rows import advice, numerical_rank, shaped
+from pyro_sb.checks import flag
 from pyro_sb.training import FitHistory
 
 
@@ -45,11 +46,12 @@ class PCACodec(Codec):
     components: Tensor
     scales: Tensor
     residual_scale: Tensor
+    shapes = {"location": "D", "components": "D L", "scales": "L", "residual_scale": ""}
     affine = True
 
     def __init__(self, latent_dim: int | None = None, *, whiten: bool = True, residual: bool = False) -> None:
         super().__init__(latent_dim)
-        self.whiten, self.residual = whiten, residual
+        self.whiten, self.residual = flag("whiten", whiten), flag("residual", residual)
         for name in PCACodec.__annotations__:
             if name != "affine":
                 self.register_buffer(name, torch.empty(0))

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.base import as_weights
 from pyro_sb.bridges.codecs.base import Codec
 from pyro_sb.bridges.codecs.rows import as_rows, numerical_rank
+from pyro_sb.checks import as_weights, number, whole
 from pyro_sb.warn import warn
 
 SHARE = 0.95  # of the variance, that a chosen dimension explains
@@ -40,8 +40,7 @@ class ReconstructionReport:
 
     def choose(self, share: float = SHARE) -> int:
         """The smallest dimension that explains this share; with a warning the best, where none does."""
-        if not 0 < share <= 1:
-            raise ValueError(f"share must lie in (0, 1], got {share}. Write 0.95.")
+        share = number("share", share, "(0, 1]", "Write 0.95.")
         for dim, explained in zip(self.dims, self.explained):
             if explained >= share:
                 return dim
@@ -97,9 +96,10 @@ def reconstruction_report(
     rank = numerical_rank(rows[seen])
     if dims is None:
         dims = [k for k in GRID if k < rank] + [rank]
-    dims = sorted(set(map(int, dims)))
-    if not dims or dims[0] < 1:
-        raise ValueError(f"dims must be positive, got {dims}. Omit them.")
+    if isinstance(dims, str) or not hasattr(dims, "__iter__") or not len(list(dims)):
+        raise ValueError(f"dims must name latent dimensions, got {dims!r}. Omit them.")
+    dims = sorted({whole("each of dims", dim, cure="Omit them.") for dim in dims})
+    stop_at = None if stop_at is None else number("stop_at", stop_at, "(0, 1]", "Write 0.95.")
     report = ReconstructionReport([], [], [], len(seen), len(test))
     share, mean = weights[test] / weights[test].sum(), weights[seen] @ rows[seen] / weights[seen].sum()
     total = float(share @ (rows[test] - mean).square().sum(1))
@@ -121,8 +121,9 @@ def reconstruction_report(
 
 def parted(rows: Tensor, held_out: float = HELD_OUT) -> tuple[Tensor, Tensor]:
     """Random indices of the rows to judge by, and of those to fit to."""
+    held_out = number("held_out", held_out, "(0, 1)", f"Write {HELD_OUT}.")
     num = round(held_out * len(rows))
-    if not 0 < held_out < 1 or num < 1 or len(rows) - num < 2:
+    if num < 1 or len(rows) - num < 2:
         raise ValueError(
             f"held_out must leave rows on both sides, got {held_out} of {len(rows)}. Write {HELD_OUT}, or add rows."
         )

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_sb.checks import finite, floats
+
 UNITS = 3.0  # of rounding, that a direction must exceed
 
 
 def as_rows(x: Any) -> Tensor:
     """Rows ``(N, d)`` of finite floating numbers, at least two."""
-    rows = torch.as_tensor(x)
-    rows = rows if rows.is_floating_point() else rows.to(torch.get_default_dtype())
+    rows = floats("x", x)
     if rows.dim() != 2 or len(rows) < 2 or not rows.shape[1]:
         raise ValueError(
             f"a codec is fitted on rows of shape (N, data_dim), N at least 2, got {tuple(rows.shape)}. "
@@ -24,8 +25,9 @@ def as_rows(x: Any) -> Tensor:
     return rows.detach()
 
 
-def shaped(name: str, x: Tensor, size: int | None) -> Tensor:
-    """The tensor, if its last axis has this size."""
+def shaped(name: str, x: Any, size: int | None, *, check: bool = True) -> Tensor:
+    """The tensor, if its last axis has this size; ``check``: and if it is finite."""
+    x = finite(name, floats(name, x), in_chains=True) if check else floats(name, x)
     if x.dim() == 0 or x.shape[-1] != size:
         raise ValueError(f"{name} must have shape (*, {size}), got {tuple(x.shape)}.")
     return x

@@ -1,12 +1,11 @@
 r"""The matrix D = I - 2 A of the noising: its rules, and the stochastic approximation of A."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.base import check_choice, check_counts
+from pyro_sb.checks import check_choice, finite, floats, number, whole
 from pyro_sb.ops.linear_sde import LinearSDE, fixed_point_rates, tolerance_rates
 from pyro_sb.ops.solvers import Model, score, step_law
 
@@ -26,11 +25,9 @@ class Adaptation(NamedTuple):
     num_stages: int
     zeta: float
 
-    def check(self) -> None:
-        """Refuse what no fit can use."""
-        check_counts(num_stages=self.num_stages)
-        if not 0 < self.zeta < math.inf:
-            raise ValueError(f"zeta must be positive, got {self.zeta}. Omit it for 1.")
+    def read(self) -> "Adaptation":
+        """The same, as numbers that a fit can use; an error where one is none."""
+        return Adaptation(whole("num_stages", self.num_stages), number("zeta", self.zeta, "(0, inf)", "Omit it for 1."))
 
 
 def best_matrix(model: Model, sde: LinearSDE, times: Tensor, x: Tensor, zeta: float = 1.0) -> Tensor:
@@ -104,12 +101,11 @@ def check_drift_matrix(drift_matrix: str | Tensor, dim: int) -> str | Tensor:
     if isinstance(drift_matrix, str):
         check_choice("drift_matrix", drift_matrix, DRIFT_RULES)
         return drift_matrix
-    matrix = torch.as_tensor(drift_matrix).detach().cpu()
-    matrix = matrix if matrix.is_floating_point() else matrix.to(torch.get_default_dtype())
+    matrix = floats("drift_matrix", drift_matrix).detach().cpu()
     if matrix.shape != (dim, dim):
         raise ValueError(f"drift_matrix must name a rule or be D of shape ({dim}, {dim}), got {tuple(matrix.shape)}.")
-    if not bool(torch.isfinite(matrix).all()) or not torch.allclose(matrix, matrix.T):
-        raise ValueError("drift_matrix must be a finite symmetric matrix D. Write (D + D.T) / 2.")
+    if not torch.allclose(finite("drift_matrix", matrix), matrix.T):
+        raise ValueError("drift_matrix must be a symmetric matrix D, got one that is not. Write (D + D.T) / 2.")
     smallest = float(torch.linalg.eigvalsh(matrix.double())[0])
     if smallest <= 0:
         raise ValueError(f"D must be positive definite, got an eigenvalue of {smallest:.3g}. D is I - 2 A: lower A.")

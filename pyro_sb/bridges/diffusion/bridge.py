@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sb.bridges.base import Bridge, check_choice
+from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.data import PairsReading, summarise
 from pyro_sb.bridges.diffusion.adapt import axes_of, check_drift_matrix
 from pyro_sb.bridges.diffusion.network import DiffusionNet, factor_covariance
 from pyro_sb.bridges.diffusion.sampler import FLOW_SOLVERS, SOLVERS, Sampler, solved
+from pyro_sb.checks import answered, check_choice, floats, number, one_time, whole, widths
 from pyro_sb.distributions import Draws
 from pyro_sb.nn import embedding_config, with_constant_parameters
 from pyro_sb.ops.linear_sde import LinearSDE, Schedule, start_covariance
@@ -23,6 +24,7 @@ CLEANEST = 0.01  # noise of the last evaluated time, in standard deviations of t
 NUM_KNOTS, NUM_PROBES = 33, 8  # of the analytic covariance, and of the divergence above 20 dimensions
 SOURCE_LAWS, STEP_COVARIANCES = ("moment", "conditional"), ("learnt", "analytic")
 PRECONDITIONINGS = ("direction", "scalar")
+WIDEST = 32.0  # deviation, or one over it, up to which noise rates are in the user's units
 CHUNK = 2**22  # numbers of a batch of covariances at once
 
 
@@ -36,6 +38,11 @@ class DiffusionBridge(Bridge):
 
     density = "path"
     approximate_log_prob = True
+    shapes = {
+        "location": "d", "slope": "d F", "context_location": "c", "context_scale": "c", "basis": "d d", "rates": "d",
+        "covariance": "d d", "spread": "d", "first_time": "", "log_errors": "k", "probes": "p d",
+        "rates_history": "s d", "unit": "",
+    }  # fmt: skip
     earlier_names = {"drift": "drift_matrix", "start": "source_law", "covariance": "step_covariance"}
 
     location: Tensor
@@ -50,6 +57,7 @@ class DiffusionBridge(Bridge):
     log_errors: Tensor
     probes: Tensor
     rates_history: Tensor
+    unit: Tensor
 
     def __init__(
         self,
@@ -68,24 +76,24 @@ class DiffusionBridge(Bridge):
         embedding: nn.Module | None = None,
     ) -> None:
         super().__init__(dim, context_dim=context_dim)
-        if not 0 < b_min <= b_max < math.inf or not 0 <= power < math.inf:
-            raise ValueError(
-                f"the noise rate needs 0 < b_min <= b_max and power >= 0, got {b_min}, {b_max} and {power}."
-            )
-        if not hidden or not covariance_hidden:
-            raise ValueError("hidden and covariance_hidden must name at least one layer each. Omit them.")
+        b_min = number("b_min", b_min, "(0, inf)", "Omit it for the default.")
+        b_max = number("b_max", b_max, "(0, inf)", "Omit it for the default.")
+        if b_min > b_max:
+            raise ValueError(f"b_min must be at most b_max, got {b_min:g} and {b_max:g}. The source is the noisy end.")
+        power = number("power", power, "[0, inf)", "Omit it for the default.")
         if embedding is not None and not context_dim:
             raise ValueError("an embedding needs a context, got context_dim = 0. Write context_dim=...")
         check_choice("source_law", source_law, SOURCE_LAWS)
         check_choice("step_covariance", step_covariance, STEP_COVARIANCES)
         check_choice("preconditioning", preconditioning, PRECONDITIONINGS)
-        self.schedule = Schedule(float(b_min), float(b_max), float(power))
-        self.drift_rule = check_drift_matrix(drift_matrix, dim)
+        self.schedule = Schedule(b_min, b_max, power)
+        self.drift_rule = check_drift_matrix(drift_matrix, self.dim)
         self.source_law, self.step_covariance, self.preconditioning = source_law, step_covariance, preconditioning
-        self.hidden, self.covariance_hidden = tuple(map(int, hidden)), tuple(map(int, covariance_hidden))
-        self.net = DiffusionNet(dim, context_dim, self.hidden, self.covariance_hidden, embedding)
+        self.hidden, self.covariance_hidden = widths("hidden", hidden), widths("covariance_hidden", covariance_hidden)
+        self.net = DiffusionNet(self.dim, self.context_dim, self.hidden, self.covariance_hidden, embedding)
         for name in DiffusionBridge.__annotations__:
             self.register_buffer(name, torch.empty(0))
+        self.unit = torch.ones(())
         self.sampler = Sampler()
         self.net.eval()
 
@@ -139,6 +147,7 @@ class DiffusionBridge(Bridge):
         saved = state_dict.get(prefix + "location")
         if isinstance(saved, Tensor):
             self.to(saved)
+            state_dict.setdefault(prefix + "unit", torch.ones_like(saved).mean())  # earlier files have none
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def transport(self, x0: Tensor, context: Any = None) -> Tensor:
@@ -183,6 +192,7 @@ class DiffusionBridge(Bridge):
                 f"push follows the flow, whose solvers are {list(FLOW_SOLVERS)}, got {self.sampler.solver!r}, which "
                 'draws noise of its own. Write bridge.sampler = replace(bridge.sampler, solver="multistep").'
             )
+        noise = floats("noise", noise)
         flat, rows, shape = self.flat_rows(noise, context)
         return with_constant_parameters(self, self._push, flat, rows).reshape(shape).to(noise.dtype)
 
@@ -198,8 +208,7 @@ class DiffusionBridge(Bridge):
             solver: As in `Sampler`: paths of the SDE by default, of the probability flow with its solvers.
         """
         self.like()
-        if num_paths < 1 or num_steps < 1:
-            raise ValueError(f"num_paths and num_steps must be at least 1, got {num_paths} and {num_steps}.")
+        num_paths, num_steps = whole("num_paths", num_paths), whole("num_steps", num_steps)
         check_choice("solver", solver, SOLVERS)
         context = self.check_context(context)
         batch = () if context is None else context.shape[:-1]
@@ -210,7 +219,7 @@ class DiffusionBridge(Bridge):
             z = self._start(num_paths * math.prod(batch), mean)
             states = self._solve(z, features, times, solver)
             out = torch.stack([self._outward(z, mean, tau) for z, tau in zip(states, times)])
-        return 1 - times, out.reshape(num_steps + 1, num_paths, *batch, self.dim)
+        return 1 - times, answered("paths", out.reshape(num_steps + 1, num_paths, *batch, self.dim))
 
     def drift(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
         r"""Drift :math:`\beta (\tfrac12 D x + \nabla \log p_t)` of the generating SDE, whose noise has rate beta.
@@ -218,13 +227,12 @@ class DiffusionBridge(Bridge):
         Within the first noise level of the target the score is that of its noisy edge.
         """
         x, rows, shape = self.flat_rows(x, context)
-        tau = (1 - torch.as_tensor(t, dtype=x.dtype, device=x.device)).clamp(max=1.0).maximum(self.first_time)
-        if tau.dim():
-            raise ValueError(f"t must be one time in [0, 1], got shape {tuple(tau.shape)}.")
+        tau = x.new_tensor(1 - one_time(t)).maximum(self.first_time)
         mean, features = self._features(rows)
         z = self._inward(x, mean, tau)
         slope = score(self.sde, tau, z, self._denoise(tau, z, features)) @ self.basis.T
-        return (self.schedule.rate(tau) * (0.5 * x @ self.drift_matrix + slope)).reshape(shape)
+        move = 0.5 * x @ self.drift_matrix + self.unit * slope
+        return answered("drift", (self.schedule.rate(tau) * move).reshape(shape))
 
     def sample_rows(self, num: int, context: Tensor | None) -> Tensor:
         """Draws by the sampler's solver. Shape ``(num, dim)``."""
@@ -253,14 +261,13 @@ class DiffusionBridge(Bridge):
         Returns:
             Shape ``(*)``.
         """
-        if num_paths < 1:
-            raise ValueError(f"num_paths must be at least 1, got {num_paths}. Omit it for 16.")
+        num_paths = whole("num_paths", num_paths)
         x, rows, shape = self.flat_rows(x, context)
         with torch.no_grad():
             mean, features = self._features(rows)
             z, times = self._inward(x, mean, torch.zeros_like(self.first_time)), self.times(self.sampler.path_steps)
             total = torch.stack([self._path_bound(z, mean, features, times) for _ in range(num_paths)])
-        return (total.logsumexp(0) - math.log(num_paths)).reshape(shape[:-1])
+        return answered("path_log_prob", (total.logsumexp(0) - math.log(num_paths)).reshape(shape[:-1]))
 
     def log_prob_rows(self, x: Tensor, context: Tensor | None) -> Tensor:
         r"""Approximate log density by the probability flow: Heun's method in angles, divergence exact to dimension 20.
@@ -283,17 +290,18 @@ class DiffusionBridge(Bridge):
             z = self._inward(x.to(mean), mean, torch.zeros_like(times[0]))
             goal = partial(self.goal, features=features)
             end, change = flow_change(goal, Flow(self.sde, self.spread), times, z, self.probes)
-            return self._start_log_prob(end, mean) + change
+            return self._start_log_prob(end, mean) + change - self._log_unit
 
     # The process, taken from what was read
 
     def adopt(self, read: PairsReading) -> None:
         """Take the units, the process and new networks."""
         self.to(read.affine.location)
-        self.location, self.slope = read.affine
+        self.unit = unit_of(read.covariance)
+        self.location, self.slope = (part / self.unit for part in read.affine)
         self.context_location, self.context_scale = read.contexts
         self.net.reset()
-        values, vectors = torch.linalg.eigh(read.covariance.double())
+        values, vectors = torch.linalg.eigh(self.in_units(read.covariance))
         values = values.clamp_min(1e-10 * float(values[-1]))
         basis, rates = self._axes(values, vectors)
         self.log_errors = self.location.new_zeros(NUM_KNOTS)
@@ -301,12 +309,21 @@ class DiffusionBridge(Bridge):
         self.rates_history = self.location.new_empty(0)
         self.turn(basis, rates, vectors @ values.diag() @ vectors.T)
 
+    def in_units(self, covariance: Tensor) -> Tensor:
+        """A covariance in the bridge's units, in float64."""
+        return covariance.double() / self.unit.double().square()
+
+    @property
+    def _log_unit(self) -> Tensor:
+        """Log determinant of the way back to the user's units."""
+        return self.dim * self.unit.log()
+
     def _axes(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenvectors and eigenvalues of D, of those of the target's covariance."""
         return axes_of(self.drift_rule, values, vectors, self.schedule.total)
 
     def turn(self, basis: Tensor, rates: Tensor, covariance: Tensor) -> None:
-        """Take a new D; the target's covariance is in the user's axes."""
+        """Take a new D; the target's covariance is in the user's axes and the bridge's units."""
         like, basis = self.location, basis.double()
         inner = basis.T @ covariance.double() @ basis
         self.basis, self.rates, self.covariance = basis.to(like), rates.to(like), inner.to(like)
@@ -344,15 +361,17 @@ class DiffusionBridge(Bridge):
         if self.step_covariance == "analytic":
             return self.analytic(tau, z, features)
         flow, place = Flow(self.sde, self.spread), self.place(tau)
-        mean, variances = self.analytic(tau, z, features)
         factor = self.net.precision_factor(place, z * flow.inner(tau), self.basis, features)
-        return Conditional(mean, factor_covariance(factor, variances[0].sqrt()))
+        return Conditional(self._denoise(tau, z, features), factor_covariance(factor, self._variances(tau).sqrt()))
 
     def analytic(self, tau: Tensor, z: Tensor, features: Tensor | None) -> Conditional:
         """The same with one number a noise level for the covariance."""
+        return Conditional(self._denoise(tau, z, features), self._variances(tau).expand_as(z))
+
+    def _variances(self, tau: Tensor) -> Tensor:
+        """Analytic variances of the target given a state. Shape ``(dim,)``."""
         angle = Flow(self.sde, self.spread).angle(tau)
-        variances = self.spread * angle.sin().square() * self.log_error(self.place(tau)).exp()
-        return Conditional(self._denoise(tau, z, features), variances.expand_as(z))
+        return self.spread * angle.sin().square() * self.log_error(self.place(tau)).exp()
 
     def log_error(self, place: Tensor) -> Tensor:
         """Log of the analytic variance in units of the Gaussian one, between the knots it was measured at."""
@@ -364,7 +383,7 @@ class DiffusionBridge(Bridge):
     # Rows of the user's to the eigenbasis and back
 
     def _features(self, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Mean of the target ``(dim,)`` or ``(n, dim)``, and the networks' features, of raw contexts in rows."""
+        """Mean of the target in units ``(dim,)`` or ``(n, dim)``, and the nets' features, of raw contexts in rows."""
         affine = Affine(self.location, self.slope)
         if context is None:
             return affine(None), None
@@ -373,11 +392,11 @@ class DiffusionBridge(Bridge):
 
     def _inward(self, x: Tensor, mean: Tensor, tau: Tensor) -> Tensor:
         """States of the user's at a noising time to the eigenbasis, less their mean."""
-        return x @ self.basis - self.sde.at(tau).factor * (mean @ self.basis)
+        return (x / self.unit) @ self.basis - self.sde.at(tau).factor * (mean @ self.basis)
 
     def _outward(self, z: Tensor, mean: Tensor, tau: Tensor) -> Tensor:
         """The way back."""
-        return (z + self.sde.at(tau).factor * (mean @ self.basis)) @ self.basis.T
+        return self.unit * ((z + self.sde.at(tau).factor * (mean @ self.basis)) @ self.basis.T)
 
     def _start_law(self, mean: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and Cholesky factor of the source in the eigenbasis, less the noised mean."""
@@ -404,7 +423,7 @@ class DiffusionBridge(Bridge):
             one = torch.ones_like(self.first_time)
             z = self._inward(x0, mean, one)
             z = self._solve(z, features, self.times(num_steps), solver)[-1]
-            return self._outward(z, mean, 0 * one).reshape(shape)
+            return answered("transport", self._outward(z, mean, 0 * one).reshape(shape))
 
     def _solve(self, z: Tensor, features: Tensor | None, times: Tensor, solver: str) -> list[Tensor]:
         """States at all times from those at the first."""
@@ -428,11 +447,11 @@ class DiffusionBridge(Bridge):
         times, z = self.times(self.sampler.path_steps), self._start(num, mean)
         path = ancestral(partial(self._model, features=features), self.sde, times, z)
         value = self._outward(path.states[-1], mean, times[-1])
-        return Draws(value, self._start_log_prob(z, mean) + path.log_ratio)
+        return Draws(value, self._start_log_prob(z, mean) + path.log_ratio - self._log_unit)
 
     def _path_bound(self, z: Tensor, mean: Tensor, features: Tensor | None, times: Tensor) -> Tensor:
         path = noising(partial(self._model, features=features), self.sde, times, z)
-        return self._start_log_prob(path.states[0], mean) + path.log_ratio
+        return self._start_log_prob(path.states[0], mean) + path.log_ratio - self._log_unit
 
     def _in_chunks(self, make: Any, num: int, context: Tensor | None) -> Draws:
         """Rows a chunk at a time: a covariance a row is large."""
@@ -445,3 +464,13 @@ class DiffusionBridge(Bridge):
             like = self.like()
             return Draws(like.new_empty(0, self.dim), like.new_empty(0))
         return Draws(*(torch.cat(each) for each in zip(*parts)))
+
+
+def unit_of(covariance: Tensor) -> Tensor:
+    """The unit of a diffusion's states, in the user's. Shape ``()``.
+
+    Noise rates are in the user's units where the root of the data's mean variance is within 1/32 and 32; elsewhere they
+    are in units of that root, so that data of any scale are learnt.
+    """
+    scale = covariance.diagonal().double().mean().sqrt()
+    return torch.where((scale * WIDEST >= 1) & (scale <= WIDEST), 1.0, scale).to(covariance)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sb.bridges.base import FitOptions
-from pyro_sb.bridges.checkpoint import check_same, fingerprint, go_on, on_device, write
+from pyro_sb.bridges.checkpoint import check_same, go_on, on_device, words_of, write
 from pyro_sb.bridges.data import Batch, DrawsEnd, PairsReading, read_pairs, read_target, summarise
 from pyro_sb.bridges.diffusion.adapt import NUM_GRID, NUM_PARTICLES, Adaptation, best_matrix, project, step_size
 from pyro_sb.bridges.diffusion.bridge import NUM_KNOTS, DiffusionBridge
@@ -49,9 +49,8 @@ def fit_diffusion(
     adaptation: Adaptation | None = None,
 ) -> FitHistory:
     """Read the data, then learn in phases; from a checkpoint of the same fit, the rest of them."""
-    options.check()
-    if adaptation is not None:
-        adaptation.check()
+    options = options.read()
+    adaptation = None if adaptation is None else adaptation.read()
     saved, random = go_on(options)
     data = read_target(
         bridge.dim,
@@ -63,7 +62,7 @@ def fit_diffusion(
         held_out=held_out,
     )
     read = read_pairs(data, bridge.net.embedding)
-    name = fingerprint(type(bridge).__name__, bridge.config(), options, read, adaptation)
+    name = words_of(type(bridge).__name__, bridge.config(), options, read, adaptation and adaptation._asdict())
     check_same(saved, name, options)
     bridge.adopt(read)
     bridge.fitted_to = read.data
@@ -86,10 +85,10 @@ class DiffusionFit:
         adaptation: Adaptation | None,
         read: PairsReading,
         random: list[Tensor],
-        name: str,
+        name: dict[str, str],
     ) -> None:
         self.bridge, self.options, self.adaptation, self.end = bridge, options, adaptation, read.end
-        self.covariance = read.covariance
+        self.covariance = bridge.in_units(read.covariance)
         self.random, self.name = random, name
         self.pace = Pace()
         self.phases = ["adapt"] * (bridge.drift_rule == "stochastic") + ["mean"]
@@ -274,7 +273,7 @@ class DiffusionFit:
         return self._noised(self.end.batch(num))
 
     def _noised(self, batch: Batch) -> Noised:
-        clean = batch.points - self._mean_of(batch.context)
+        clean = batch.points / self.bridge.unit - self._mean_of(batch.context)
         place = (torch.arange(len(clean)) // 2 + torch.rand(len(clean))) / ((len(clean) + 1) // 2)
         place = place[torch.randperm(len(clean))].clamp_max(1).to(clean)
         first = self.bridge.first_time

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyro_sb.bridges.base import check_choice
+from pyro_sb.checks import check_choice, whole
 from pyro_sb.ops.linear_sde import LinearSDE
 from pyro_sb.ops.solvers import Denoiser, Model, ancestral, euler, euler_maruyama, heun, multistep
 
@@ -32,8 +32,8 @@ class Sampler:
     path_steps: int = 20
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1 or self.path_steps < 1:
-            raise ValueError(f"num_steps and path_steps must be at least 1, got {self.num_steps}, {self.path_steps}.")
+        self.num_steps = whole("num_steps", self.num_steps)
+        self.path_steps = whole("path_steps", self.path_steps)
         check_choice("solver", self.solver, SOLVERS)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sb.bridges.base import FitOptions, check_choice
+from pyro_sb.bridges.base import FitOptions
 from pyro_sb.bridges.data import DrawsEnd, PairsReading
-from pyro_sb.bridges.diffusion.bridge import DiffusionBridge
+from pyro_sb.bridges.diffusion.bridge import DiffusionBridge, unit_of
 from pyro_sb.bridges.diffusion.fit import fit_diffusion
 from pyro_sb.bridges.diffusion.sampler import Sampler
+from pyro_sb.checks import check_choice, number, whole
 from pyro_sb.ops.linear_sde import Schedule
 from pyro_sb.threads import chosen_threads
 from pyro_sb.training import FitHistory
@@ -92,6 +93,7 @@ class SmoothedBridge(DiffusionBridge):
 
     rows: Tensor
     log_weights: Tensor
+    shapes = DiffusionBridge.shapes | {"rows": "n d", "log_weights": "n"}
 
     def __init__(
         self,
@@ -107,8 +109,10 @@ class SmoothedBridge(DiffusionBridge):
         num_steps: int = 10,
         path_steps: int = 40,
     ) -> None:
-        check_epsilon(epsilon)
-        source_law = source_law or ("moment" if context_dim else "rows")
+        cure = "Omit it for 100 times the mean variance of the data."
+        epsilon = None if epsilon is None else number("epsilon", epsilon, "(0, inf)", cure)
+        context_dim = whole("context_dim", context_dim, 0, cure="Omit it for a bridge without context.")
+        source_law = ("moment" if context_dim else "rows") if source_law is None else source_law
         check_choice("source_law", source_law, ("rows", "moment"))
         if source_law == "rows" and context_dim:
             raise ValueError('source_law must be "moment" where there is a context, got "rows". Omit it.')
@@ -126,15 +130,15 @@ class SmoothedBridge(DiffusionBridge):
         )
         self.given_epsilon, self.source_law = epsilon, source_law
         self.epsilon = epsilon
+        self._rate = 1.0 if epsilon is None else epsilon
         self.sampler = Sampler(num_steps=num_steps, path_steps=path_steps)
         self.register_buffer("rows", torch.empty(0))
         self.register_buffer("log_weights", torch.empty(0))
 
     @property
     def schedule(self) -> Schedule:
-        """The reference's constant rate epsilon."""
-        epsilon = 1.0 if self.epsilon is None else float(self.epsilon)
-        return Schedule(epsilon, epsilon, 0.0)
+        """The reference's constant rate epsilon, in the bridge's units."""
+        return Schedule(self._rate, self._rate, 0.0)
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
@@ -224,21 +228,23 @@ class SmoothedBridge(DiffusionBridge):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The sampler, and epsilon."""
-        return {"sampler": asdict(self.sampler), "epsilon": self.epsilon}
+        return {"sampler": asdict(self.sampler), "epsilon": self.epsilon, "rate": self._rate}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take a saved sampler and epsilon."""
         self.sampler, self.epsilon = Sampler(**state["sampler"]), state["epsilon"]
+        self._rate = state.get("rate", 1.0 if self.epsilon is None else self.epsilon)
 
     def adopt(self, read: PairsReading) -> None:
         """As `DiffusionBridge`'s, with epsilon by its rule."""
         variance = float(read.covariance.diagonal().double().mean())
         self.epsilon = RATIO * variance if self.given_epsilon is None else float(self.given_epsilon)
+        self._rate = self.epsilon / float(unit_of(read.covariance)) ** 2
         super().adopt(read)
         self.rows, self.log_weights = read.covariance.new_empty(0), read.covariance.new_empty(0)
         if self.keeps_rows:
             points, weights = start_rows(read)
-            self.rows = (points - self.location) @ self.basis
+            self.rows = (points / self.unit - self.location) @ self.basis
             self.log_weights = (weights / weights.sum()).log()
 
     def _axes(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,14 +265,6 @@ class SmoothedBridge(DiffusionBridge):
         total = self.schedule.total
         parts = [log_mixture(part, self.rows, self.log_weights, total) for part in z.split(size)]
         return torch.cat(parts) if parts else z.new_empty(0)
-
-
-def check_epsilon(epsilon: float | None) -> None:
-    """Refuse a variance that is none."""
-    if epsilon is not None and not 0 < epsilon < math.inf:
-        raise ValueError(
-            f"epsilon must be positive and finite, got {epsilon}. Omit it for 100 times the mean variance of the data."
-        )
 
 
 def start_rows(read: PairsReading) -> tuple[Tensor, Tensor]:

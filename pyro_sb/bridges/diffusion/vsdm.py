@@ -28,7 +28,8 @@ class VSDM(DiffusionBridge):
 
     D is that of the target in the user's axes (given a context: of what an affine regression leaves). **The default**
     is the fixed point of the paper's rule, one scalar equation a direction: the noised target has unit variance. On
-    whitened data it is the identity, and VSDM is `SGM`.
+    whitened data it is the identity, and VSDM is `SGM`. Noise rates and D are in the user's units; where the root of
+    the data's mean variance is above 32 or below 1/32, in units of that root.
 
     **Densities.** ``draws()`` are ancestral steps :math:`N(g x + h \hat x, q + h C h)` with a learnt covariance C of
     the target given the state; their ``log_q`` is that of the path, forwards less backwards, and corrects them exactly.

@@ -5,17 +5,18 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import Bridge, FitOptions, check_choice, chunked
+from pyro_sb.bridges.base import Bridge, FitOptions, chunked
 from pyro_sb.bridges.data import PairsReading, summarise
 from pyro_sb.bridges.dsb.data import SourceReading
 from pyro_sb.bridges.dsb.fit import Iterations, default_pairs, fit_dsb
 from pyro_sb.bridges.dsb.half import LATEST, Chain, Given, Guide, HalfBridge, chunked_rows, log_ratio
+from pyro_sb.checks import answered, check_choice, flag, number, one_time, whole, widths
 from pyro_sb.distributions import Draws
 from pyro_sb.nn import embedding_config
 from pyro_sb.ops.brownian import SCHEDULES, step_times
@@ -97,6 +98,7 @@ class DSB(Bridge):
     context_scale: Tensor
     source_deviations: Tensor
     source_points: Tensor
+    shapes = {"context_location": "c", "context_scale": "c", "source_deviations": "d", "source_points": "M d"}
     earlier_names = {"chain_steps": "num_steps"}
 
     def __init__(
@@ -113,25 +115,18 @@ class DSB(Bridge):
         embedding: nn.Module | None = None,
     ) -> None:
         super().__init__(dim, context_dim=context_dim)
-        if not 0 < (float(epsilon) if isinstance(epsilon, SupportsFloat) else math.nan) < math.inf:
-            raise ValueError(
-                f"epsilon must be positive and finite, got {epsilon}. Write the variance of the reference over [0, 1]."
-            )
+        epsilon = number("epsilon", epsilon, "(0, inf)", "Write the variance of the reference over [0, 1].")
         if embedding is not None and not context_dim:
             raise ValueError("embedding needs context_dim > 0, got 0: it maps contexts to features.")
         check_choice("method", method, METHODS)
         steps, grid = DEFAULT_STEPS[method]
         num_steps, schedule = steps if num_steps is None else num_steps, schedule or grid
-        if not num_steps >= 1 or num_steps % 1 != 0 or not hidden:
-            raise ValueError(
-                f"num_steps must be a whole number, at least 1, and hidden name a layer, got {num_steps} and {hidden}."
-            )
         check_choice("schedule", schedule, SCHEDULES)
         check_choice("variance", variance, VARIANCES)
-        self.epsilon, self.method, self.num_steps = float(epsilon), method, int(num_steps)
-        self.schedule, self.variance, self.hidden = schedule, variance, tuple(map(int, hidden))
-        self.ahead = HalfBridge(dim, context_dim, self.hidden, embedding)
-        self.back = HalfBridge(dim, context_dim, self.hidden, copy.deepcopy(embedding))
+        self.epsilon, self.method, self.num_steps = epsilon, method, whole("num_steps", num_steps)
+        self.schedule, self.variance, self.hidden = schedule, variance, widths("hidden", hidden)
+        self.ahead = HalfBridge(self.dim, self.context_dim, self.hidden, embedding)
+        self.back = HalfBridge(self.dim, self.context_dim, self.hidden, copy.deepcopy(embedding))
         for name in DSB.__annotations__:
             self.register_buffer(name, torch.empty(0))
         self.source: Distribution | None = None
@@ -268,7 +263,7 @@ class DSB(Bridge):
 
     def coupling(self, num: int, context: Any = None) -> tuple[Tensor, Tensor]:
         """Pairs of a start and its end, by the forward chain. Shape ``(num, *batch_shape, dim)`` each."""
-        states = self.paths(num, self.num_steps, context)[1]
+        states = self.paths(whole("num", num, cure="Write 1000."), self.num_steps, context)[1]
         return states[0], states[-1]
 
     @torch.no_grad()
@@ -282,15 +277,14 @@ class DSB(Bridge):
             context: Shape ``(*batch_shape, context_dim)``.
         """
         self.like()
-        if num_paths < 1 or num_steps < 1:
-            raise ValueError(f"num_paths and num_steps must be at least 1, got {num_paths} and {num_steps}.")
+        num_paths, num_steps = whole("num_paths", num_paths), whole("num_steps", num_steps)
         context = self.check_context(context)
         batch = () if context is None else context.shape[:-1]
         rows = None if context is None else context.expand(num_paths, *context.shape).reshape(-1, self.context_dim)
         given = self.given(self.ahead, self._context_rows(rows))
         chain = self.chain(True, num_steps)
         states = chain.run(self.start(num_paths * math.prod(batch), given), given)
-        return chain.times, torch.stack(states).reshape(num_steps + 1, num_paths, *batch, self.dim)
+        return chain.times, answered("paths", torch.stack(states).reshape(num_steps + 1, num_paths, *batch, self.dim))
 
     def drift(self, t: Any, x: Tensor, context: Any = None, *, backward: bool = False) -> Tensor:
         r"""Drift of the forward process, :math:`(\hat x_1 - x) / (1 - t)`, or in its own time of the backward one.
@@ -302,13 +296,11 @@ class DSB(Bridge):
             backward: That of the chain from the target: :math:`(\hat x_0 - x) / t`.
         """
         x, rows, shape = self._rows(x, context)
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-        if t.dim():
-            raise ValueError(f"t must be one time in [0, 1], got shape {tuple(t.shape)}.")
-        half, u = (self.back, 1 - t) if backward else (self.ahead, t)
+        t = x.new_tensor(one_time(t))
+        half, u = (self.back, 1 - t) if flag("backward", backward) else (self.ahead, t)
         u = u.clamp(0, LATEST)
         end = half.end(u, x, self.given(half, rows), self.epsilon)
-        return ((end - x) / (1 - u)).reshape(shape)
+        return answered("drift", ((end - x) / (1 - u)).reshape(shape))
 
     @torch.no_grad()
     def sample_rows(self, num: int, context: Tensor | None) -> Tensor:
@@ -347,14 +339,13 @@ class DSB(Bridge):
         Returns:
             Shape ``(*)``.
         """
-        if num_paths < 1:
-            raise ValueError(f"num_paths must be at least 1, got {num_paths}. Omit it for 16.")
+        num_paths = whole("num_paths", num_paths)
         if self.density is None:
             raise NotImplementedError(f"{self.describe()} has no density of its draws. {self.density_hint}")
         x, rows, shape = self._rows(x, context)
         width = self.dim * (self.num_steps + 1)
         total = torch.stack([chunked(self._redrawn, x, rows, width=width) for _ in range(num_paths)])
-        return (total.logsumexp(0) - math.log(num_paths)).reshape(shape[:-1])
+        return answered("path_log_prob", (total.logsumexp(0) - math.log(num_paths)).reshape(shape[:-1]))
 
     # Both halves, what they know, and the source
 
@@ -444,4 +435,4 @@ class DSB(Bridge):
         x, rows, shape = self._rows(x, context)
         chain = self.chain(forward)
         given = self.given(chain.half, rows)
-        return chunked_rows(lambda x, given: chain.run(x, given)[-1], x, given).reshape(shape)
+        return answered("transport", chunked_rows(lambda x, given: chain.run(x, given)[-1], x, given).reshape(shape))

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import as_draws
 from pyro_sb.bridges.data import PairsReading, read_source
 from pyro_sb.bridges.dsb.half import Chain, Given, Guide, spread_times
+from pyro_sb.checks import as_draws
+from pyro_sb.fingerprint import fingerprint
 from pyro_sb.ops.brownian import pinned
 from pyro_sb.ops.regression import Affine
 from pyro_sb.ops.sinkhorn import sinkhorn
@@ -182,10 +183,9 @@ class SourceReading(NamedTuple):
     train: Tensor
     test: Tensor
 
-    def sums(self) -> tuple[str, list[float]]:
-        """Figures that tell this source from others."""
-        values = (self.guide.affine.location, self.guide.covariance, self.points.square())
-        return self.kind, [float(value.double().sum()) for value in values]
+    def digest(self) -> str:
+        """Text that tells this source from others."""
+        return fingerprint(self.kind, self.guide.affine.location, self.guide.covariance, self.points)
 
 
 def read_source_law(
@@ -212,4 +212,4 @@ def read_source_law(
     order = torch.randperm(len(draws), device=like.device)
     share = held_out if isinstance(held_out, float) else 0.1
     num = int(share * len(draws)) if len(draws) >= FEW else 0
-    return SourceReading("draws", guide, none, draws, None, order[num:], order[:num])
+    return SourceReading("draws", guide, none, draws.clone(), None, order[num:], order[:num])

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.base import FitOptions, check_choice, check_counts
-from pyro_sb.bridges.checkpoint import check_same, fingerprint, go_on, on_device, write
+from pyro_sb.bridges.base import FitOptions
+from pyro_sb.bridges.checkpoint import check_same, go_on, on_device, words_of, write
 from pyro_sb.bridges.data import Batch, DrawsEnd, PairsReading, read_pairs, read_target
 from pyro_sb.bridges.dsb.data import (
     EndPairs,
@@ -25,6 +25,7 @@ from pyro_sb.bridges.dsb.data import (
     unpacked,
 )
 from pyro_sb.bridges.dsb.half import Chain, Given, HalfBridge, knot_times
+from pyro_sb.checks import check_choice, flag, whole
 from pyro_sb.training import FitHistory, train
 from pyro_sb.warn import warn
 
@@ -42,10 +43,8 @@ class Iterations(NamedTuple):
     warm_start: bool
     refresh: int
 
-    def check(self, context_dim: int, method: str) -> None:
-        """Refuse what no fit can use."""
-        check_counts(num_iterations=self.num_iterations, refresh=self.refresh)
-        check_counts(2, num_pairs=self.num_pairs)
+    def read(self, context_dim: int, method: str) -> "Iterations":
+        """The same, as numbers that a fit can use; an error where one is none."""
         check_choice("pairs", self.pairs, PAIRS)
         check_choice("loss", self.loss, LOSSES)
         check_choice("reference", self.reference, REFERENCES)
@@ -53,6 +52,12 @@ class Iterations(NamedTuple):
             raise ValueError('pairs must be "independent" where there is a context, got "sinkhorn": it mixes contexts.')
         if self.reference == "ou" and method != "ipf":
             raise ValueError('reference "ou" needs method="ipf", got "imf", whose bridges are Brownian.')
+        return self._replace(
+            num_iterations=whole("num_iterations", self.num_iterations),
+            num_pairs=whole("num_pairs", self.num_pairs, 2),
+            warm_start=flag("warm_start", self.warm_start),
+            refresh=whole("refresh", self.refresh),
+        )
 
 
 def default_pairs(method: str, dim: int) -> int:
@@ -140,7 +145,7 @@ def measured_steps(
 
 NUM_JUDGES = 2048  # pairs or paths that a phase is judged by
 NUM_CHECKS, PATIENCE = 20, 8
-SMALL_EPSILON = 1e-3  # in units of the target's variance
+SMALL_EPSILON, LARGE_EPSILON = 1e-3, 1e3  # in units of the target's variance
 
 
 def fit_dsb(
@@ -155,8 +160,8 @@ def fit_dsb(
     on_iteration: Callable[[int], None] | None,
 ) -> FitHistory:
     """Read the data, then learn phase by phase; from a checkpoint of the same fit, the rest of them."""
-    options.check()
-    iterations.check(bridge.context_dim, bridge.method)
+    options = options.read()
+    iterations = iterations.read(bridge.context_dim, bridge.method)
     saved, random = go_on(options)
     data = read_target(
         bridge.dim,
@@ -169,13 +174,18 @@ def fit_dsb(
     )
     read = read_pairs(data, bridge.ahead.embedding, source)
     begin = read_source_law(read, source, bridge.dim, options.num_law_draws, data.held_out)
-    name = fingerprint(type(bridge).__name__, bridge.config(), options, read, iterations, begin.sums())
+    name = words_of(type(bridge).__name__, bridge.config(), options, read, iterations._asdict(), begin.digest())
     check_same(saved, name, options)
     variance = float(read.covariance.diagonal().mean())
     if bridge.epsilon < SMALL_EPSILON * variance:
         warn(
             f"epsilon is {bridge.epsilon / variance:.2g} of the target's variance, below {SMALL_EPSILON:g}: ends are "
             "hard to tell from states, and the fit may be far off. Raise epsilon, or rescale the data.",
+        )
+    if bridge.epsilon > LARGE_EPSILON * variance:
+        warn(
+            f"epsilon is {bridge.epsilon / variance:.2g} of the target's variance, above {LARGE_EPSILON:g}: noise "
+            "hides the ends until the last step, and draws may be far off. Lower epsilon, or rescale the data.",
         )
     bridge.adopt(read, begin)
     bridge.fitted_to = read.data
@@ -199,7 +209,7 @@ class DSBFit:
         read: PairsReading,
         source: SourceReading,
         random: list[Tensor],
-        name: str,
+        name: dict[str, str],
         on_iteration: Callable[[int], None] | None,
     ) -> None:
         self.bridge, self.options, self.iterations, self.end = bridge, options, iterations, read.end

@@ -79,14 +79,22 @@ class HalfBridge(Fitted):
     log_spread: Tensor
     step_starts: Tensor
     step_logs: Tensor
+    shapes = {
+        "begin_location": "d", "begin_slope": "d F", "ahead_location": "d", "ahead_slope": "d G", "basis": "d d",
+        "gain": "d", "variances": "v d", "log_spread": "k d", "step_starts": "K", "step_logs": "K d",
+    }  # fmt: skip
 
     def __init__(self, dim: int, context_dim: int, hidden: tuple[int, ...], embedding: nn.Module | None) -> None:
         super().__init__()
-        self.embedding = embedding
+        self.dim, self.embedding = dim, embedding
         num_features = context_dim if embedding is None else embedding_size(embedding, context_dim)
         self.net = ResidualNet(dim, dim, context_dim=num_features, hidden=hidden)
-        for name in HalfBridge.__annotations__:
+        for name in HalfBridge.shapes:
             self.register_buffer(name, torch.empty(0))
+
+    def sizes(self) -> dict[str, int]:
+        """Size of the state."""
+        return {"d": self.dim}
 
     @torch.no_grad()
     def adopt(self, begin: Guide, ahead: Guide, epsilon: float) -> None:

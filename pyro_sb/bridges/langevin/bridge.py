@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import Bridge, check_choice, check_points
+from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.data import Target, read_source, read_target
 from pyro_sb.bridges.langevin.posterior import (
     LogLikelihood,
@@ -29,15 +29,17 @@ from pyro_sb.bridges.langevin.schemes import (
 )
 from pyro_sb.bridges.langevin.setup import (
     Bandwidths,
-    check_bandwidths,
-    check_metric,
     choose_bandwidths,
     make_keys,
     metric_factor,
+    read_bandwidths,
+    read_metric,
     solve,
     whiten,
 )
+from pyro_sb.checks import answered, check_choice, flag, number, one_time, whole
 from pyro_sb.distributions import Draws
+from pyro_sb.files import checked_path
 from pyro_sb.ops.attention import Transitions
 from pyro_sb.ops.sinkhorn import SymmetricScaling
 from pyro_sb.threads import chosen_threads
@@ -126,6 +128,11 @@ class KernelLangevinBridge(Bridge):
     context_scale: Tensor
     diffusion_factor: Tensor
     source_points: Tensor
+    shapes = {
+        "points": "M d", "weights": "M", "log_v": "M", "location": "d", "metric_cholesky": "d d",
+        "context_points": "M c", "context_location": "c", "context_scale": "c", "diffusion_factor": "d d",
+        "source_points": "S d",
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -142,19 +149,13 @@ class KernelLangevinBridge(Bridge):
         bandwidth_exponent: float = 0.0,
     ) -> None:
         super().__init__(dim, context_dim=context_dim)
-        check_bandwidths(dim, context_dim, epsilon, context_epsilon, bandwidth_exponent)
-        check_metric("metric", metric, dim)
-        if not 0 < step_size < math.inf:
-            raise ValueError(
-                f"step_size must be positive and finite, got {step_size}. Write 1.0 to match the bandwidth."
-            )
-        check_choice("scheme", scheme, tuple(SCHEMES))
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}. Omit it for the default.")
-        if diffusion is not None:
-            check_metric("diffusion", diffusion, dim)
-        self.bandwidth_exponent, self.metric, self.diffusion = float(bandwidth_exponent), metric, diffusion
-        self.scheme, self.num_steps, self.step_size = scheme, num_steps, float(step_size)
+        epsilon, context_epsilon = read_bandwidths(self.context_dim, epsilon, context_epsilon)
+        exponent = number("bandwidth_exponent", bandwidth_exponent, "(-inf, 0]", f"Write -1 / {self.dim}.")
+        self.bandwidth_exponent, self.metric = exponent, read_metric("metric", metric, self.dim)
+        self.diffusion = None if diffusion is None else read_metric("diffusion", diffusion, self.dim)
+        self.scheme = check_choice("scheme", scheme, SCHEMES)
+        self.num_steps = whole("num_steps", num_steps)
+        self.step_size = number("step_size", step_size, "(0, inf)", "Write 1.0 to match the bandwidth.")
         self._asked, self._bandwidths = (epsilon, context_epsilon), Bandwidths(math.nan)
         for name in KernelLangevinBridge.__annotations__:
             self.register_buffer(name, torch.empty(0))
@@ -208,7 +209,9 @@ class KernelLangevinBridge(Bridge):
         Returns:
             Residual before each update, whether it converged, seconds.
         """
-        begun = time.perf_counter()
+        begun, checkpoint = time.perf_counter(), checked_path("checkpoint", checkpoint)
+        max_iter, progress = whole("max_iter", max_iter), flag("progress", progress)
+        tolerance = None if tolerance is None else number("tolerance", tolerance, "(0, inf)", "Omit it.")
         read = read_target(
             self.dim, self.context_dim, target, context=context, weights=weights, num_law_draws=num_law_draws
         )
@@ -216,7 +219,7 @@ class KernelLangevinBridge(Bridge):
         with chosen_threads(read.points):
             result, threads = self._scale(read, progress, tolerance, max_iter)
         self._source = start if isinstance(start, Distribution) else None
-        self.source_points = start if isinstance(start, Tensor) else self.points.new_empty(0)
+        self.source_points = start.clone() if isinstance(start, Tensor) else self.points.new_empty(0)
         self.diffusion_factor = self.points.new_empty(0)
         if self.diffusion is not None:
             factor = metric_factor(self.diffusion, self.points, self.weights)
@@ -270,33 +273,35 @@ class KernelLangevinBridge(Bridge):
 
     def conditional_mean(self, x: Tensor, context: Any = None) -> Tensor:
         """m(x), within the convex hull of the draws. Shapes ``(*, dim)`` to ``(*, dim)``."""
-        z, y = self._rows(x, context)
-        return self._unwhiten(self._dynamics().mean(z, y)).reshape(x.shape)
+        z, y, shape = self._rows(x, context)
+        return self._unwhiten(self._dynamics().mean(z, y)).reshape(shape)
 
     def conditional_covariance(self, x: Tensor, context: Any = None) -> Tensor:
         """C(x), the covariance of the transition from x. Shapes ``(*, dim)`` to ``(*, dim, dim)``."""
-        z, y = self._rows(x, context)
+        z, y, shape = self._rows(x, context)
         factor = self.metric_cholesky
-        return (factor @ self._dynamics().moments(z, y)[1] @ factor.mT).reshape(*x.shape, self.dim)
+        return (factor @ self._dynamics().moments(z, y)[1] @ factor.mT).reshape(*shape, self.dim)
 
     def transition_probabilities(self, x: Tensor, context: Any = None) -> Tensor:
         """p_j(x); at the draws a Markov matrix, reversible for the weights. Shapes ``(*, dim)`` to ``(*, M)``."""
-        z, y = self._rows(x, context)
+        z, y, shape = self._rows(x, context)
         query = self._dynamics().query(z, y)
         probabilities = self._dynamics().law.probabilities(query, self._dynamics().scale(query))
-        return probabilities.reshape(*x.shape[:-1], len(self.points))
+        return probabilities.reshape(*shape[:-1], len(self.points))
 
     def drift(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
         """Drift over [0, 1], in which a chain makes ``num_steps`` steps; the same at all t. Shape of ``x``."""
-        z, y = self._rows(x, context)
+        one_time(t)
+        z, y, shape = self._rows(x, context)
         move = self._dynamics().pull(z, y) - z + self._dynamics().push(z, y)
-        return self.num_steps * (move @ self.metric_cholesky.mT).reshape(x.shape)
+        return answered("drift", self.num_steps * (move @ self.metric_cholesky.mT).reshape(shape))
 
     @torch.no_grad()
     def transport(self, x0: Tensor, context: Any = None) -> Tensor:
         """The end of one chain from each point. Shapes ``(*, dim)`` to ``(*, dim)``."""
-        z, y = self._rows(x0, context)
-        return self._unwhiten(end_of_walk(self._dynamics(), self.scheme, z, y, self.num_steps)).reshape(x0.shape)
+        z, y, shape = self._rows(x0, context)
+        ends = end_of_walk(self._dynamics(), self.scheme, z, y, self.num_steps)
+        return answered("transport", self._unwhiten(ends).reshape(shape))
 
     @torch.no_grad()
     def paths(self, num_paths: int, num_steps: int | None = None, context: Any = None) -> tuple[Tensor, Tensor]:
@@ -305,7 +310,8 @@ class KernelLangevinBridge(Bridge):
         Returns:
             Times ``(num_steps + 1,)`` from 0 to 1, and states ``(num_steps + 1, num_paths, *batch_shape, dim)``.
         """
-        num_steps = self.num_steps if num_steps is None else num_steps
+        num_steps = self.num_steps if num_steps is None else whole("num_steps", num_steps)
+        num_paths = whole("num_paths", num_paths)
         context = self.check_context(context)
         shape = torch.Size((num_paths,)) + (torch.Size() if context is None else context.shape[:-1])
         rows = None if context is None else context.expand(*shape, -1).reshape(-1, self.context_dim)
@@ -409,9 +415,9 @@ class KernelLangevinBridge(Bridge):
         bandwidths = choose_bandwidths(z, contexts.rows, weights, self._asked, variable=self.bandwidth_exponent != 0)
         keys = make_keys(z, contexts.rows, weights, bandwidths, self.bandwidth_exponent)
         result, threads = solve(keys, weights, bandwidths.epsilon, progress, tolerance=tolerance, max_iter=max_iter)
-        self.points, self.weights, self.log_v = points, weights, result.log_v
+        self.points, self.weights, self.log_v = points.clone(), weights, result.log_v  # the user's array may change
         self.location, self.metric_cholesky, self._bandwidths, self._cache = location, factor, bandwidths, None
-        self.context_points = points.new_empty(0) if read.context is None else read.context
+        self.context_points = points.new_empty(0) if read.context is None else read.context.clone()
         self.context_location, self.context_scale = contexts.location, contexts.scale
         return result, threads
 
@@ -430,13 +436,10 @@ class KernelLangevinBridge(Bridge):
             self._cache = Dynamics(law, self.epsilon, pilot=keys.pilot, pilot_units=keys.units, **walking)
         return self._cache
 
-    def _rows(self, x: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
-        """Points and contexts as flat rows, whitened and in units of the bandwidth."""
-        check_points("x", x, self.dim)
-        x, context = x.to(self.like()), self.check_context(context)
-        if context is not None:
-            context = context.expand(*x.shape[:-1], self.context_dim).reshape(-1, self.context_dim)
-        return whiten((x - self.location).reshape(-1, self.dim), self.metric_cholesky), self._context_rows(context)
+    def _rows(self, x: Any, context: Any) -> tuple[Tensor, Tensor | None, torch.Size]:
+        """Points and contexts as flat rows, whitened and in units of the bandwidth; the points' shape before."""
+        x, context, shape = self.flat_rows(x, context)
+        return whiten(x - self.location, self.metric_cholesky), self._context_rows(context), shape
 
     def _context_rows(self, context: Tensor | None) -> Tensor | None:
         """Rows of context in units of their bandwidth."""

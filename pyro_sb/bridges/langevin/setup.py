@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_sb.bridges.langevin.schemes import VariableBandwidth
+from pyro_sb.checks import floats, number
 from pyro_sb.ops.attention import Transitions
 from pyro_sb.ops.sinkhorn import DENSE_LIMIT, SymmetricScaling, default_tolerance, symmetric_sinkhorn
 from pyro_sb.threads import Pace
@@ -79,25 +80,24 @@ def solve(keys: Keys, weights: Tensor, epsilon: float, progress: bool, **options
     return result, pace.describe()
 
 
-def check_bandwidths(
-    dim: int, context_dim: int, epsilon: float | None, context_epsilon: float | None, exponent: float
-) -> None:
-    """Refuse bandwidths that are not positive, one of a context that is not there, and a positive exponent."""
-    for name, value in (("epsilon", epsilon), ("context_epsilon", context_epsilon)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}. Omit it for the default.")
+def read_bandwidths(context_dim: int, epsilon: Any, context_epsilon: Any) -> tuple[float | None, float | None]:
+    """Bandwidths that were asked for; refused where not positive, or of a context that is not there."""
     if context_epsilon is not None and context_dim == 0:
         raise ValueError("context_epsilon is the bandwidth of a context, got context_dim = 0. Omit one of them.")
-    if not -math.inf < exponent <= 0:
-        raise ValueError(f"bandwidth_exponent must be 0 or negative, got {exponent}. Write -1 / {dim}.")
+    read = [
+        None if value is None else number(name, value, "(0, inf)", "Omit it for the default.")
+        for name, value in (("epsilon", epsilon), ("context_epsilon", context_epsilon))
+    ]
+    return read[0], read[1]
 
 
-def check_metric(name: str, matrix: Any, dim: int) -> None:
-    """Refuse what is neither a known name nor a symmetric positive definite matrix."""
-    if isinstance(matrix, str) and matrix in ("identity", "covariance"):
-        return
-    if not isinstance(matrix, Tensor):
-        raise ValueError(f'{name} must be "covariance", "identity" or a tensor ({dim}, {dim}), got {matrix!r}.')
+def read_metric(name: str, matrix: Any, dim: int) -> str | Tensor:
+    """A known name, or a symmetric positive definite matrix."""
+    if isinstance(matrix, str) or matrix is None:
+        if matrix not in ("identity", "covariance"):
+            raise ValueError(f'{name} must be "covariance", "identity" or a tensor ({dim}, {dim}), got {matrix!r}.')
+        return matrix
+    matrix = floats(name, matrix)
     if matrix.shape != (dim, dim):
         raise ValueError(
             f"{name} must have shape ({dim}, {dim}), got {tuple(matrix.shape)}. Write torch.diag(variances)."
@@ -107,6 +107,7 @@ def check_metric(name: str, matrix: Any, dim: int) -> None:
         raise ValueError(
             f"{name} must be symmetric positive definite. Write matrix + 1e-6 * torch.eye({dim}) if it is singular."
         )
+    return matrix
 
 
 def whiten(centred: Tensor, factor: Tensor) -> Tensor:
@@ -124,11 +125,13 @@ def metric_factor(matrix: str | Tensor, points: Tensor, weights: Tensor) -> Tens
     if matrix == "identity":
         return eye
     centred = points - weights @ points
-    covariance = (weights[:, None] * centred).mT @ centred
-    floor = 100 * dim * torch.finfo(points.dtype).eps * float(covariance.diagonal().mean())
     if bool((points == points[0]).all()):
         raise ValueError("target must vary: all draws are equal and have no covariance. Add draws, or give a metric.")
-    return torch.linalg.cholesky(covariance + floor * eye)
+    floor = 100 * dim * torch.finfo(points.dtype).eps
+    scale = (weights @ centred.square()).sqrt()  # of each axis: those of other units keep their digits
+    scale = torch.where(scale > 0, scale, math.sqrt(floor) * scale.mean())
+    correlation = (weights[:, None] * centred / scale).mT @ (centred / scale)
+    return scale[:, None] * torch.linalg.cholesky(correlation + floor * eye)
 
 
 MAX_KEYS = 4096

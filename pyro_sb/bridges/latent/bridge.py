@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import Bridge, as_draws, class_named
+from pyro_sb.bridges.base import Bridge, check_parameters, class_named
 from pyro_sb.bridges.codecs.autoencoder import AutoencoderCodec
 from pyro_sb.bridges.codecs.base import Codec, CodecTransform, encoded
 from pyro_sb.bridges.codecs.pair import PairCodec
 from pyro_sb.bridges.codecs.pca import PCACodec
-from pyro_sb.bridges.codecs.rows import shaped
 from pyro_sb.bridges.data import read_target
 from pyro_sb.bridges.diffusion.smoothed import SmoothedBridge
 from pyro_sb.bridges.latent.fit import Parts, latent_rows, latent_source, target_size
 from pyro_sb.bridges.options import check_names, keyword_names
 from pyro_sb.bridges.proposals import MappedLaw
+from pyro_sb.checks import as_draws, flag, points, whole
 from pyro_sb.distributions import Draws, PathLaw
 from pyro_sb.nn import with_constant_parameters
 from pyro_sb.training import FitHistory
@@ -81,9 +81,11 @@ class LatentBridge(Bridge):
                 "Write PairCodec(encode, decode, data_dim, latent_dim)."
             )
         inner = None if bridge is None else bridge.context_dim
+        if context_dim is not None:
+            context_dim = whole("context_dim", context_dim, 0)
         if inner is not None and context_dim is not None and context_dim != inner:
             raise ValueError(f"context_dim is the inner bridge's, {inner}, got {context_dim}. Omit it.")
-        super().__init__(1, context_dim=inner if inner is not None else context_dim or 0)
+        super().__init__(1, context_dim=inner if inner is not None else 0 if context_dim is None else context_dim)
         self.makes_inner = bridge is None
         self.bridge, self.codec = bridge, AutoencoderCodec() if codec is None else codec
         if bridge is not None and self.codec.latent_dim is not None:
@@ -232,7 +234,9 @@ class LatentBridge(Bridge):
         Returns:
             The inner bridge's record; ``seconds`` are those of both.
         """
-        codec_options = codec_options or {}
+        codec_options, refit_codec = codec_options or {}, flag("refit_codec", refit_codec)
+        if not isinstance(codec_options, dict):
+            raise TypeError(f"codec_options must be a dict, got {codec_options!r}. Write {{'num_updates': 1000}}.")
         check_names(f"{type(self).__name__}.fit", options, self.fit_options())
         check_names(f"{type(self.codec).__name__}.fit (codec_options)", codec_options, self.codec.fit_options())
         parts, seconds = Parts(checkpoint), 0.0
@@ -404,7 +408,7 @@ class LatentBridge(Bridge):
             )
 
     def _encode(self, x: Tensor) -> Tensor:
-        return self.codec.encode(shaped("x", torch.as_tensor(x), self.dim).to(self.like()))
+        return self.codec.encode(points("x", x, self.dim, self.like()))
 
     def _decode(self, z: Tensor, drawn: bool = False) -> Tensor:
         """Decoded latents, finite; with the codec's residual where they are draws."""
@@ -420,5 +424,7 @@ class LatentBridge(Bridge):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         sizes = state_dict.get(prefix + "codec._extra_state")
         if self.makes_inner and isinstance(sizes, dict) and any(k.startswith(prefix + "bridge.") for k in state_dict):
-            self.bridge = self._inner(sizes["latent_dim"])
+            latent_dim = sizes["latent_dim"]
+            check_parameters(lambda: self._inner(latent_dim), state_dict, prefix + "bridge.")
+            self.bridge = self._inner(latent_dim)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

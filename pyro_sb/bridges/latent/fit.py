@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import as_draws
 from pyro_sb.bridges.codecs.base import Codec, check_pair, encoded
 from pyro_sb.bridges.codecs.rows import advice, numerical_rank, shaped
 from pyro_sb.bridges.data import read_source
-from pyro_sb.files import read_file, write_file
+from pyro_sb.checks import as_draws, floats
+from pyro_sb.files import checked_path, read_file, write_file
+from pyro_sb.fingerprint import fingerprint
 from pyro_sb.training import random_state, set_random_state
 
 
@@ -19,7 +20,7 @@ def target_size(target: Any) -> int:
     """Size of the target's events; 1 where it has none, for the reading to refuse."""
     if isinstance(target, Distribution):
         return target.event_shape[0] if len(target.event_shape) == 1 else 1
-    shape = torch.as_tensor(target).shape
+    shape = floats("target", target).shape
     return int(shape[1]) if len(shape) == 2 else 1
 
 
@@ -62,7 +63,7 @@ class Parts:
     """
 
     def __init__(self, checkpoint: str | Path | None) -> None:
-        path = None if checkpoint is None else Path(checkpoint)
+        path = checked_path("checkpoint", checkpoint)
         self.codec = None if path is None else path.with_name(path.name + ".codec")
         self.inner = None if path is None else path.with_name(path.name + ".inner")
         self.start, self.name, self.device = random_state(), "", torch.device("cpu")
@@ -78,9 +79,8 @@ class Parts:
 
     def known_by(self, codec: Codec, draws: Tensor, *others: Any) -> None:
         """Key of this fit: the codec's class and options, and the figures of draws and others."""
-        figures = [_figures(each) if isinstance(each, Tensor) else each for each in (draws, *others)]
         self.device = draws.device
-        self.name = repr((type(codec).__name__, codec.config(), figures))
+        self.name = fingerprint(type(codec).__name__, codec.config(), draws, others)
 
     def restore(self, codec: Codec, learns: bool) -> bool:
         """Whether this fit was cut short; the codec and torch's random state are then as it had them.
@@ -114,13 +114,6 @@ class Parts:
         for path in (self.codec, self.inner):
             if path is not None:
                 path.unlink(missing_ok=True)
-
-
-def _figures(x: Tensor) -> list[Any]:
-    """Figures that tell tensors apart: sums, in and out of order, shape and dtype."""
-    y = x.double()
-    place = torch.arange(1, len(y) + 1, dtype=y.dtype, device=y.device) / len(y)
-    return [float(y.sum()), float(y.square().sum()), float((place @ y).sum()), list(x.shape), str(x.dtype)]
 
 
 def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from pyro_sb.bridges.light.fit import HELD_OUT, Dual, LightOptions, find_solver,
 from pyro_sb.bridges.light.laws import MixtureLaws
 from pyro_sb.bridges.light.mixture import MixtureBridge
 from pyro_sb.bridges.light.solvers import BASS
+from pyro_sb.checks import number
 from pyro_sb.training import FitHistory
 
 CANDIDATES = (2.0, 5.0, 20.0, 100.0, math.inf)  # of beta="auto"
@@ -92,17 +93,11 @@ class LightSBBM(MixtureBridge):
             dropout=dropout,
             embedding=embedding,
         )
-        self.asked_beta: float | str | None = beta if isinstance(beta, str) else float(beta)
-        if isinstance(beta, str):
-            if beta != "auto":
-                raise ValueError(f'beta must be a number above 1 or "auto", got {beta!r}.')
-            beta = math.inf
-        if not beta > 1:
-            raise ValueError(
-                f"beta must be above 1, got {beta}: below, the dual is infinite. Write 10, math.inf for LightSB, or "
-                '"auto".'
-            )
-        self.beta = float(beta)
+        if isinstance(beta, str) and beta != "auto":
+            raise ValueError(f'beta must be a number above 1 or "auto", got {beta!r}.')
+        cure = 'Below, the dual is infinite: write 10, math.inf for LightSB, or "auto".'
+        self.asked_beta: float | str | None = beta if isinstance(beta, str) else number("beta", beta, "(1, inf]", cure)
+        self.beta = math.inf if isinstance(self.asked_beta, str) else self.asked_beta
 
     def fit(
         self,
@@ -166,6 +161,8 @@ class LightSBBM(MixtureBridge):
             raise NotImplementedError(f"dual has no context, got context_dim = {self.context_dim}.")
         self.check_exact()
         z0, z1 = self.unit_rows(x0, None, 0.0)[0], self.unit_rows(x1, None, 1.0)[0]
+        if not len(z0) or not len(z1):
+            raise ValueError(f"x0 and x1 must hold points, got {len(z0)} and {len(z1)}. Pass draws of both sides.")
         shift = (self.location - self.source_location) / self.scale
         moved = float(shift @ (z1.mean(0) - z0.mean(0) + 0.5 * shift))  # of the centres, whose drift is their distance
         return float(self.scale) ** 2 * (self.process.dual(z0, Batch(z1)) + moved)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import FitOptions, check_counts
+from pyro_sb.bridges.base import FitOptions
 from pyro_sb.bridges.data import (
     DrawsEnd,
     Ends,
@@ -26,6 +26,7 @@ from pyro_sb.bridges.data import (
 )
 from pyro_sb.bridges.light.mixture import MixtureBridge
 from pyro_sb.bridges.light.process import MixtureProcess, cluster_start, paired
+from pyro_sb.checks import whole
 from pyro_sb.ops.bass import DualProblem, Pairs, Pool
 from pyro_sb.ops.mixture import MixturePotential, matching_loss
 from pyro_sb.ops.moment_matching import Side, equal_weights
@@ -50,10 +51,9 @@ class LightOptions(NamedTuple):
     fit: FitOptions
     patience: int
 
-    def check(self) -> None:
-        """Refuse what no solver can use."""
-        self.fit.check()
-        check_counts(patience=self.patience)
+    def read(self) -> "LightOptions":
+        """The same, as numbers that a solver can use; an error where one is none."""
+        return LightOptions(self.fit.read(), whole("patience", self.patience))
 
 
 class Solver(Protocol):
@@ -79,10 +79,10 @@ class Solver(Protocol):
 def find_solver(bridge: MixtureBridge, name: str | None) -> Solver:
     """The solver of this name, the class's own where there is none; refused where it does not serve the bridge."""
     name = bridge.default_solver if name is None else name
-    if name not in bridge.solvers:
+    if not isinstance(name, str) or name not in bridge.solvers:
         raise ValueError(
             f"{type(bridge).__name__}'s solver must be one of {list(bridge.solvers)}, got {name!r}. "
-            f'Write solver="{OLD_NAMES.get(name, bridge.default_solver)}".'
+            f'Write solver="{OLD_NAMES.get(str(name), bridge.default_solver)}".'
         )
     bridge.solvers[name].check(bridge)
     return bridge.solvers[name]
@@ -116,7 +116,7 @@ def options_for(
     """Options of a fit by this solver, its defaults where None."""
     steps = solver.num_updates if num_updates is None else num_updates
     rate = (2e-3 if bridge.context_dim else 5e-3) if learning_rate is None else learning_rate
-    return LightOptions(FitOptions(steps, batch_size, rate, None, num_law_draws, progress, checkpoint), patience)
+    return LightOptions(FitOptions(steps, batch_size, rate, None, num_law_draws, progress, checkpoint), patience).read()
 
 
 class Fitting:
@@ -146,7 +146,6 @@ def learning(
 
     What fails before the solver has begun leaves the bridge as it was.
     """
-    options.check()
     begun, before = time.perf_counter(), (copy.deepcopy(bridge.state_dict()), bridge.source)
     bridge.parameters_of.changed = False
     try:
@@ -289,7 +288,7 @@ def ascended(process: MixtureProcess, source: Side, target: Side) -> MixturePote
     for _ in range(ASCENT_STEPS):
         new, size = problem.ascend(state, size, process.floor)
         gain, state = new.dual - state.dual, new
-        if gain < 1e-3 * process.epsilon:
+        if not gain >= 1e-3 * process.epsilon:  # NaN too: no inverse was found at either
             break
     return state.potential
 

@@ -208,7 +208,7 @@ def condition_mixture(
             f"axes must be distinct axes of {dim}, at least one and not all, got {axes}. "
             "Write the columns of what is known."
         )
-    if observed.dim() == 0 or observed.shape[-1] != len(axes):
+    if observed.dim() == 0 or observed.shape[-1] != len(axes) or not observed.numel():
         raise ValueError(f"observed must have shape (*batch, {len(axes)}), got {tuple(observed.shape)}.")
     rest = [i for i in range(dim) if i not in axes]
     gap = observed[..., None, :] - locs[:, axes]

@@ -1,24 +1,26 @@
 r"""Bridge with potential :math:`v = \sum_j a_j N(r_j, \epsilon S_j)`: source, units, closed forms for the rest."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_sb.bridges.base import Bridge, check_points
+from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.data import Units
 from pyro_sb.bridges.light.laws import FixedMixture, MixtureLaws, Plan, condition_mixture
-from pyro_sb.bridges.light.process import LearnedMap, MixtureParameters, MixtureProcess
+from pyro_sb.bridges.light.process import COVARIANCES, LearnedMap, MixtureParameters, MixtureProcess
 from pyro_sb.bridges.proposals import HeldSources
+from pyro_sb.checks import answered, broadcast, check_choice, finite, floats, number, one_time, points, whole, widths
 from pyro_sb.distributions import BridgeDistribution, Draws, PathLaw
 from pyro_sb.nn import embedding_config
 
 MIN_SOURCES, MAX_SOURCES, CONTEXT_SOURCES = 256, 4096, 64  # source points that a path weight averages over
 HELD_SOURCES = 1024  # the same while chains propose
-BUFFERS = ("location", "scale", "source_location", "context_location", "context_scale", "source_points")
 
 
 class MixtureBridge(Bridge):
@@ -48,6 +50,10 @@ class MixtureBridge(Bridge):
     context_location: Tensor
     context_scale: Tensor
     source_points: Tensor
+    shapes = {
+        "location": "d", "scale": "", "source_location": "d", "context_location": "c", "context_scale": "c",
+        "source_points": "M d",
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -62,17 +68,14 @@ class MixtureBridge(Bridge):
         embedding: nn.Module | None = None,
     ) -> None:
         super().__init__(dim, context_dim=context_dim)
-        if not 0 < epsilon < math.inf:
-            raise ValueError(
-                f"epsilon must be positive and finite, got {epsilon}. Write the variance of the reference over [0, 1]."
-            )
-        self.dropout = float(dropout)
-        self.num_components, self.epsilon, self.covariance = int(num_components), float(epsilon), covariance
-        self.hidden = tuple(map(int, hidden))
+        self.epsilon = number("epsilon", epsilon, "(0, inf)", "Write the variance of the reference over [0, 1].")
+        self.dropout = number("dropout", dropout, "[0, 1)", "Write 0.1, or omit it for none.")
+        self.num_components, self.hidden = whole("num_components", num_components), widths("hidden", hidden)
+        self.covariance = check_choice("covariance", covariance, COVARIANCES)
         self.parameters_of = MixtureParameters(
-            dim, num_components, context_dim, covariance, self.hidden, self.dropout, embedding
+            self.dim, self.num_components, self.context_dim, covariance, self.hidden, self.dropout, embedding
         )
-        for name in BUFFERS:
+        for name in MixtureBridge.shapes:
             self.register_buffer(name, torch.empty(0))
         self.beta = math.inf
         self.scores: dict[float, float] = {}
@@ -122,9 +125,9 @@ class MixtureBridge(Bridge):
         Returns:
             Shape ``(*, dim)``.
         """
-        t = _check_time(t)
+        t = one_time(t)
         z, rows, shape = self.unit_rows(x0, context, 0.0)
-        return self.units(t).back(self._laws.move(z, rows, t)).reshape(shape)
+        return answered("transport", self.units(t).back(self._laws.move(z, rows, t)).reshape(shape))
 
     def plan(self, x0: Tensor, context: Any = None) -> BridgeDistribution:
         r"""The law :math:`\pi(x_1 | x_0)` of the ends of bridges from given points, with an exact log_prob.
@@ -136,11 +139,9 @@ class MixtureBridge(Bridge):
         Returns:
             A Pyro distribution with ``batch_shape == batch``.
         """
-        x0 = torch.as_tensor(x0).to(self.like())
-        check_points("x0", x0, self.dim)
-        given = self.check_context(context)
+        x0, given = points("x0", x0, self.dim, self.like()), self.check_context(context)
         if given is not None:
-            shape = torch.broadcast_shapes(x0.shape[:-1], given.shape[:-1])
+            shape = broadcast("x0 and context", x0.shape[:-1], given.shape[:-1])
             x0 = torch.cat([x0.expand(*shape, -1), given.expand(*shape, -1)], -1)
         return BridgeDistribution(Plan(self), x0, like=x0)
 
@@ -179,8 +180,11 @@ class MixtureBridge(Bridge):
             raise NotImplementedError("condition is for bridges on joint draws, got context_dim > 0. Call the bridge.")
         if x0 is None and self._source_kind != "point":
             raise ValueError("x0 must be given where the source is no point. Write condition(axes, observed, x0).")
-        observed = torch.as_tensor(observed, dtype=like.dtype, device=like.device)
-        x0 = self.source_points[0] if x0 is None else torch.as_tensor(x0).to(like)
+        if isinstance(axes, str) or not isinstance(axes, Sequence | Tensor | np.ndarray):
+            raise TypeError(f"axes must be a list of axes, got {axes!r}. Write [0] for the first.")
+        axes = [whole("each of axes", axis, -self.dim, cure="Write [0] for the first.") for axis in axes]
+        observed = finite("observed", floats("observed", observed, like))
+        x0 = self.source_points[0] if x0 is None else points("x0", x0, self.dim, like)
         if x0.shape != (self.dim,):
             raise ValueError(f"x0 must be one point of shape ({self.dim},), got {tuple(x0.shape)}. Write x0[0].")
         gates, locs, covariances = self.process.potential().plan_components(self.units(0.0).to(x0))
@@ -221,17 +225,18 @@ class MixtureBridge(Bridge):
         Returns:
             Shape ``(*,)``.
         """
+        num_source = whole("num_source", num_source)
         z, rows, shape = self.unit_rows(x, context, 1.0)
         z0 = self.units(0.0).to(self._start(1 if self._source_kind == "point" else num_source))
-        return self._given_sources(z, z0, rows).reshape(shape[:-1])
+        return answered("marginal_log_prob", self._given_sources(z, z0, rows).reshape(shape[:-1]))
 
     @torch.no_grad()
     def drift(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
         r"""Optimal drift :math:`\alpha^*(t, x) = s(t, Y_t(x))` at a time t in [0, 1], both ends included."""
-        t = _check_time(t)
+        t = one_time(t)
         z, rows, shape = self.unit_rows(x, context, t)
         shift = self.location - self.source_location
-        return self.scale * self._laws.drift(t, z, rows).reshape(shape) + shift
+        return answered("drift", self.scale * self._laws.drift(t, z, rows).reshape(shape) + shift)
 
     @torch.no_grad()
     def volatility(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
@@ -239,7 +244,7 @@ class MixtureBridge(Bridge):
 
         For ``beta = inf`` it is :math:`\sqrt\epsilon I`. Shapes ``(*, dim)`` to ``(*, dim, dim)``.
         """
-        t = _check_time(t)
+        t = one_time(t)
         z, rows, shape = self.unit_rows(x, context, t)
         jacobian = self._laws.jacobian(t, z, rows)
         return math.sqrt(self.epsilon) * jacobian.reshape(*shape, self.dim)
@@ -247,7 +252,7 @@ class MixtureBridge(Bridge):
     @torch.no_grad()
     def inverse_residual(self, t: Any, x: Tensor, context: Any = None) -> float:
         """Largest :math:`|X_t(Y_t(x)) - x|` relative to :math:`1 + |x|`, in the bridge's units, at a time t."""
-        t = _check_time(t)
+        t = one_time(t)
         z, rows, _ = self.unit_rows(x, context, t)
         return self._laws.residual(t, z, rows)
 
@@ -261,13 +266,14 @@ class MixtureBridge(Bridge):
             Times ``(num_steps + 1,)`` from 0 to 1, and states ``(num_steps + 1, num_paths, *batch_shape, dim)``.
         """
         context = self.check_context(context)
+        num_paths, num_steps = whole("num_paths", num_paths), whole("num_steps", num_steps)
         shape = torch.Size((num_paths,)) + (torch.Size() if context is None else context.shape[:-1])
         rows = None if context is None else context.expand(*shape, -1).reshape(-1, self.context_dim)
         z = self.units(0.0).to(self._start(shape.numel()))
         times = torch.linspace(0, 1, num_steps + 1).to(z)
         path = self._laws.path(z, self._context_rows(rows), times)
         states = [self.units(0.0).back(z), *(self.units(t).back(x) for t, x in zip(times[1:], path))]
-        return times, torch.stack(states).reshape(num_steps + 1, *shape, self.dim)
+        return times, answered("paths", torch.stack(states).reshape(num_steps + 1, *shape, self.dim))
 
     @torch.no_grad()
     def fixed(self, context: Any) -> FixedMixture | None:
@@ -423,7 +429,7 @@ class MixtureBridge(Bridge):
         if self.source is not None:
             self.source_points, self._source_kind = units.location.new_empty(0), "law"
         else:
-            points = units.location[None] if source is None else source
+            points = units.location[None] if source is None else source.clone()  # the user's array may change
             self.source_points, self._source_kind = points, "point" if len(points) == 1 else "draws"
 
     def _start(self, num: int) -> Tensor:
@@ -452,10 +458,3 @@ class MixtureBridge(Bridge):
         """Refuse densities through a learnt inverse."""
         if self.learned_map is not None:
             raise NotImplementedError(f"{self.describe()} has no density. {self.density_hint}")
-
-
-def _check_time(t: Any) -> float:
-    t = float(t)
-    if not 0 <= t <= 1:
-        raise ValueError(f"t must lie in [0, 1], source to target, got {t}.")
-    return t

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sb.bridges.data import Batch
+from pyro_sb.checks import check_memory
 from pyro_sb.nn import ContextNet, SetEmbedding, TimeNet, embedding_size
 from pyro_sb.ops.bass import BassMap
 from pyro_sb.ops.factor_mixture import FactorMixture
@@ -57,14 +58,10 @@ class MixtureParameters(nn.Module):
         super().__init__()
         if embedding is not None and not context_dim:
             raise ValueError("embedding needs context_dim > 0, got 0: it maps contexts to features.")
-        if num_components < 1:
-            raise ValueError(f"num_components must be at least 1, got {num_components}. Omit it for 50.")
-        if not hidden:
-            raise ValueError("hidden must name at least one layer, got (). Omit it for (64, 64).")
-        if covariance not in COVARIANCES:
-            raise ValueError(f"covariance must be one of {list(COVARIANCES)}, got {covariance!r}.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}. Write 0.1, or omit it for none.")
+        width = dim if covariance == "diagonal" else dim * dim
+        last = hidden[-1] if context_dim else 1
+        learnt = num_components * (1 + dim + width) * last  # with gradients, their two moments, and the best so far
+        check_memory("num_components", num_components, 5 * learnt, "Write 50.")
         shape = (num_components, dim) if covariance == "diagonal" else (num_components, dim, dim)
         self.diagonal = covariance == "diagonal"
         self.log_weights = nn.Parameter(torch.zeros(num_components))

@@ -13,7 +13,9 @@ from pyro_sb.bridges.data import read_source, read_target
 from pyro_sb.bridges.options import check_names
 from pyro_sb.bridges.proposals import MappedLaw
 from pyro_sb.bridges.tails.fit import quantile, tail_index
+from pyro_sb.checks import finite, floats, number, one_time, points
 from pyro_sb.distributions import Draws, PathLaw
+from pyro_sb.files import checked_path
 from pyro_sb.ops.tails import curvature, gaussian_tail, log_derivative, power_tail
 from pyro_sb.training import FitHistory
 
@@ -45,7 +47,12 @@ class TailTransform(Transform):
 
     def __init__(self, loc: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
+        loc = floats("loc", loc)
+        scale, lower, upper = (floats(n, v, loc) for n, v in (("scale", scale), ("lower", lower), ("upper", upper)))
+        finite("loc", loc)
         for name, value in (("scale", scale), ("lower", lower), ("upper", upper)):
+            if value.shape != loc.shape:
+                raise ValueError(f"{name} must have the shape of loc, {tuple(loc.shape)}, got {tuple(value.shape)}.")
             if not bool((value > 0).all()):
                 raise ValueError(f"{name} must be positive, got {value.tolist()}. Write inf for the index of no tail.")
         self.loc, self.scale, self.lower, self.upper = loc, scale, lower, upper
@@ -72,6 +79,8 @@ class TailTransform(Transform):
         return f"TailTransform(dim={len(self.loc)}): tails of index {tails[0]}{more} below, {tails[1]}{more} above"
 
     def _call(self, x: Tensor) -> Tensor:
+        if x.dim() == 0 or x.shape[-1] != self.loc.shape[-1]:
+            raise ValueError(f"x must have shape (*, {len(self.loc)}), got {tuple(x.shape)}.")
         return self.loc + self.scale * power_tail(x, self.lower, self.upper)
 
     def _inverse(self, y: Tensor) -> Tensor:
@@ -135,16 +144,16 @@ class TailMatched(Bridge):
     scale: Tensor
     lower: Tensor
     upper: Tensor
+    shapes = {"loc": "d", "scale": "d", "lower": "d", "upper": "d"}
 
     def __init__(self, bridge: Bridge, *, df: Any = "auto", fraction: float = 0.05) -> None:
         if not isinstance(bridge, Bridge):
             raise ValueError(f"bridge must be a Bridge, got {type(bridge).__name__}. Write TailMatched(LightSB(2)).")
         super().__init__(bridge.dim, context_dim=bridge.context_dim)
-        if not 0 < fraction <= 0.5:
-            raise ValueError(f"fraction must be in (0, 0.5], got {fraction}. Omit it for 0.05.")
+        self.fraction = number("fraction", fraction, "(0, 0.5]", "Omit it for 0.05.")
         for side in _sides(df):
             _check_index(side, self.dim)
-        self.bridge, self.df, self.fraction = bridge, df, fraction
+        self.bridge, self.df = bridge, df
         self._source: Distribution | None = None
         for name in TailMatched.__annotations__:
             self.register_buffer(name, torch.empty(0))
@@ -198,6 +207,7 @@ class TailMatched(Bridge):
             The inner bridge's record.
         """
         check_names(f"{type(self).__name__}.fit", options, self.fit_options())
+        checkpoint = checked_path("checkpoint", checkpoint)
         read = read_target(
             self.dim,
             self.context_dim,
@@ -225,6 +235,7 @@ class TailMatched(Bridge):
 
     def drift(self, t: Any, x: Tensor, context: Any = None) -> Tensor:
         """Drift in x by Itô's formula, where the inner bridge has a ``volatility``. Shape of ``x``: ``(*, dim)``."""
+        one_time(t)
         transform, z = self.transform, self._inverse(x)
         sigma = self._inner_volatility(t, z, context)
         correction = 0.5 * transform.curvature(z) * sigma.square().sum(-1)
@@ -319,8 +330,7 @@ class TailMatched(Bridge):
     def _match(self, draws: Tensor, weights: Tensor) -> TailTransform:
         """The transform whose medians, quartiles and tails are those of the draws."""
         lower, upper = (
-            None if _is_auto(side) else torch.as_tensor(side).to(draws).expand(self.dim).clone()
-            for side in _sides(self.df)
+            None if _is_auto(side) else floats("df", side, draws).expand(self.dim).clone() for side in _sides(self.df)
         )
         if lower is None or upper is None:
             found = tail_index(draws, self.fraction, weights)
@@ -344,11 +354,7 @@ class TailMatched(Bridge):
         return points[0] if len(points) == 1 else points
 
     def _inverse(self, x: Tensor) -> Tensor:
-        if x.dim() == 0 or x.shape[-1] != self.dim:
-            raise ValueError(
-                f"x must have shape (*, {self.dim}), got {tuple(x.shape)}. Put coordinates in the last axis."
-            )
-        return self.transform.inv(x.to(self.like()))
+        return self.transform.inv(points("x", x, self.dim, self.like()))
 
     def _inner_volatility(self, t: Any, z: Tensor, context: Any) -> Tensor:
         volatility = getattr(self.bridge, "volatility", None)
@@ -383,6 +389,6 @@ def _check_index(side: Any, dim: int) -> None:
         return
     if isinstance(side, str):
         raise ValueError(f'df must be "auto", a number, a tensor or a pair of those, got {side!r}.')
-    value = torch.as_tensor(side)
+    value = floats("df", side)
     if value.shape not in ((), (dim,)) or not bool((value > 0).all()):
         raise ValueError(f"df must be positive, a number or ({dim},) of them, got {side}. Write inf for no tail.")

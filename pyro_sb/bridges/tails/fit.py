@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.base import as_weights
+from pyro_sb.checks import as_draws, as_weights, floats, number
 
 FEWEST = 5  # exceedances below which a tail is not looked at
 
@@ -55,8 +55,9 @@ def tail_index(x: Tensor, fraction: float = 0.05, weights: Tensor | None = None)
         >>> bool((lower - 2).abs().max() < 0.5), upper.isinf()
         (True, tensor([False,  True]))
     """
-    if not 0 < fraction <= 0.5:
-        raise ValueError(f"fraction must be in (0, 0.5], got {fraction}. Omit it for 0.05.")
+    fraction = number("fraction", fraction, "(0, 0.5]", "Omit it for 0.05.")
+    x = floats("x", x)
+    x = as_draws("x", x, x.shape[-1] if x.dim() == 2 else 1)
     w = as_weights(weights, x).double()
     away = x.double() - quantile(x.double(), w, 0.5)
     sides = [[_side(column * sign, w, fraction) for column in away.T] for sign in (-1, 1)]

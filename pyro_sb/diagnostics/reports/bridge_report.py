@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.base import Bridge, as_draws
+from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.diffusion.bridge import DiffusionBridge
 from pyro_sb.bridges.diffusion.smoothed import SmoothedBridge
 from pyro_sb.bridges.dsb.bridge import DSB
@@ -15,6 +15,7 @@ from pyro_sb.bridges.langevin.bridge import KernelLangevinBridge
 from pyro_sb.bridges.latent.bridge import LatentBridge
 from pyro_sb.bridges.light.bass import LightSBBM
 from pyro_sb.bridges.tails.bridge import TailMatched
+from pyro_sb.checks import as_draws
 from pyro_sb.diagnostics.reports.lines import Line, Panel, Report, graded
 from pyro_sb.metrics.transport import sliced_wasserstein2
 from pyro_sb.weights import effective_sample_size, log_evidence

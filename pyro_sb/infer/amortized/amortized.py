@@ -3,16 +3,19 @@
 import inspect
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.diffusion.vsdm import VSDM
 from pyro_sb.bridges.light.light import LightSB
+from pyro_sb.checks import flag, number, whole
+from pyro_sb.files import read_file, write_file
 from pyro_sb.infer.amortized.choice import (
     build,
     candidates,
@@ -24,6 +27,7 @@ from pyro_sb.infer.amortized.choice import (
 from pyro_sb.infer.amortized.features import Features, Observation, read_observation
 from pyro_sb.infer.amortized.paired import PairedJoint, paired_joint
 from pyro_sb.infer.amortized.posterior import Posterior
+from pyro_sb.infer.amortized.saved import packed_posterior, unpacked_posterior, words_for
 from pyro_sb.infer.amortized.simulator import Simulations, Simulator, simulator
 from pyro_sb.infer.amortized.training_set import Store, TrainingSet, exchangeable_sites, training_set
 from pyro_sb.threads import chosen_threads
@@ -94,8 +98,13 @@ class AmortizedPosterior:
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be a Pyro model, a function, got {type(model).__name__}.")
+        if embedding is not None and not isinstance(embedding, nn.Module):
+            raise TypeError(f"embedding must be a module, got {type(embedding).__name__}. Write SetEmbedding(2, 16).")
         self.model = model
-        self.observed = (observed,) if isinstance(observed, str) else tuple(observed)
+        names = (observed,) if isinstance(observed, str) else observed
+        if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+            raise TypeError(f'observed must name sites, got {observed!r}. Write observed=("y",).')
+        self.observed = tuple(names)
         self.embedding = embedding
         self._candidates = candidates(bridge)
         self.bridge: Bridge | None = None
@@ -171,17 +180,20 @@ class AmortizedPosterior:
             ValueError: A missing observed site; no continuous latent; simulations that are not finite; bad numbers.
         """
         begun = time.perf_counter()
-        _check_share("missing", missing, least=0.0)
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must lie in (0, 1), got {held_out}. Write 0.1.")
-        if num_copies is not None and num_copies < 0:
-            raise ValueError(f"num_copies must be at least 0, got {num_copies}. Omit it for the default.")
-        if num_simulations < 1:
-            raise ValueError(f"num_simulations must be at least 1, got {num_simulations}. Write 10_000.")
+        missing = number("missing", missing, "[0, 1)", "Omit it for whole observations.")
+        held_out = number("held_out", held_out, "(0, 1)", "Write 0.1.")
+        num_copies = None if num_copies is None else whole("num_copies", num_copies, 0)
+        num_simulations = whole("num_simulations", num_simulations, cure="Write 10_000.")
+        num_updates = None if num_updates is None else whole("num_updates", num_updates)
+        keep_finite, progress = flag("keep_finite", keep_finite), flag("progress", progress)
         _check_options(self.model, type(self).fit, len(model_args), model_kwargs, _fit_names(self._candidates))
         check_bridge_options(self._candidates, bridge_options or {})
         source = simulator(self.model, self.observed, model_args, model_kwargs)
-        store = Store(checkpoint, {"num_simulations": num_simulations, "missing": missing, "held_out": held_out})
+        words = words_for(self.model, self.observed, model_args, model_kwargs)
+        words |= {"embedding": "none" if self.embedding is None else "one"}
+        numbers: dict[str, Any] = {"num_simulations": num_simulations, "missing": missing, "held_out": held_out}
+        numbers |= {"num_copies": num_copies, "keep_finite": keep_finite, "dtype": torch.get_default_dtype()}
+        store = Store(checkpoint, words | {name: str(value) for name, value in numbers.items()})
         kept = store.read() if simulations is None else None
         if kept is not None:
             simulations = kept.simulations
@@ -258,6 +270,45 @@ class AmortizedPosterior:
             observation=observation,
             fitted_on=self._fitted_on,
         )
+
+    def save(self, path: str | Path) -> None:
+        """Write one file of tensors and plain values, whole or not at all, read back by `load` with the model.
+
+        It holds the bridge, the simulations, the model's arguments, and a fingerprint of the model.
+        """
+        if self.bridge is None or self.simulations is None:
+            raise RuntimeError("save needs a fitted posterior: call fit(*model_args, num_simulations=...) first.")
+        figures = {
+            "scores": dict(self.scores),
+            "exchangeable": dict(self.exchangeable),
+            "first": len(self._fitted_on[0]),
+        }
+        contents = packed_posterior(
+            self.model, self._source, self._features, self._rows, self.simulations, bridge=self.bridge, figures=figures
+        )
+        write_file(contents, path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Callable[..., Any], map_location: Any = None) -> "AmortizedPosterior":
+        """The posterior that `save` wrote, for the same model.
+
+        Args:
+            path: What `save` wrote. No code in the file is run.
+            model: The model that it was fitted to: a file holds none.
+            map_location: As in `torch.load`.
+
+        Raises:
+            ValueError: Another model, a file of other contents, or one that is torn or altered.
+        """
+        read = unpacked_posterior(read_file(path, map_location), model, str(path))
+        amortized = cls(model, read.observed, bridge=type(read.bridge))
+        source = simulator(model, read.observed, read.args, read.kwargs)
+        read.check(source, str(path))
+        amortized._source, amortized._features, amortized._rows = source, read.features(source), read.residuals
+        amortized.bridge, amortized.simulations = read.bridge, read.simulations
+        amortized.scores, amortized.exchangeable = read.figures["scores"], read.figures["exchangeable"]
+        amortized._fitted_on = Simulations(*(x[: read.figures["first"]] for x in read.simulations))
+        return amortized
 
     @property
     def simulator(self) -> Simulator:
@@ -337,11 +388,6 @@ def _check_options(
             f"the model's arguments must not have the names of fit's own, got {both}. Pass the model with them bound: "
             f"functools.partial(model, {both[0]}=...)."
         )
-
-
-def _check_share(name: str, value: float, least: float) -> None:
-    if not least <= value < 1:
-        raise ValueError(f"{name} must lie in [{least:g}, 1), got {value}.")
 
 
 def _check_sizes(simulations: Simulations, source: Simulator) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_sb.checks import floats
 from pyro_sb.infer.amortized.simulator import Simulator
 from pyro_sb.infer.model.prototype import Packing
 from pyro_sb.warn import warn
@@ -180,7 +181,8 @@ def read_observation(y: Any, simulator: Simulator, features: Features) -> Observ
             f"y must hold the observed sites {list(data.shapes)}, got {sorted(sites)}. Pass a dict by site name."
         )
     dtype = simulator.prototype.packing.dtype
-    sites = {name: torch.as_tensor(value, device=data.device).to(dtype) for name, value in sites.items()}
+    like = torch.empty(0, dtype=dtype, device=data.device)
+    sites = {name: floats("y" if len(sites) == 1 else name, value, like).detach() for name, value in sites.items()}
     leads = {name: value.shape[: max(0, value.dim() - len(data.shapes[name]))] for name, value in sites.items()}
     for name, value in sites.items():
         shape = data.shapes[name]

@@ -15,6 +15,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_sb.bridges.base import Bridge
+from pyro_sb.checks import finite, flag, floats, whole
 from pyro_sb.infer.amortized.features import Features, Observation
 from pyro_sb.infer.amortized.latent_law import GuideLaw, LatentLaw, Residuals
 from pyro_sb.infer.amortized.paired import BatchJoint, paired_joint, refuse_split_events
@@ -179,9 +180,7 @@ class Posterior:
 
     def sample(self, num_samples: int = 1000) -> Sites:
         """Uncorrected draws, in one shot. Shape ``(num_samples, *site)``, with a batch ``(num_samples, B, *site)``."""
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
-        return self._constrained(self.law.sample(num_samples))
+        return self._constrained(self.law.sample(whole("num_samples", num_samples)))
 
     def log_prob(self, sites: Sites) -> Tensor:
         r"""Log density of the bridge at latent sites in their own space, without the model.
@@ -201,17 +200,41 @@ class Posterior:
                 'Use importance() or mcmc(), or fit with bridge="light".'
             )
         transforms = self.simulator.prototype.transforms
-        free = {name: transform(torch.as_tensor(sites[name])) for name, transform in transforms.items()}
+        sites = self._read_sites(sites)
+        free = {name: transform(sites[name]) for name, transform in transforms.items()}
         u = self.simulator.prototype.packing.pack(free)
         u = u if self.observation.batched else u[..., None, :]
         with torch.no_grad():
             value = self.law.log_prob(u)
         for name, transform in transforms.items():
-            term = transform.log_abs_det_jacobian(torch.as_tensor(sites[name]), free[name])
+            term = transform.log_abs_det_jacobian(sites[name], free[name])
             lead = u.shape[:-1] if self.observation.batched else u.shape[:-2]
             term = term.reshape(*lead, -1).sum(-1)
             value = value + (term if self.observation.batched else term[..., None])
         return value if self.observation.batched else value[..., 0]
+
+    def _read_sites(self, sites: Any) -> Sites:
+        """Latent sites in their own space, of one lead."""
+        packing = self.simulator.prototype.packing
+        if not isinstance(sites, dict) or not set(packing.shapes) <= set(sites):
+            came = sorted(map(str, sites)) if isinstance(sites, dict) else type(sites).__name__
+            raise ValueError(f"sites must be a dict of the latents {list(packing.shapes)}, got {came}.")
+        like = torch.empty(0, dtype=packing.dtype, device=self.observation.values.device)
+        read = {name: finite(name, floats(name, sites[name], like)) for name in packing.shapes}
+        leads = set()
+        for name, value in read.items():
+            inner = self.simulator.runs.shapes[name]
+            lead = value.shape[: value.dim() - len(inner)]
+            if value.dim() < len(inner) or value.shape[len(lead) :] != inner:
+                raise ValueError(f"{name} must have shape (*, {', '.join(map(str, inner))}), got {tuple(value.shape)}.")
+            leads.add(lead)
+        batch = len(self.observation.values)
+        if len(leads) > 1 or (self.observation.batched and (not leads or next(iter(leads))[-1:] != (batch,))):
+            raise ValueError(
+                f"sites must share their leading shape, for a batch one that ends in {batch}, got "
+                f"{sorted(map(tuple, leads))}. Pass them as sample() gives them."
+            )
+        return read
 
     def importance(self, num_samples: int = 2000) -> ImportanceDraws:
         r"""Weighted draws, exact in the limit; a warning where Pareto's k says that the weights cannot be trusted.
@@ -219,7 +242,7 @@ class Posterior:
         Args:
             num_samples: Draws an observation, at least 25.
         """
-        u, log_weights, _ = self._weighted(num_samples)
+        u, log_weights, _ = self._weighted(whole("num_samples", num_samples, 25))
         result = weigh(self._constrained(u), log_weights, self.observation.batched)
         k_hat, share = torch.as_tensor(result.k_hat).reshape(-1), torch.as_tensor(result.ess_share).reshape(-1)
         flagged = ~(k_hat <= WORST_K)
@@ -257,7 +280,10 @@ class Posterior:
             `MCMC` that has run: ``get_samples``, ``diagnostics``, ``summary``, `to_arviz`. Sites of a batch have the
             shape ``(draws, B, *site)``.
         """
-        num_proposals = max(num_proposals, num_chains, 25)
+        num_samples, num_chains = whole("num_samples", num_samples), whole("num_chains", num_chains)
+        warmup_steps = None if warmup_steps is None else whole("warmup_steps", warmup_steps, 0)
+        progress = flag("progress", progress)
+        num_proposals = max(whole("num_proposals", num_proposals), num_chains, 25)
         u, log_weights, target = self._weighted(num_proposals)
         figures = weigh({}, log_weights, batched=True)
         k_hat, share = torch.as_tensor(figures.k_hat), torch.as_tensor(figures.ess_share)

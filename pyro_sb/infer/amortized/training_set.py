@@ -2,12 +2,13 @@
 
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_sb.files import read_file, write_file
+from pyro_sb.files import checked_path, read_file, write_file
+from pyro_sb.fingerprint import differences
 from pyro_sb.infer.amortized.features import Features
 from pyro_sb.infer.amortized.latent_law import Residuals, is_logit
 from pyro_sb.infer.amortized.paired import PairedJoint
@@ -218,11 +219,12 @@ class Store:
 
     Args:
         checkpoint: Path of the bridge's checkpoint.
-        arguments: What a fit must share to go on with the file.
+        arguments: What a fit must share to go on with the file, in words.
     """
 
-    def __init__(self, checkpoint: str | Path | None, arguments: dict[str, Any]) -> None:
-        self.path = None if checkpoint is None else Path(f"{checkpoint}.simulations")
+    def __init__(self, checkpoint: str | Path | None, arguments: dict[str, str]) -> None:
+        path = checked_path("checkpoint", checkpoint)
+        self.path = None if path is None else Path(f"{path}.simulations")
         self.arguments = arguments
 
     def read(self) -> Kept | None:
@@ -230,10 +232,11 @@ class Store:
         if self.path is None or not self.path.exists():
             return None
         saved = read_file(self.path)
-        if saved["arguments"] != self.arguments:
+        differ = differences(saved.get("arguments") if isinstance(saved, dict) else None, self.arguments)
+        if differ:
             raise ValueError(
-                f"{self.path} must be of this fit, {self.arguments}, got {saved['arguments']}. Fit with those, or "
-                "remove the file."
+                f"{self.path} must be of this fit, got one that was cut off in another: {differ}. Fit with what is "
+                "there, write another path, or remove the file."
             )
         residuals = Residuals(*saved["residuals"])
         return Kept(

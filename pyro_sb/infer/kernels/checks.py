@@ -8,6 +8,7 @@ from torch.distributions import Distribution
 from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.latent.bridge import LatentBridge
 from pyro_sb.bridges.light.mixture import MixtureBridge
+from pyro_sb.checks import number
 from pyro_sb.infer.amortized.posterior import Posterior
 from pyro_sb.infer.model.log_joint import LogJoint
 
@@ -131,7 +132,7 @@ def check_posterior(posterior: Posterior, log_joint: LogJoint) -> None:
 
 def check_bridge_probability(probability: float | None, local: str | None) -> None:
     """Refuse a probability that leaves one of two moves out."""
-    if probability is not None and (local is None or not 0.0 < probability < 1.0):
+    if probability is not None and (local is None or not 0.0 < number("bridge_probability", probability) < 1.0):
         raise ValueError(
             f"bridge_probability must lie in (0, 1), beside a local move, got {probability} with local="
             f"{local!r}. Omit it, or write local=None for the bridge alone."

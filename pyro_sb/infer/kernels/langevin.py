@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_sb.bridges.langevin.setup import MetricTransitions
+from pyro_sb.checks import number
 from pyro_sb.infer.mcmc.kernel import ModelKernel, check_count
 from pyro_sb.infer.mcmc.walk import ROLES, TUNING_CHAINS, Frozen
 from pyro_sb.infer.model.log_joint import LogJoint
@@ -118,10 +119,7 @@ class KernelLangevin(ModelKernel):
             transforms=transforms,
             jit_compile=jit_compile,
         )
-        if not 0.0 <= min_bridge_probability < 1.0:
-            raise ValueError(
-                f"min_bridge_probability must lie in [0, 1), got {min_bridge_probability}. Omit it for the default."
-            )
+        number("min_bridge_probability", min_bridge_probability, "[0, 1)", "Omit it for the default.")
         self.options: dict[str, Any] = {
             "local": local,
             "epsilons": _checked_epsilons(epsilons),

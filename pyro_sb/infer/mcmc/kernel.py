@@ -347,6 +347,9 @@ class ModelKernel(WalkingKernel):
                 f"Exactly one of model and potential_fn must be given, got {'both' if model is not None else 'neither'}"
                 f". Write {name}(model), or {name}(potential_fn=...) for minus a log density of a dict of tensors."
             )
+        for role, given in (("model", model), ("potential_fn", potential_fn)):
+            if given is not None and not callable(given):
+                raise TypeError(f"{role} must be a function, got {type(given).__name__}. Write a Pyro model.")
         self.model = model
         self.potential_fn = potential_fn
         self._joint_options: dict[str, Any] = {

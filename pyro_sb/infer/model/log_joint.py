@@ -24,6 +24,7 @@ from pyro_sb.infer.model.starts import gather_starts, given_starts
 __all__ = ["Evaluations", "LogJoint", "log_joint"]
 
 Sites = dict[str, Tensor]
+LEAST_ROWS = 16  # of a batch, however long a run of the model is
 OPERATIONS = 10  # of a model on each of its numbers
 ENUMERATION_COST = 64  # numbers held by an enumerated run for each number in its sites, a guess on the high side
 
@@ -189,6 +190,15 @@ class LogJoint:
             None; or what spoke against the route there: another has taken its place.
         """
         return self._density.recheck(self._own(z))
+
+    def _in_parts(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        """Values and gradients of as many rows at a time as memory bears."""
+        parts = self._own(z).split(max(LEAST_ROWS, MAX_NUMBERS // self.run_size))
+        found = [self._density(part, gradient) for part in parts]
+        if len(found) == 1:
+            return found[0]
+        values, grads = zip(*found, strict=True)
+        return torch.cat(values), torch.cat(grads)
 
     def _own(self, z: Tensor) -> Tensor:
         if z.dim() != 2 or z.shape[1] != self.dim:

@@ -162,7 +162,9 @@ def test_in_other_units_it_is_the_same_bridge():
         bridge = SmoothedBridge(2, hidden=(8,))
         bridge.fit(scale * draws, num_updates=10, progress=False)
         laws.append(bridge.drift(0.97, scale * draws[:5]) / scale)
-        assert bridge.epsilon == pytest.approx(100 * float(bridge.covariance.diagonal().mean()), rel=1e-9)
+        assert bridge.epsilon == pytest.approx(
+            100 * float(bridge.unit**2 * bridge.covariance.diagonal().mean()), rel=1e-9
+        )
     torch.testing.assert_close(laws[1], laws[0], rtol=1e-5, atol=1e-5)
 
 

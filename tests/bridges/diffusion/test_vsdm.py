@@ -251,7 +251,8 @@ def test_any_size_has_its_densities(dim, covariance):
 
 
 REFUSED = {
-    "b": (lambda: VSDM(2, b_min=0.0), "0 < b_min <= b_max"),
+    "b": (lambda: VSDM(2, b_min=0.0), "b_min must be positive and finite"),
+    "order": (lambda: VSDM(2, b_min=3.0, b_max=2.0), "b_min must be at most b_max, got 3 and 2"),
     "drift": (lambda: VSDM(2, drift_matrix="best"), "drift_matrix must be one of"),
     "shape": (lambda: VSDM(2, drift_matrix=torch.eye(3)), r"shape \(2, 2\), got \(3, 3\)"),
     "symmetric": (lambda: VSDM(2, drift_matrix=torch.tensor([[1.0, 1.0], [0.0, 1.0]])), "symmetric"),

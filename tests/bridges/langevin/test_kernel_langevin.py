@@ -528,7 +528,7 @@ def test_in_many_dimensions_no_draw_is_left_alone(dim):
         ({"context_epsilon": 1.0}, "context_dim = 0"),
         ({"scheme": "euler"}, "scheme must be one of"),
         ({"num_steps": 0}, "num_steps must be at least 1"),
-        ({"bandwidth_exponent": 0.5}, "bandwidth_exponent must be 0 or negative"),
+        ({"bandwidth_exponent": 0.5}, "bandwidth_exponent must lie in .-inf, 0."),
         ({"metric": "euclid"}, "metric must be"),
         ({"metric": torch.eye(3)}, r"shape \(2, 2\)"),
         ({"diffusion": -torch.eye(2)}, "positive definite"),

@@ -296,7 +296,7 @@ BAD_FITS = {
     "superfluous context": ({"context": torch.randn(100, 1)}, "context_dim = 0"),
     "no step": ({"num_updates": -1}, "num_updates must be at least 1"),
     "zero steps": ({"num_updates": 0}, "num_updates must be at least 1"),
-    "learning rate": ({"learning_rate": -1.0}, "learning_rate must be positive, got -1"),
+    "learning rate": ({"learning_rate": -1.0}, "learning_rate must be positive and finite, got -1"),
 }
 
 

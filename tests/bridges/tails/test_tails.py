@@ -10,10 +10,11 @@ from scipy import integrate, stats
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal, StudentT
 
-from pyro_sb.bridges.base import Bridge, as_draws, as_weights
+from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.langevin.bridge import KernelLangevinBridge
 from pyro_sb.bridges.tails.bridge import TailMatched, TailTransform
 from pyro_sb.bridges.tails.fit import generalised_pareto_shape, quantile, tail_index
+from pyro_sb.checks import as_draws, as_weights
 from pyro_sb.training import FitHistory
 
 INF = math.inf
@@ -162,7 +163,7 @@ def test_few_or_equal_draws_are_light():
     for x in (student(1.0, 20), torch.zeros(100, 2), torch.tensor([[0.0, 1.0], [1.0, 1.0]]).repeat(500, 1)):
         assert bool(torch.stack(tail_index(x)).isinf().all())
     assert bool((torch.stack(tail_index(student(0.3, 20_000))) == 0.5).all())  # bounded below
-    with pytest.raises(ValueError, match="fraction must be in"):
+    with pytest.raises(ValueError, match="fraction must lie in"):
         tail_index(torch.randn(10, 1), 0.6)
 
 
@@ -442,7 +443,7 @@ def test_bad_options_are_refused():
     for df in (0.0, -1.0, math.nan, "heavy", torch.ones(3), (1.0, 2.0, 3.0), (1.0, "heavy")):
         with pytest.raises(ValueError, match="df must be"):
             TailMatched(GaussianEnd(2), df=df)
-    with pytest.raises(ValueError, match="fraction must be in"):
+    with pytest.raises(ValueError, match="fraction must lie in"):
         TailMatched(GaussianEnd(2), fraction=0.0)
     with pytest.raises(ValueError, match="bridge must be a Bridge"):
         TailMatched(torch.nn.Linear(2, 2))

@@ -364,7 +364,7 @@ def test_bad_questions_are_refused():
     posterior = condition(Y, m.iid)
     with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
         posterior.sample(0)
-    with pytest.raises(ValueError, match="at least 25 weights, got 10"):
+    with pytest.raises(ValueError, match="num_samples must be at least 25, got 10"):
         posterior.importance(10)
     with pytest.raises(ValueError, match=r"a guide has one observation, got 3. Write condition\(y\[i\]\)"):
         condition(batch_of(3), m.iid)()
