@@ -115,8 +115,9 @@ def started(task: str, setting: str) -> dict[str, Any]:
 
 @contextmanager
 def busy(num: int) -> Iterator[None]:
-    """So many processes that do nothing but run."""
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num)]
+    """So many processes that do nothing but run, until this one ends, however it does."""
+    endless = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+    others = [subprocess.Popen([sys.executable, "-c", endless]) for _ in range(num)]
     try:
         yield
     finally:
