@@ -116,6 +116,8 @@ class StudentMixture(NamedTuple):
 def student_log_density(squared: Tensor, df: Tensor, dim: int) -> Tensor:
     r"""Log density of a standard Student-t law at a squared radius; Gaussian where ``df`` is infinite."""
     gaussian = -0.5 * (squared + dim * math.log(2 * math.pi))
+    if bool(torch.isinf(df).all()):
+        return gaussian
     nu = torch.where(torch.isinf(df), torch.ones_like(df), df)
     normaliser = torch.lgamma((nu + dim) / 2) - torch.lgamma(nu / 2) - dim / 2 * torch.log(nu * math.pi)
     return torch.where(torch.isinf(df), gaussian, normaliser - (nu + dim) / 2 * torch.log1p(squared / nu))
@@ -123,6 +125,8 @@ def student_log_density(squared: Tensor, df: Tensor, dim: int) -> Tensor:
 
 def tail_weight(squared: Tensor, df: Tensor, dim: int) -> Tensor:
     r"""Pull :math:`(\nu + d) / (\nu + q)` of a point at squared radius q: 1 for a Gaussian, small in a heavy tail."""
+    if bool(torch.isinf(df).all()):
+        return torch.ones_like(squared)
     nu = torch.where(torch.isinf(df), torch.ones_like(df), df)
     return torch.where(torch.isinf(df), torch.ones_like(squared), (nu + dim) / (nu + squared))
 

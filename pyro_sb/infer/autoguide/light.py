@@ -63,7 +63,7 @@ class AutoLightBridge(BridgeGuide):
         model: Callable[..., Any],
         *,
         num_components: int | None = None,
-        num_particles: int = 2048,
+        num_particles: int = 1024,
         num_updates: int = 300,
         init_loc_fn: Callable[..., Any] = init_somewhere,
     ) -> None:
