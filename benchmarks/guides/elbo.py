@@ -160,7 +160,9 @@ def text(store: Store, seeds: int) -> str:
     """The table."""
     lines = []
     for target in all_targets():
-        cells = [store.rows[f"{target.name}, seed {s}"] for s in range(seeds) if f"{target.name}, seed {s}" in store.rows]
+        cells = [
+            store.rows[f"{target.name}, seed {s}"] for s in range(seeds) if f"{target.name}, seed {s}" in store.rows
+        ]
         if not cells:
             continue
         known = store.rows.get(f"reference {target.name}")

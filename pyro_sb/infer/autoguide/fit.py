@@ -6,6 +6,7 @@ Weighted populations, importance EM, and updates of the ELBO from there.
 import math
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +18,15 @@ from pyro_sb.infer.population.mixture_fit import thinned
 from pyro_sb.infer.population.population import Population, honest_evidence, populate
 from pyro_sb.infer.population.rounds import LIGHT_GUARD, Archive, temper_weights
 from pyro_sb.ops.student_mixture import StudentMixture, em_fit
-from pyro_sb.weights import effective_sample_size, normalise
+from pyro_sb.weights import effective_sample_size, normalise, pareto_k
 
 __all__ = ["BlockFit", "fit_block", "polished"]
 
 MAX_ROUNDS, STALE = 8, 2
 GAIN = 0.01  # nats of KL(p || q) under which a round brought nothing
+TAILS = (0.03, 1.4)  # share and stretch of wider copies
+BAD_K = 0.7  # above which weights cannot be trusted
+EVEN = 0.99  # effective share above which weights are all but equal, and a tail of theirs is of no consequence
 OUTSIDE = 100.0  # nats that a draw outside the support counts below the evidence
 CLOSE = 0.005  # nats between ELBO and EUBO that leave nothing to gain
 MAX_POINTS = 8192
@@ -37,8 +41,6 @@ class BlockFit:
         mixture: Gaussian components.
         log_evidence: Of the block, in nats.
         log_evidence_error: Its standard error.
-        elbo: Mean of log p - log q under the mixture.
-        eubo: The same under the target, by weighted draws.
         population: Where it began.
         stages: What was done.
     """
@@ -46,8 +48,6 @@ class BlockFit:
     mixture: StudentMixture
     log_evidence: float
     log_evidence_error: float
-    elbo: float
-    eubo: float
     population: Population
     stages: tuple[str, ...]
 
@@ -64,30 +64,67 @@ def fit_block(joint: LogJoint, num_particles: int, num_components: int | None, n
         population = populate(joint, num_particles)
     stages = list(population.stages)
     archive, core = importance_em(joint, population, num_components, stages)
+    num = max(4000, 100 * joint.dim)
     fresh = Archive(joint)
-    fresh.add(core, max(4000, 100 * joint.dim), LIGHT_GUARD)
-    best = judged(joint, core, fresh)
-    stages.append(f"fit: {core.num_components} components, ELBO {best[0]:.3f}, EUBO {best[1]:.3f}")
-    if num_updates and best[1] - best[0] > CLOSE:
-        moved = polished(joint, core, num_updates, best[2])
-        rival = judged(joint, moved, fresh)
-        stages.append(f"{num_updates} updates of the ELBO: ELBO {rival[0]:.3f}, EUBO {rival[1]:.3f}")
-        if rival[1] - rival[0] < best[1] - best[0]:
-            core, best = moved, rival
-    log_weights = fresh.log_density - fresh.log_proposals[0]
-    value, error = honest_evidence(log_weights)
-    return BlockFit(core, value, error, best[0], best[1], population, tuple(stages))
+    fresh.add(core, num, LIGHT_GUARD)
+    rivals = {"fit": core}
+    if num_updates and judged(joint, core, fresh).distance > CLOSE:
+        value = float(torch.logsumexp(fresh.log_weights, 0)) - math.log(num)
+        moved = polished(joint, core, num_updates, value)
+        fresh.add(moved, num, LIGHT_GUARD)
+        rivals |= {f"{num_updates} updates of the ELBO": moved, "the same with wider tails": with_tails(moved)}
+    marks = {name: judged(joint, rival, fresh) for name, rival in rivals.items()}
+    for name, mark in marks.items():
+        stages.append(f"{name}: {rivals[name].num_components} components, {mark.describe()}")
+    best = min(marks, key=lambda name: (not marks[name].covers, marks[name].distance))
+    value, error = honest_evidence(fresh.log_weights)
+    return BlockFit(rivals[best], value, error, population, tuple(stages))
 
 
-def judged(joint: LogJoint, core: StudentMixture, fresh: Archive, num: int = 4000) -> tuple[float, float, float]:
-    """ELBO, EUBO and log evidence of a mixture, by its own draws and by weighted draws of a frozen proposal."""
+class Mark(NamedTuple):
+    """Means of log p - log q under a mixture (ELBO) and under the target (EUBO); k-hat and effective share."""
+
+    elbo: float
+    eubo: float
+    k_hat: float
+    ess_share: float
+
+    @property
+    def distance(self) -> float:
+        """Sum of both Kullback-Leibler divergences."""
+        return self.eubo - self.elbo
+
+    @property
+    def covers(self) -> bool:
+        """Whether weights of the mixture's draws can be trusted."""
+        return self.k_hat <= BAD_K or self.ess_share >= EVEN
+
+    def describe(self) -> str:
+        """Its figures."""
+        return (
+            f"ELBO {self.elbo:.3f}, EUBO {self.eubo:.3f}, k-hat {self.k_hat:.2f}, effective share {self.ess_share:.3f}"
+        )
+
+
+def judged(joint: LogJoint, core: StudentMixture, fresh: Archive, num: int = 4000) -> Mark:
+    """A mixture by its own draws, and by weighted draws of frozen proposals."""
     points = core.sample(num)
     ratio = joint.log_prob(points) - core.log_prob(points)
     weights = normalise(fresh.log_weights)
     keep = weights > 0
     upper = weights[keep] @ (fresh.log_density[keep] - core.log_prob(fresh.points[keep]))
-    value = torch.logsumexp(fresh.log_weights, 0) - math.log(len(weights))
-    return float(ratio.mean()), float(upper), float(value)
+    return Mark(float(ratio.mean()), float(upper), pareto_k(ratio), effective_sample_size(ratio) / num)
+
+
+def with_tails(core: StudentMixture) -> StudentMixture:
+    """The mixture with each component once more, of little weight and a larger scale: still Gaussian, longer tails."""
+    share, stretch = TAILS
+    return StudentMixture(
+        torch.cat([core.log_weights + math.log1p(-share), core.log_weights + math.log(share)]),
+        core.locs.repeat(2, 1),
+        torch.cat([core.scale_trils, stretch * core.scale_trils]),
+        core.df.repeat(2),
+    )
 
 
 def importance_em(

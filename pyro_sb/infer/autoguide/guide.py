@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_sb.infer.amortized.posterior import ImportanceDraws, weigh
+from pyro_sb.infer.autoguide.fit import BAD_K, EVEN
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
 from pyro_sb.infer.model.run import Run
 from pyro_sb.infer.population.population import Population
@@ -26,8 +27,6 @@ __all__ = ["BridgeGuide", "GuideFit", "init_somewhere"]
 Sites = dict[str, Tensor]
 _numbers: dict[type, Any] = {}
 SHARED = {"_model", "_given", "prototype_trace", "_prototype_frames", "_cond_indep_stacks", "plates", "fitted"}
-BAD_K = 0.7
-EVEN = 0.99  # effective share above which weights are all but equal, and a tail of theirs is of no consequence
 
 
 def init_somewhere(site: dict[str, Any]) -> Tensor:
