@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.claims import CLAIMS, QUOTES, Claim
 from benchmarks.lib.quotes import RESULTS, ROOT
 
+BENCH_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "tutorials/*.ipynb", "pyro_sb/**/*.py")
 
 
@@ -47,7 +48,9 @@ def run(names: list[str], folder: Path | None, arguments: list[str]) -> int:
     environment = os.environ | ({"PYRO_SB_RESULTS": str(folder.resolve())} if folder else {})
     for name in names or known:
         claim = known[name]
-        python = str(ROOT / ".venv-bench" / "bin" / "python") if claim.peers else sys.executable
+        python = str(BENCH_PYTHON) if claim.peers else sys.executable
+        if claim.peers and not BENCH_PYTHON.exists():
+            raise SystemExit(f"{name}: the peers' environment .venv-bench must be there. Run `make bench-env`.")
         print(f"== {name}: {claim.says}", flush=True)
         done = subprocess.run([python, "-m", f"benchmarks.{claim.script}", *arguments], env=environment, cwd=ROOT)
         if done.returncode:

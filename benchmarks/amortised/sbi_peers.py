@@ -19,9 +19,6 @@ import numpy as np
 import pyro
 import pyro.poutine as poutine
 import torch
-from sbi.inference import FMPE, NPE, NPSE
-from sbi.samplers.rejection import rejection
-from sbi.utils import BoxUniform
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -29,6 +26,14 @@ from benchmarks.lib.report import processor
 from benchmarks.lib.store import Store, command
 from pyro_sb.datasets import SBITask, sbi_task
 from pyro_sb.metrics import c2st
+
+try:
+    from sbi.inference import FMPE, NPE, NPSE
+    from sbi.samplers.rejection import rejection
+    from sbi.utils import BoxUniform
+except ModuleNotFoundError as error:
+    need = "sbi must be there, as in .venv-bench. Run `make bench-env`, and this script by .venv-bench/bin/python."
+    raise SystemExit(f"{error}: {need}") from None
 
 METHODS = {"NPE": NPE, "FMPE": FMPE, "NPSE": NPSE}
 PLANE = ("two_moons", "gaussian_mixture")

@@ -275,7 +275,8 @@ def main() -> None:
     report = Report(store, pairs, asked.seeds)
     title = header(f"Light bridges on planar pairs, {asked.seconds:g} CPU s of training", 0)
     write("planar", f"{title}\n{NOTE}\n{report.text()}")
-    picture(report)
+    if report.pairs:  # of a trial that was cut none may be complete
+        picture(report)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 import pyro
 
-from benchmarks.lib.peers import NUTS_DRAWS, NUTS_WARMUP, numpyro_nuts, pyro_nuts
+from benchmarks.lib.peers import BENCH_PYTHON, NUTS_DRAWS, NUTS_WARMUP, numpyro_nuts, pyro_nuts
 from benchmarks.lib.report import header, table, write
 from benchmarks.lib.scores import Agreement, Row, agreement, score
 from benchmarks.lib.store import command
@@ -101,8 +101,11 @@ def summary(results: list[Result]) -> str:
     columns = ["posterior", "max z", "sd ratios", "bulk ESS", "tail ESS", "R-hat", "ESS/s", *[f"x {p}" for p in PEERS]]
     lines += [table([*columns, ""], map(summary_row, results)), ""]
     missed = sum(bool(failures(result)) for result in results)
-    for i, (name, (_, goal)) in enumerate(PEERS.items()):
-        pairs = [ratio(result.ours, result.peers[i]) for result in results]
+    for name, (_, goal) in PEERS.items():
+        pairs = [ratio(result.ours, peer) for result in results for peer in result.peers if peer.sampler == name]
+        if not pairs:
+            lines.append(f"{name}: left out")
+            continue
         finished = geometric_mean(value for value, bound in pairs if not bound)
         everything = geometric_mean(value for value, _ in pairs)
         verdict = "PASS" if finished >= goal else "FAIL"
@@ -121,6 +124,7 @@ def summary_row(result: Result) -> list[object]:
     ratios = [
         ("> " if bound else "") + f"{value:,.1f}" for value, bound in (ratio(ours, peer) for peer in result.peers)
     ]
+    ratios += ["left out"] * (len(PEERS) - len(ratios))
     worst = max(line.z for line in result.compared)
     agreed = [worst, f"{min(spread):.3f}-{max(spread):.3f}", ours.bulk, ours.tail, f"{ours.rhat:.4f}", ours.rate]
     return [result.task.name, *agreed, *ratios, "FAIL" if failures(result) else "PASS"]
@@ -132,13 +136,14 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def measure(name: str, seed: int, limit: float) -> Result:
-    """Run the three samplers on one posterior."""
+    """Run the three samplers on one posterior; without NumPyro where its environment is missing."""
     task = posterior_task(name)
     ours, draws = kernel_langevin(task, seed)
     run = pyro_nuts(task, seed, limit)
     note = f"cut at {limit:.0f} s: {run.steps} of {NUTS_WARMUP + NUTS_DRAWS} steps" if run.cut else ""
     peer = score(task, "Pyro NUTS", run.draws, run.seconds, run.evaluations, note)
-    return Result(task, ours, agreement(task, draws), [peer, numpyro_nuts(task, seed)])
+    others = [numpyro_nuts(task, seed)] if BENCH_PYTHON.exists() else []
+    return Result(task, ours, agreement(task, draws), [peer, *others])
 
 
 def main() -> None:
@@ -148,12 +153,16 @@ def main() -> None:
     results: list[Result] = []
     texts = [header("posteriordb: KernelLangevin beside Pyro's and NumPyro's NUTS", asked.seed) + NOTES]
     print(texts[0], flush=True)
+    if not BENCH_PYTHON.exists():
+        print(
+            "NumPyro's environment .venv-bench is missing, and NumPyro is left out. Run `make bench-env`.", flush=True
+        )
     for name in asked.names or POSTERIORS:
         results.append(measure(name, asked.seed, asked.limit))
         texts.append(section(results[-1]))
         print(texts[-1], flush=True)
     texts.append(summary(results))
-    write("posteriors", "\n".join(texts), keep=not asked.names)
+    write("posteriors", "\n".join(texts), keep=not asked.names and BENCH_PYTHON.exists())
 
 
 NOTES = f"""KernelLangevin: {CHAINS} chains of {DRAWS} draws, defaults. Pyro NUTS: one chain, 300 + 500, no JIT, cut at

@@ -297,7 +297,7 @@ class MetricTransitions:
         z = whiten(points - self.location, self.metric_cholesky)
         keys = make_keys(z, None, self.weights, Bandwidths(epsilon), exponent=0)
         scaling, _ = solve(keys, self.weights, epsilon, progress=False)
-        self._law = Transitions(keys.points, z, scaling.log_v)
+        self.log_v, self._law = scaling.log_v, Transitions(keys.points, z, scaling.log_v)
 
     def conditional_mean(self, x: Tensor) -> Tensor:
         """m(x). Shapes ``(C, d)`` to ``(C, d)``."""

@@ -179,7 +179,7 @@ def test_two_chains_one_after_the_other_in_pyro_mcmc_are_independent() -> None:
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])  # each imports all again
 def test_processes_of_pyro_mcmc(context: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pyro_mcmc.mp, "cpu_count", lambda: 8)
     mcmc = pyro_mcmc.MCMC(
