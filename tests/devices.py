@@ -21,7 +21,8 @@ class OneDevice(TorchFunctionMode):
     """Notes every factory call of the package's own lines that names no device.
 
     On a machine without a GPU everything lies on the CPU, so a run cannot fail; but a factory that is called without
-    ``device=`` (and without ``like`` or ``new_``) makes a CPU tensor wherever the arguments live.
+    ``device=`` (and without ``like`` or ``new_``) makes a CPU tensor wherever the arguments live. What a constructor
+    makes follows its module's ``to()``.
 
     Attributes:
         found: ``path:line: factory`` of each.
@@ -35,7 +36,7 @@ class OneDevice(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in FACTORIES and kwargs.get("device") is None and not self._of_tensors(args, kwargs):
             frame = sys._getframe(1)
-            if frame.f_code.co_filename.startswith(PACKAGE):
+            if frame.f_code.co_filename.startswith(PACKAGE) and frame.f_code.co_name != "__init__":
                 name = Path(frame.f_code.co_filename).relative_to(PACKAGE)
                 self.found.add(f"{name}:{frame.f_lineno}: torch.{func.__name__}")
         return func(*args, **kwargs)

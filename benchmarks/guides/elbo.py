@@ -12,6 +12,7 @@ Run as `python -m benchmarks.guides.elbo [--seeds 3] [--only WORD] [--report]`.
 import math
 import time
 import warnings
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -191,8 +192,8 @@ def main() -> None:
                     continue
                 log_z = target.log_evidence
                 if log_z is None:
-                    log_z = store.once(f"reference {target.name}", lambda target=target: reference(target))[0]
-                store.once(f"{target.name}, seed {seed}", lambda: run(target, seed, log_z))
+                    log_z = store.once(f"reference {target.name}", partial(reference, target))[0]
+                store.once(f"{target.name}, seed {seed}", partial(run, target, seed, log_z))
                 print(target.name, seed, flush=True)
     title = "Guides: means over seeds; fits by the log joint, and SVI of Pyro's guides for the same CPU seconds"
     write("guides", header(title, 0) + "\n" + text(store, options.seeds) + "\n" + reading("guides"))

@@ -1,5 +1,6 @@
 r"""`AutoLightBridge`: the Föllmer bridge from a point to a Gaussian mixture, as a Pyro guide."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -113,7 +114,7 @@ class AutoLightBridge(BridgeGuide):
             z, log_weights = _weigh(joint, self.get_posterior(), order, 4000)
         level = float(joint.log_prob(at[None])) if len(fits) > 1 else 0.0
         value = level + sum(f.log_evidence for f in fits)
-        error = float(torch.tensor([f.log_evidence_error for f in fits]).square().sum().sqrt())
+        error = math.hypot(*(f.log_evidence_error for f in fits))
         self.baseline.fill_(value)
         stages = [f"{len(fits)} independent blocks"] * (len(fits) > 1) + [s for f in fits for s in f.stages]
         self.fitted = GuideFit(

@@ -102,7 +102,7 @@ class Oracle:
     def objection(self, route: Route) -> str | None:
         """Why ``route`` cannot be used; None if it agrees at the points, for several numbers of chains."""
         for num in BATCH_SIZES:
-            known = self.known.rows(torch.arange(num) % len(self.known.points))
+            known = self.known.rows(torch.arange(num, device=self.known.points.device) % len(self.known.points))
             found = self._figures(route, known.points, gradient=True)
             reason = self._compared(route, known.points, found, range(num), known)
             if reason is not None:
@@ -114,7 +114,7 @@ class Oracle:
         z = z.to(self.known.points)
         found = self._figures(route, z, gradient)
         finite = torch.isfinite(found["values"]).nonzero()[:, 0].flip(0)
-        rows = finite[torch.linspace(0, len(finite) - 1, min(most, len(finite))).long()]
+        rows = finite[torch.linspace(0, len(finite) - 1, min(most, len(finite)), device=finite.device).long()]
         if not len(rows):
             return None
         known = Known.at(self.density, z[rows])

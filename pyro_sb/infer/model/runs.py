@@ -28,6 +28,7 @@ from pyro_sb.threads import Pace
 __all__ = ["Found", "ModelRuns", "PlainSampling", "Row", "unknown_site"]
 
 Sites = dict[str, Tensor]
+CPU = torch.device("cpu")  # of what only counts rows
 MAX_NUMBERS = 2**22  # numbers in the sites of one batch of runs, 32 MB in float64
 BLOCK = 256  # runs one by one in a batch
 ROWS = "_pyro_sb_runs"  # name of the plate of rows
@@ -335,7 +336,7 @@ class ModelRuns:
     def _vmap(self, rows: Row, num: int, wanted: Wanted) -> Found:
         with PlainSampling():
             found: Found = vmapped(
-                lambda _, row: self.read(row, wanted), torch.zeros(num), rows, randomness="different"
+                lambda _, row: self.read(row, wanted), torch.zeros(num, device=CPU), rows, randomness="different"
             )
         return found
 
@@ -363,7 +364,7 @@ def largest(figure: Tensor) -> Tensor:
 def log_prob_of(site: Site, scale: Any = 1.0) -> Tensor:
     """Elementwise log density of a site, 0 where masked."""
     if site["mask"] is False:
-        return torch.zeros(())
+        return site["value"].new_zeros(())
     log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return scale_and_mask(log_prob, scale, site["mask"])
 

@@ -126,7 +126,9 @@ def cluster_start(points: Tensor, weights: Tensor, num: int) -> StudentMixture:
     chosen = points[systematic_resample(weights, min(len(points), 1024))]
     white = torch.linalg.solve_triangular(scale, chosen.T, upper=False).T.cpu().numpy()
     with chosen_threads():  # scikit-learn's libraries may have come just now
-        model = KMeans(num, n_init=2, max_iter=30, random_state=int(torch.randint(2**31 - 1, ()))).fit(white)
+        model = KMeans(num, n_init=2, max_iter=30, random_state=int(torch.randint(2**31 - 1, (), device="cpu"))).fit(
+            white
+        )
     centres = torch.as_tensor(model.cluster_centers_, dtype=points.dtype, device=points.device) @ scale.T
     residual = chosen - centres[torch.as_tensor(model.labels_, dtype=torch.long, device=points.device)]
     uniform = torch.full_like(residual[:, 0], 1.0 / len(residual))

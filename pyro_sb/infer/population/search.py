@@ -1,5 +1,6 @@
 r"""Maxima of a log joint by Newton ascents of many starts: what they met, and how much evidence is still unmet."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -315,5 +316,5 @@ def laplace_evidence(log_density: Tensor, precisions: Tensor) -> Tensor:
     Shape ``(K,)``.
     """
     dim = precisions.shape[-1]
-    constant = 0.5 * dim * torch.log(torch.tensor(2 * torch.pi, dtype=log_density.dtype))
+    constant = 0.5 * dim * math.log(2 * math.pi)
     return log_density + constant - 0.5 * torch.linalg.slogdet(precisions)[1]

@@ -166,7 +166,7 @@ def neighbour_factor(u: Tensor, weights: Tensor, num: int = 512) -> Tensor:
         differences = (white[index] - white[:, None]).flatten(0, 1)
         scatter = differences.T @ differences / (2 * len(differences))
         scatter = scatter / _shrunk(white, index)
-        ridge = 1e-6 * torch.eye(len(scatter)).to(scatter) * scatter.diagonal().mean()
+        ridge = 1e-6 * torch.eye(len(scatter), dtype=scatter.dtype, device=scatter.device) * scatter.diagonal().mean()
         factor = (factor[0] @ torch.linalg.cholesky(scatter + ridge))[None]
     return factor
 
