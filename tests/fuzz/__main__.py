@@ -20,6 +20,8 @@ def main() -> int:
     for name, changes in plan(chosen, given.cases, given.only):
         came = tried(CALLS[name], dict(changes), given.seed)
         counts[came.kind] += 1
+        if sum(counts.values()) % 1000 == 0:
+            print(f"{sum(counts.values())} cases, {time.perf_counter() - begun:.0f} s", flush=True)
         if came.kind not in GOOD:
             what = ", ".join(f"{argument}={value.name}" for argument, value in changes)
             key = (name.split()[-1], came.kind, came.words.split(":")[0], came.words[:80])

@@ -503,7 +503,7 @@ add(
     reconstruction_report,
     {"x": TARGET, "codec": PCACodec},
     slow=True,
-    x=[v for v in CLOUD if v.bad],
+    x=[v for v in CLOUD if v.bad and v.name != "wide"],
     dims=optional(pools.WIDTHS),
     held_out=[v for v in pools.SHARE if v.name not in ("tiny",)],
     stop_at=optional([v for v in pools.SHARE if v.name != "one"]),
