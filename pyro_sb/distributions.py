@@ -139,6 +139,17 @@ class BridgeDistribution(TorchDistribution):
             return value.new_empty(shape)
         return answered("log_prob", self.law.log_prob_rows(value, self._rows(shape)).reshape(shape))
 
+    def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Refused in a guide that is being trained, where the bridge has no reparametrised draws."""
+        if not self.has_rsample and torch.is_grad_enabled():
+            name = type(self.law).__name__
+            raise NotImplementedError(
+                f"a bridge in a guide that is trained must have reparametrised draws, got {name}, where choices "
+                "are discrete: its parameters would hardly move. Train it by fit() on draws; or write in the "
+                "guide x = bridge.push(noise), where there is such a map; or use AutoLightBridge(model)."
+            )
+        return super().score_parts(x, *args, **kwargs)
+
     def draws(self, sample_shape: Any = ()) -> Draws:
         """Draws with the log density that corrects them, without gradients unless the bridge has them.
 

@@ -65,10 +65,11 @@ class Own(threading.local):
         most: What torch was set to in it before its first run: an upper bound.
         found: What the OpenMP libraries were set to, by file.
         call: The call that is being timed.
+        even: Time at which the losses of trials so far are a small share of all time: none begins before.
     """
 
     def __init__(self) -> None:
-        self.depth, self.now, self.most = 0, 1, 1
+        self.depth, self.now, self.most, self.even = 0, 1, 1, 0.0
         self.found: dict[str, int] = {}
         self.call: TimedCall | None = None
 
@@ -234,14 +235,16 @@ class Trial:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to choose."""
-        return perf_counter() > self._until
+        """Whether it is time to choose: trials of all kinds of calls have lost little."""
+        return perf_counter() >= max(self._until, COUNTS.own.even)
 
     def next(self, most: int) -> int:
         """The number for the next call: the choice, or while it is open one and as many as there are by turns."""
-        if self._choice and self.due:
+        if not self.due:
+            return min(self._choice, most) or 1
+        if self._choice:
             self._one, self._many, self._choice = [], [], 0
-        return min(self._choice, most) or (1 if len(self._one) <= len(self._many) else most)
+        return 1 if len(self._one) <= len(self._many) else most
 
     def note(self, num: int, most: int, seconds: float, size: int) -> None:
         """Take the time of a call in, and choose when there are enough.
@@ -256,7 +259,9 @@ class Trial:
             return
         if self._choice:
             if self._choice > 1 and seconds / size > HOPELESS * median_low(self._one):
-                self._until = 0.0  # another process has come: compare from the next call on
+                self._until = COUNTS.own.even = 0.0  # another process has come: compare from the next call on
+            return
+        if not self.due:
             return
         (self._one if num == 1 else self._many).append(seconds / size)
         one = median_low(self._one) * size
@@ -275,7 +280,9 @@ class Trial:
     def _choose(self, num: int, lost: float, verdict: str) -> None:
         """Keep a number for a while, which doubles: first choices rest on calls of a process that has just begun."""
         self._choice, self.verdict = num, verdict
-        self._until = perf_counter() + max(self._pause, lost / SHARE)
+        now = perf_counter()
+        self._until = now + self._pause
+        COUNTS.own.even = max(now, COUNTS.own.even) + lost / SHARE
         self._pause = min(2 * self._pause, AGAIN)
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "normalise",
     "pareto_k",
     "pareto_tail",
+    "smoothed",
     "systematic_resample",
 ]
 
@@ -183,3 +184,35 @@ def pareto_k(log_weights: Tensor) -> float:
         True
     """
     return pareto_tail(log_weights).k
+
+
+def smoothed(log_weights: Tensor, tail: ParetoTail | None = None) -> Tensor:
+    r"""Pareto-smoothed log weights, in units of the largest one given.
+
+    The weights of the tail are replaced by the expected order statistics of their Pareto law, none larger than the
+    largest weight given. A weight of zero stays zero; where there is no tail to fit, all stay as they are.
+
+    Args:
+        log_weights: Shape ``(N,)``, N at least 25.
+        tail: Theirs, if it is known.
+
+    Returns:
+        Log weights less the largest. Shape ``(N,)``, float64.
+
+    References:
+        Pareto Smoothed Importance Sampling (Vehtari et al., 2024), algorithm 1, https://arxiv.org/abs/1507.02646
+
+    Example:
+        >>> smoothed(torch.zeros(30)).unique()
+        tensor([0.], dtype=torch.float64)
+    """
+    tail = pareto_tail(log_weights) if tail is None else tail
+    relative = (log_weights - log_weights.max()).double()
+    num = len(tail.places)
+    if not (math.isfinite(tail.k) and num):
+        return relative
+    part = (torch.arange(num, dtype=torch.float64, device=relative.device) + 0.5) / num
+    rate = -torch.log1p(-part)
+    excess = tail.sigma * (torch.expm1(tail.k * rate) / tail.k if abs(tail.k) > 1e-12 else rate)
+    value = torch.log(excess + math.exp(tail.log_threshold)).clamp_max(0.0)
+    return relative.index_copy(0, tail.places, value)

@@ -11,7 +11,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from statistics import mean, median
 from typing import Any
 
@@ -21,8 +22,8 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from benchmarks.lib.report import header, table, write
-from benchmarks.lib.store import command
+from benchmarks.lib.report import header, reading, table, write
+from benchmarks.lib.store import Store, command
 from pyro_sb.diagnostics import report
 from pyro_sb.infer import MCMC, KernelLangevin
 
@@ -447,16 +448,38 @@ def score(values: Tensor, exact: float) -> float:
     return (float(means.mean()) - exact) / error
 
 
+def cell(target: Target, seed: int) -> dict[str, Any]:
+    """One run as plain values."""
+    return asdict(outcome(target, seed))
+
+
 def main() -> None:
-    """The table."""
+    """The table, written after every seed."""
     only = {"default": "", "help": "targets whose names hold this word"}
-    args = command(__doc__, seeds=20, only=only)
+    args = command(__doc__, seeds=20, cached=True, only=only)
     torch.set_default_dtype(FLOAT)
+    store = Store("trust", keep=not args.only)
+    chosen = [target for target in targets() if args.only in target.name]
+    for seed in range(args.seeds):
+        for target in [] if args.report else chosen:
+            run = Outcome(**store.once(f"{target.name}, seed {seed}", partial(cell, target, seed)))
+            state = "right" if run.right else "WRONG"
+            told = f"{run.worst:.1f} {run.where}, {run.seconds:.1f} s"
+            print(
+                f"seed {seed}, {target.name}: {state}, report {run.verdict}, TV {run.distance:.4f}, {told}", flush=True
+            )
+        if not args.report or seed == args.seeds - 1:
+            write("trust", written(store, chosen), keep=not args.only)
+
+
+def written(store: Store, chosen: list[Target]) -> str:
+    """The table of all runs that are there."""
     rows, every = [], list[Outcome]()
-    for target in targets():
-        if args.only not in target.name:
+    for target in chosen:
+        cells = [row for key, row in store.rows.items() if key.startswith(f"{target.name}, seed ")]
+        found = [Outcome(**cell) for cell in cells]
+        if not found:
             continue
-        found = [outcome(target, seed) for seed in range(args.seeds)]
         every += found
         worst = max(found, key=lambda run: abs(run.worst))
         inside = [abs(run.evidence) <= 3 for run in found if not math.isnan(run.evidence)]
@@ -473,16 +496,16 @@ def main() -> None:
                 " ".join(sorted({run.verdict for run in found})),
             ]
         )
-        print(table(COLUMNS, rows[-1:]).splitlines()[-1], flush=True)
     right, silent = sum(run.right for run in every), sum(not run.right and not run.called for run in every)
     alarms = sum(run.right and run.called for run in every)
     lines = [
         header("Runs that are right or say that they are not", 0),
-        f"{CHAINS} chains of {DRAWS} draws, seeds 0 to {args.seeds - 1}.",
+        f"{CHAINS} chains of {DRAWS} draws; seeds 0, 1, ...: as many as a row says.",
         table(COLUMNS, rows),
         f"\n{right} of {len(every)} runs right; {silent} wrong without a word; {alarms} right and called doubtful.",
+        reading("trust"),
     ]
-    write("trust", "\n".join(lines), keep=not args.only)
+    return "\n".join(lines)
 
 
 COLUMNS = ["target", "right", "silent", "false alarms", "TV, mean", "worst z", "|log Z| <= 3 se", "CPU s", "report"]

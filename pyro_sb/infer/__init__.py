@@ -1,8 +1,7 @@
 """Inference under Pyro's nouns: MCMC with chains as a tensor dimension, its kernels, and amortised posteriors."""
 
 from pyro_sb.infer.amortized.amortized import AmortizedPosterior
-from pyro_sb.infer.amortized.importance import ImportanceDraws
-from pyro_sb.infer.amortized.posterior import Posterior
+from pyro_sb.infer.amortized.posterior import ImportanceDraws, Posterior
 from pyro_sb.infer.amortized.simulator import Simulations
 from pyro_sb.infer.kernels.bridge_mh import BridgeMH
 from pyro_sb.infer.kernels.langevin import KernelLangevin

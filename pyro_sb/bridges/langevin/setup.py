@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from pyro_sb.bridges.langevin.schemes import VariableBandwidth
 from pyro_sb.checks import floats, number
+from pyro_sb.ops.attention import Transitions
 from pyro_sb.ops.sinkhorn import DENSE_LIMIT, SymmetricScaling, default_tolerance, symmetric_sinkhorn
 from pyro_sb.threads import Pace
 from pyro_sb.warn import warn
@@ -270,3 +271,41 @@ def _partners(scaled: Tensor, weights: tuple[Tensor, Tensor]) -> float:
     own, others = weights[0][:, None], weights[1] * torch.exp(-0.5 * scaled)
     total, squares = own[:, 0] + others.sum(1), own[:, 0].square() + others.square().sum(1)
     return float((total.square() / squares)[own[:, 0] > 0].median())
+
+
+class MetricTransitions:
+    r"""The bridge's transition law :math:`p_j(x)` and mean m(x) at one bandwidth and in a given metric, nothing more.
+
+    Where draws come from a kernel's own warm-up, there is nothing else to check, to choose or to keep.
+
+    Args:
+        points: Draws. Shape ``(M, d)``.
+        weights: Their weights, positive. Shape ``(M,)``.
+        metric: K. Shape ``(d, d)``.
+        epsilon: Bandwidth, in units of the metric.
+
+    Example:
+        >>> law = MetricTransitions(torch.tensor([[-1.0], [1.0]]), torch.ones(2), torch.eye(1), 1.0)
+        >>> law.conditional_mean(torch.zeros(1, 1))
+        tensor([[0.]])
+    """
+
+    def __init__(self, points: Tensor, weights: Tensor, metric: Tensor, epsilon: float) -> None:
+        weights = weights / weights.max()
+        self.weights, self.epsilon = weights / weights.sum(), epsilon
+        self.location, self.metric_cholesky = self.weights @ points, metric_factor(metric, points, weights)
+        z = whiten(points - self.location, self.metric_cholesky)
+        keys = make_keys(z, None, self.weights, Bandwidths(epsilon), exponent=0)
+        scaling, _ = solve(keys, self.weights, epsilon, progress=False)
+        self._law = Transitions(keys.points, z, scaling.log_v)
+
+    def conditional_mean(self, x: Tensor) -> Tensor:
+        """m(x). Shapes ``(C, d)`` to ``(C, d)``."""
+        return self._law.mean(self._query(x)) @ self.metric_cholesky.mT + self.location
+
+    def transition_probabilities(self, x: Tensor) -> Tensor:
+        """p_j(x). Shapes ``(C, d)`` to ``(C, M)``."""
+        return self._law.probabilities(self._query(x))
+
+    def _query(self, x: Tensor) -> Tensor:
+        return whiten(x - self.location, self.metric_cholesky) / math.sqrt(self.epsilon)

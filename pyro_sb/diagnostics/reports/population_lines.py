@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from pyro_sb.diagnostics.reports.lines import Line, graded
+from pyro_sb.diagnostics.reports.lines import Line
 from pyro_sb.infer.population.population import Population
 
 __all__ = ["evidence_line", "sources_line", "warmup_line"]
@@ -55,10 +55,9 @@ def evidence_line(estimates: Mapping[str, tuple[float, float]], k_hat: float = 0
     """
     (_, (value, error)), *others = estimates.items()
     shown = f"{value:.{SHOWN}f} +- {error:.{SHOWN}f}"
-    verdict, note = graded(error, CLEAR, VAGUE), "log evidence, in nats"
-    if verdict != "ok":
-        note = f"log evidence is known to {error:.2g} nats: raise num_particles"
-        verdict = "look"
+    verdict, note = "ok" if error <= VAGUE else "look", "log evidence, in nats"
+    if not error <= CLEAR:
+        note = f"log evidence is known to {error:.2g} nats; raise num_particles for more"
     for name, (other, its) in others:
         apart = abs(value - other) / max(math.hypot(error, its), 1e-3)
         if not apart <= APART_OK:

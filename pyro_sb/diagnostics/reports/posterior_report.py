@@ -14,8 +14,9 @@ from pyro_sb.diagnostics.reports.psis import PSIS, psis
 from pyro_sb.infer.amortized.amortized import AmortizedPosterior
 from pyro_sb.infer.amortized.posterior import Posterior
 
-__all__ = ["amortised_report", "posterior_report"]
+__all__ = ["amortised_report", "draw_weights", "posterior_report", "weight_lines"]
 
+EVEN = 0.99  # effective share above which a tail of weights is of no consequence
 EVERY = 4000  # draws of a posterior that importance weights are taken from
 
 
@@ -32,8 +33,8 @@ def posterior_report(x: Posterior, audit: str | ModeAudit | None, progress: bool
             log_weights = x.importance(EVERY).log_weights
         results = [psis(column) for column in log_weights.reshape(EVERY, -1).unbind(1)]
         result = max(results, key=lambda one: one.k_hat)
-        lines += _weights(result, batch)
-        panels.append(Panel("weights' tail", partial(_draw_weights, result)))
+        lines += weight_lines(result, batch, "use mcmc() of the posterior, or fit on more simulations")
+        panels.append(Panel("weights' tail", partial(draw_weights, result)))
         details["psis"] = result
     made, why = (None, "one observation at a time") if batch > 1 else audit_or_why(x, None, (), {}, audit, progress)
     if made is None:
@@ -46,13 +47,16 @@ def posterior_report(x: Posterior, audit: str | ModeAudit | None, progress: bool
     return Report(title, lines, panels, details)
 
 
-def _weights(result: PSIS, batch: int) -> list[Line]:
+def weight_lines(result: PSIS, batch: int, cure: str) -> list[Line]:
+    """Pareto k and effective share of importance weights, and what to do where they are poor."""
     of = "" if batch == 1 else f", worst of {batch} observations"
-    cure = "use mcmc() of the posterior, or fit on more simulations"
     note = {"good": "weights can be used", "usable": "weights can be used with care: importance(n) with more draws"}
     share = result.ess / result.num_draws
+    tail = result.verdict, note.get(result.reading, cure)
+    if share >= EVEN:
+        tail = "ok", "of weights that are all but equal"
     return [
-        Line("Pareto k-hat", f"{result.k_hat:.2f}{of}", result.verdict, note.get(result.reading, cure)),
+        Line("Pareto k-hat", f"{result.k_hat:.2f}{of}", *tail),
         Line(
             "effective share",
             f"{share:.1%} of {result.num_draws}",
@@ -62,7 +66,8 @@ def _weights(result: PSIS, batch: int) -> list[Line]:
     ]
 
 
-def _draw_weights(result: PSIS, ax: Any) -> Any:
+def draw_weights(result: PSIS, ax: Any) -> Any:
+    """Picture of the weights' tail."""
     from pyro_sb.plots import plot_weights
 
     return plot_weights(result, ax=ax)

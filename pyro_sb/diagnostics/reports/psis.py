@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_sb.distributions import Draws
-from pyro_sb.weights import ParetoTail, effective_sample_size, log_evidence, pareto_tail
+from pyro_sb.weights import effective_sample_size, log_evidence, pareto_tail, smoothed
 
 __all__ = ["PSIS", "psis"]
 
@@ -135,10 +135,10 @@ def psis(x: Any, log_prob: Callable[[Tensor], Tensor] | None = None) -> PSIS:
     if strange:
         raise ValueError(f"log weights must not hold NaN or +inf, got {strange}. A weight of zero is -inf.")
     tail = pareto_tail(log_weights)
-    smoothed = _smoothed(log_weights, tail) if math.isfinite(tail.k) else log_weights
-    smoothed = torch.log_softmax(smoothed, 0) if bool(torch.isfinite(smoothed).any()) else smoothed
+    smooth = smoothed(log_weights, tail) if math.isfinite(tail.k) else log_weights
+    smooth = torch.log_softmax(smooth, 0) if bool(torch.isfinite(smooth).any()) else smooth
     value, error = log_evidence(log_weights)
-    return PSIS(log_weights, smoothed, tail.k, effective_sample_size(smoothed), value, error, len(tail.places))
+    return PSIS(log_weights, smooth, tail.k, effective_sample_size(smooth), value, error, len(tail.places))
 
 
 def _log_weights(x: Any, log_prob: Callable[[Tensor], Tensor] | None) -> Tensor:
@@ -162,13 +162,3 @@ def _log_weights(x: Any, log_prob: Callable[[Tensor], Tensor] | None) -> Tensor:
             "Write psis(log_p - log_q)."
         )
     return found
-
-
-def _smoothed(log_weights: Tensor, tail: ParetoTail) -> Tensor:
-    """Log weights with those of the tail replaced, up to a constant. Shape kept; a weight of zero stays zero."""
-    k, num = tail.k, len(tail.places)
-    p = (torch.arange(num, dtype=log_weights.dtype, device=log_weights.device) + 0.5) / num
-    quantiles = tail.sigma * (-torch.log1p(-p) if abs(k) < 1e-12 else torch.expm1(-k * torch.log1p(-p)) / k)
-    smooth = log_weights.clone()
-    smooth[tail.places] = (math.exp(tail.log_threshold) + quantiles).log().clamp_max(0.0) + log_weights.max()
-    return smooth

@@ -13,10 +13,12 @@ from pyro_sb.diagnostics.export.draws_of import is_run
 from pyro_sb.diagnostics.modes.mode_audit import ModeAudit
 from pyro_sb.diagnostics.reports.bridge_report import bridge_report
 from pyro_sb.diagnostics.reports.chain_report import chain_report
+from pyro_sb.diagnostics.reports.guide_report import guide_report
 from pyro_sb.diagnostics.reports.lines import Report
 from pyro_sb.diagnostics.reports.posterior_report import amortised_report, posterior_report
 from pyro_sb.infer.amortized.amortized import AmortizedPosterior
 from pyro_sb.infer.amortized.posterior import Posterior
+from pyro_sb.infer.autoguide.guide import BridgeGuide
 
 __all__ = ["report"]
 
@@ -39,6 +41,7 @@ def report(
       figures of the kernel's warm-up, and what a weighted population says of the draws, where chains cannot look: modes
       and their shares, tails, the evidence, and what its sources could have missed.
     - A conditioned `Posterior`: the importance weights' k-hat and effective size under the model, and the audit.
+    - A fitted guide, `AutoLightBridge` or `AutoBridge`: the same, and its evidence.
     - A fitted `AmortizedPosterior`: calibration of each parameter and of all together (`sbc`, `tarp`).
     - A fitted `Bridge`: `bridge_report`.
 
@@ -105,6 +108,8 @@ def report(
         return amortised_report(x, num_data_sets)
     if isinstance(x, Posterior):
         return posterior_report(x, audit, progress)
+    if isinstance(x, BridgeGuide):
+        return guide_report(x, audit, progress)
     return chain_report(x, target, args, dict(kwargs or {}), audit, progress)
 
 
@@ -128,7 +133,7 @@ def _options_of(x: Any) -> tuple[str, ...]:
         return ("target", "source", "context")
     if isinstance(x, AmortizedPosterior):
         return ("num_data_sets",)
-    if isinstance(x, Posterior):
+    if isinstance(x, Posterior | BridgeGuide):
         return ("audit",)
     if (is_run(x) and not hasattr(x, "log_weights")) or is_container(x):
         return ("target", "args", "kwargs", "audit")

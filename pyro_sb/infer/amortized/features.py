@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_sb.checks import floats
 from pyro_sb.infer.amortized.simulator import Simulator
-from pyro_sb.infer.model.packing import Packing
+from pyro_sb.infer.model.prototype import Packing
 from pyro_sb.warn import warn
 
 __all__ = ["Features", "Observation", "read_observation"]

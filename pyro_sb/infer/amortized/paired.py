@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_sb.infer.amortized.simulator import Simulations, Simulator
 from pyro_sb.infer.model.joint import CheckedDensity, find_oracle, with_twins
 from pyro_sb.infer.model.log_joint import Evaluations
-from pyro_sb.infer.model.packing import Packing
+from pyro_sb.infer.model.prototype import Packing
 from pyro_sb.infer.model.routes import (
     Loop,
     Plate,

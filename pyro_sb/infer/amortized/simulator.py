@@ -13,8 +13,7 @@ from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDi
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
-from pyro_sb.infer.model.packing import Packing
-from pyro_sb.infer.model.prototype import Prototype, Start, first_float, prototype, run
+from pyro_sb.infer.model.prototype import Packing, Prototype, Start, first_float, prototype, run
 from pyro_sb.infer.model.runs import Found, ModelRuns, Row, Wanted
 from pyro_sb.infer.model.sites import base_of, can_sample, is_deterministic, is_discrete, is_sample, refuse_subsampling
 

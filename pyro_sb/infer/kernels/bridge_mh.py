@@ -17,22 +17,17 @@ from pyro_sb.infer.kernels.checks import (
     check_bridge,
     check_bridge_probability,
     check_context,
-    check_coordinates,
-    check_count,
     check_density,
     check_dim,
-    check_local,
     check_model,
     check_paths,
     check_posterior,
-    check_start,
     check_unused,
     made_bridge,
 )
 from pyro_sb.infer.kernels.warmup import ChainStart, Pilot, freeze_bridge, judge, start_of_pilot, start_of_population
-from pyro_sb.infer.mcmc.kernel import ModelKernel
+from pyro_sb.infer.mcmc.kernel import ModelKernel, check_count
 from pyro_sb.infer.moves.proposals import BridgeProposals, Proposals
-from pyro_sb.infer.population.coordinates import choose_coordinates
 from pyro_sb.infer.population.population import POOR_SHARE, populate
 from pyro_sb.warn import warn
 
@@ -151,25 +146,25 @@ class BridgeMH(ModelKernel):
         super().__init__(
             model,
             potential_fn,
+            local=local,
+            num_particles=num_particles,
+            start=start,
+            reparam=reparam,
             init_strategy=init_strategy,
             max_plate_nesting=max_plate_nesting,
             transforms=transforms,
             jit_compile=jit_compile,
         )
-        check_local(local)
         check_bridge_probability(bridge_probability, local)
-        check_coordinates(reparam)
         self.num_proposals = check_count("num_proposals", num_proposals, least=1)
         self.num_paths = check_count("num_paths", num_paths, least=1)
-        self.num_particles = check_count("num_particles", num_particles, least=50)
         check_unused(bridge, fit_options, num_paths)
         if bridge is None or isinstance(bridge, Bridge) or isinstance(bridge, type):
             check_fit_options(
                 "fit_options", LightSB if bridge is None else bridge, (fit_options or {}).keys() - SOURCE, GIVEN
             )
         self.bridge, self.context = bridge, context
-        self.local, self.bridge_probability = local, bridge_probability
-        self.start, self.fit_options, self.reparam = check_start(start), dict(fit_options or {}), reparam
+        self.bridge_probability, self.fit_options = bridge_probability, dict(fit_options or {})
         self.proposals: Proposals | None = None
         self.pilot: Pilot | None = None
         self._begin: ChainStart | None = None
@@ -250,11 +245,7 @@ class BridgeMH(ModelKernel):
             return PosteriorProposals(self.bridge.law, self.bridge.law.context, self.num_paths)
         if isinstance(self.bridge, Bridge) and self.bridge.fitted:
             return BridgeProposals(self.bridge, check_context(self.bridge, self.context), self.num_paths)
-        reparam = self.reparam if self._joint_options["transforms"] is None else None
-        self.coordinates, self.population = choose_coordinates(
-            self.log_joint, self._build, self.num_particles, self.start, reparam, self._hints()
-        )
-        begin, bridge = start_of_population(self.population), self._template()
+        begin, bridge = start_of_population(self._populate()), self._template()
         with warnings.catch_warnings():
             if self.bridge is None:  # its weights are measured next
                 warnings.filterwarnings("ignore", message=".*have not converged")

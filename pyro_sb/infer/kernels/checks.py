@@ -1,4 +1,4 @@
-"""Checks of what kernels are given: each refusal says what must hold, what came, and what to write instead."""
+"""Checks of what `BridgeMH` is given: each refusal says what must hold, what came, and what to write instead."""
 
 from typing import Any
 
@@ -128,37 +128,6 @@ def check_posterior(posterior: Posterior, log_joint: LogJoint) -> None:
             f"({_sites(own)}) for a model of {log_joint.dim} ({_sites(log_joint.site_shapes)}). Pass the model that it "
             "was fitted on, conditioned on the observation: BridgeMH(posterior.model, posterior)."
         )
-
-
-def check_local(local: Any) -> None:
-    """Refuse a local move that there is not."""
-    if local not in ("hmc", "mala", None):
-        raise ValueError(f'local must be "hmc", "mala" or None, got {local!r}.')
-
-
-def check_count(name: str, value: Any, least: int) -> int:
-    """A whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}. Omit it for the default.")
-    return value
-
-
-def check_start(start: Any) -> str | Tensor:
-    """A start of a population: a name or points."""
-    if not isinstance(start, Tensor) and not (isinstance(start, str) and start in ("search", "prior")):
-        raise ValueError(f'start must be "search", "prior" or a tensor of points (M, dim), got {start!r}.')
-    return start
-
-
-def check_coordinates(reparam: Any) -> None:
-    """Refuse coordinates that there are not."""
-    if reparam not in ("auto", None):
-        raise ValueError(f'reparam must be "auto" or None, got {reparam!r}. For your own, use pyro.poutine.reparam.')
-
-
-def check_share(name: str, share: float) -> float:
-    """A probability under one."""
-    return number(name, share, "[0, 1)", "Omit it for the default.")
 
 
 def check_bridge_probability(probability: float | None, local: str | None) -> None:

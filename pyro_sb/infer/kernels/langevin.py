@@ -8,22 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.langevin.bridge import KernelLangevinBridge
-from pyro_sb.infer.kernels.checks import (
-    check_coordinates,
-    check_count,
-    check_local,
-    check_share,
-    check_start,
-)
-from pyro_sb.infer.mcmc.kernel import ModelKernel
+from pyro_sb.bridges.langevin.setup import MetricTransitions
+from pyro_sb.checks import number
+from pyro_sb.infer.mcmc.kernel import ModelKernel, check_count
 from pyro_sb.infer.mcmc.walk import ROLES, TUNING_CHAINS, Frozen
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.moves.moves import BridgeMove, IndexMove
 from pyro_sb.infer.moves.tuning import ChainStates, Tuned, share_moves, trajectory_range, tune, tune_local
-from pyro_sb.infer.population.coordinates import choose_coordinates
 from pyro_sb.infer.population.population import Population
 from pyro_sb.infer.population.rounds import temper_weights
+from pyro_sb.infer.population.thrift import thrifty
 from pyro_sb.ops.student_mixture import StudentMixture, weighted_covariance, within_covariance
 from pyro_sb.warn import warn
 from pyro_sb.weights import normalise
@@ -116,22 +110,23 @@ class KernelLangevin(ModelKernel):
         super().__init__(
             model,
             potential_fn,
+            local=local,
+            num_particles=num_particles,
+            start=start,
+            reparam=reparam,
             init_strategy=init_strategy,
             max_plate_nesting=max_plate_nesting,
             transforms=transforms,
             jit_compile=jit_compile,
         )
-        check_local(local)
-        check_coordinates(reparam)
+        number("min_bridge_probability", min_bridge_probability, "[0, 1)", "Omit it for the default.")
         self.options: dict[str, Any] = {
             "local": local,
             "epsilons": _checked_epsilons(epsilons),
             "index_time": None if index_time is None else check_count("index_time", index_time, least=1),
-            "min_bridge_probability": check_share("min_bridge_probability", min_bridge_probability),
+            "min_bridge_probability": min_bridge_probability,
             "probabilities": _checked_probabilities(probabilities, local),
         }
-        self.num_particles = check_count("num_particles", num_particles, least=50)
-        self.start, self.reparam = check_start(start), reparam
 
     def __repr__(self) -> str:
         lines = [f"KernelLangevin({self._subject()})"]
@@ -166,11 +161,8 @@ class KernelLangevin(ModelKernel):
         """Build the population, and fit, tune and freeze the moves on it, once."""
         if self.frozen is not None:
             return
-        reparam = self.reparam if self._joint_options["transforms"] is None else None
-        self.coordinates, self.population = choose_coordinates(
-            self.log_joint, self._build, self.num_particles, self.start, reparam, self._hints()
-        )
-        self.frozen = freeze(self._target, self.population, **self.options)
+        population = self._populate()  # which also chooses the coordinates of the target
+        self.frozen = freeze(self._target, population, **self.options)
         logger.info("moves: %s", self.frozen.describe())
         index = self.frozen.acceptance.get("index", 1.0)
         if index < 0.05:
@@ -201,13 +193,13 @@ def freeze(
     metric = within_covariance(population.core, points, weights)
     metrics = [metric] if population.core.num_components == 1 else [metric, weighted_covariance(points, weights)]
     scale = torch.linalg.cholesky(metric)
-    start = torch.multinomial(weights, TUNING_CHAINS, replacement=True)
+    start = torch.multinomial(weights, thrifty(log_joint, TUNING_CHAINS, 16), replacement=True)
     batch = ChainStates(points[start], log_joint.log_prob(points[start]))
     tuned: dict[str, Tuned] = {}
     roles = set(probabilities) if probabilities is not None else {"bridge", "index"} | ({"local"} if local else set())
-    bridges: list[KernelLangevinBridge] = []
+    bridges: list[MetricTransitions] = []
     if "bridge" in roles or index_time is not None:
-        bridges = [fit_bridge(points, weights, metric, epsilon) for metric in metrics for epsilon in epsilons]
+        bridges = [MetricTransitions(points, weights, metric, epsilon) for metric in metrics for epsilon in epsilons]
     if "bridge" in roles:
         candidates = []
         for bridge in bridges:
@@ -229,15 +221,8 @@ def freeze(
     )
 
 
-def fit_bridge(points: Tensor, weights: Tensor, metric: Tensor, epsilon: float) -> KernelLangevinBridge:
-    """The bridge of the weighted points at one bandwidth, in the given metric."""
-    bridge = KernelLangevinBridge(points.shape[1], metric=metric, epsilon=epsilon, scheme="plain")
-    bridge.fit(points, weights=weights, progress=False)
-    return bridge
-
-
 def index_move(
-    population: Population, bridge: KernelLangevinBridge | None, points: Tensor, index_time: int | None
+    population: Population, bridge: MetricTransitions | None, points: Tensor, index_time: int | None
 ) -> IndexMove:
     r"""The index move of the population's mixture, coupled by ``index_time`` steps of the bridge.
 

@@ -1,6 +1,7 @@
 r"""Contract of kernels that learn moves in warm-up, freeze them and walk: :math:`\pi`-invariant steps for `MCMC`.
 
-`WalkingKernel` is the contract of Pyro and of `MCMC`; `ModelKernel` its form for a model or a ``potential_fn``.
+`WalkingKernel` is the contract of Pyro and of `MCMC`; `ModelKernel` its form for a model or a ``potential_fn``, which
+learns from a weighted population, in the model's coordinates or non-centred ones.
 """
 
 from abc import abstractmethod
@@ -13,15 +14,14 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from pyro_sb.infer.mcmc.record import Block, PerChain
-from pyro_sb.infer.mcmc.walk import Frozen, Walk
+from pyro_sb.infer.mcmc.walk import Block, Frozen, PerChain, Walk
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
-from pyro_sb.infer.population.coordinates import NonCentred
+from pyro_sb.infer.population.coordinates import NonCentred, choose_coordinates
 from pyro_sb.infer.population.population import Population
 from pyro_sb.threads import chosen_threads
 from pyro_sb.warn import warn
 
-__all__ = ["ModelKernel", "WalkingKernel"]
+__all__ = ["ModelKernel", "WalkingKernel", "check_count"]
 
 Sites = dict[str, Tensor]
 
@@ -206,12 +206,10 @@ class WalkingKernel(MCMCKernel):
 
         To set it is an experiment: the target stays invariant at any step, chains may stand still.
         """
-        self._prepare()
         return torch.as_tensor(self._local_move().step_size, dtype=torch.float64)
 
     @step_size.setter
     def step_size(self, value: float | Tensor) -> None:
-        self._prepare()
         move = self._local_move()
         if isinstance(move.step_size, Tensor):
             move.step_size = torch.as_tensor(value).to(move.step_size).expand_as(move.step_size).clone()
@@ -219,14 +217,14 @@ class WalkingKernel(MCMCKernel):
             move.step_size = float(value)
 
     def _local_move(self) -> Any:
-        assert self.frozen is not None
-        move = self.frozen.moves.get("local")
-        if move is None:
+        self._prepare()
+        moves = {} if self.frozen is None else self.frozen.moves
+        if "local" not in moves:
             raise AttributeError(
-                f"step_size is that of trajectories, got a {type(self).__name__} without: its moves are "
-                f'{list(self.frozen.moves)}. Write local="hmc".'
+                f"step_size is that of trajectories, got a {type(self).__name__} without: its moves are {list(moves)}. "
+                'Write local="hmc".'
             )
-        return move
+        return moves["local"]
 
     def logging(self) -> OrderedDict[str, str]:
         """Acceptance rate and divergences, for the progress bar."""
@@ -314,24 +312,29 @@ class ModelKernel(WalkingKernel):
     Args:
         model: Pyro model.
         potential_fn: Minus the log joint of one chain, instead of a model.
+        local: The local move: ``"hmc"``, ``"mala"``, or None.
+        num_particles: Size of the population, at least 50.
+        start: Where the population starts: ``"search"``, ``"prior"`` or unconstrained points of shape ``(M, dim)``.
+        reparam: ``"auto"``: non-centred coordinates where the population fits poorly in the model's. None: never.
         init_strategy: Pyro's per-site strategy for starts.
         max_plate_nesting: As in Pyro's HMC; found by tracing if omitted.
         transforms: As in Pyro's HMC: site to the transform from its support to the reals.
         jit_compile: Refused by name if True: the log joint runs eagerly.
 
     Attributes:
-        start: Where a search or tempering starts: a word for it, or unconstrained points of shape ``(M, dim)``.
         population: The population that warm-up made, if it made one.
         coordinates: The non-centred coordinates that the chains walk in; None for the model's own.
     """
-
-    start: str | Tensor = "search"
 
     def __init__(
         self,
         model: Callable[..., Any] | None,
         potential_fn: Callable[[Sites], Tensor] | None,
         *,
+        local: str | None,
+        num_particles: int,
+        start: str | Tensor,
+        reparam: str | None,
         init_strategy: Callable[..., Any] | None,
         max_plate_nesting: int | None,
         transforms: dict[str, Any] | None,
@@ -355,6 +358,16 @@ class ModelKernel(WalkingKernel):
             "transforms": transforms,
             "jit_compile": jit_compile,
         }
+        if local not in ("hmc", "mala", None):
+            raise ValueError(f'local must be "hmc", "mala" or None, got {local!r}.')
+        if reparam not in ("auto", None):
+            raise ValueError(
+                f'reparam must be "auto" or None, got {reparam!r}. For your own, use pyro.poutine.reparam.'
+            )
+        if not isinstance(start, Tensor) and not (isinstance(start, str) and start in ("search", "prior")):
+            raise ValueError(f'start must be "search", "prior" or a tensor of points (M, dim), got {start!r}.')
+        self.num_particles = check_count("num_particles", num_particles, least=50)
+        self.local, self.start, self.reparam = local, start, reparam
         self.population: Population | None = None
         self.coordinates: NonCentred | None = None
 
@@ -404,6 +417,14 @@ class ModelKernel(WalkingKernel):
         """The user's starts as points for a search, in the model's coordinates."""
         return None if self._initial_params is None else self._rows(self._initial_params).to(torch.float64)
 
+    def _populate(self) -> Population:
+        """Build the population, in the coordinates that serve it best."""
+        reparam = self.reparam if self._joint_options["transforms"] is None else None
+        self.coordinates, self.population = choose_coordinates(
+            self.log_joint, self._build, self.num_particles, self.start, reparam, self._hints()
+        )
+        return self.population
+
     @property
     def _target(self) -> LogJoint:
         return self.log_joint if self.coordinates is None else self.coordinates.log_joint
@@ -439,3 +460,10 @@ def _name(function: Any) -> str:
     """A function's name; a partial's is that of its function."""
     inner = getattr(function, "func", function)
     return str(getattr(inner, "__name__", type(inner).__name__))
+
+
+def check_count(name: str, value: Any, least: int) -> int:
+    """A whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}. Omit it for the default.")
+    return value

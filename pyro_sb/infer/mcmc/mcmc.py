@@ -9,7 +9,7 @@ A kernel takes part by the *batched protocol*: it is a :class:`~pyro.infer.mcmc.
 * ``default_warmup_steps``: used for ``warmup_steps=None``;
 * ``sample_block(params, num_transitions) -> Block``: ``num_transitions`` further states of every chain;
 * ``log_joint``: after ``setup``, the :class:`~pyro_sb.infer.model.log_joint.LogJoint` that it samples;
-* ``diagnostics()``: its figures; one with a value a chain is a :class:`~pyro_sb.infer.mcmc.record.PerChain`.
+* ``diagnostics()``: its figures; one with a value a chain is a :class:`~pyro_sb.infer.mcmc.walk.PerChain`.
 """
 
 import dataclasses
@@ -20,21 +20,21 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from html import escape
-from itertools import product
 from typing import Any
 
 import pyro
-import torch
 from pyro import poutine
 from pyro.infer.mcmc import api, util
 from pyro.infer.mcmc.logger import ProgressBar
 from pyro.util import optional
 from torch import Tensor
 
-from pyro_sb.infer.mcmc.record import (
+from pyro_sb.infer.mcmc.walk import (
     SAME,
     Block,
     Record,
+    blocks,
+    figures_of,
     floating,
     in_chunks,
     moving_entries,
@@ -216,7 +216,7 @@ class MCMC(api.MCMC):
                 progress.set_description(stage, refresh=False)
                 if stage == "Sample":
                     record.warmup_seconds = time.perf_counter() - begun
-                for start, size in _blocks(num_steps, single=self.hook_fn is not None):
+                for start, size in blocks(num_steps, single=self.hook_fn is not None):
                     block = self.kernel.sample_block(params, size)
                     if stage == "Sample":
                         record.add(block)
@@ -369,23 +369,11 @@ class MCMC(api.MCMC):
         if self._samples is None:
             return f"<p>{text}</p>"
         columns = ("", "mean", "sd", "5 %", "95 %", "n_eff", "r_hat")
-        rows = [(name, *(f"{figure:.4g}" for figure in figures)) for name, figures in self._table(20)]
+        rows = [
+            (name, *(f"{figure:.4g}" for figure in figures)) for name, figures in figures_of(self._results(), most=20)
+        ]
         cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
         return f"<p>{text}</p><table><tr>{''.join(f'<th>{name}</th>' for name in columns)}</tr>{cells}</table>"
-
-    def _table(self, most: int) -> Iterator[tuple[str, list[float]]]:
-        """Figures of at most so many numbers, by name."""
-        for name, value in self._results().items():
-            value = floating(value)
-            convergence = site_diagnostics(value)
-            columns = value.flatten(0, 1)
-            levels = torch.tensor([0.05, 0.95], dtype=columns.dtype, device=columns.device)
-            figures = [columns.mean(0), columns.std(0), *columns.quantile(levels, 0), *convergence.values()]
-            for index in product(*map(range, value.shape[2:])):
-                if most == 0:
-                    return
-                most -= 1
-                yield name + (f"[{', '.join(map(str, index))}]" if index else ""), [float(x[index]) for x in figures]
 
     def as_run(self) -> Run:
         """The draws with the model and its arguments, as reports and exports read them.
@@ -411,13 +399,6 @@ class MCMC(api.MCMC):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_log_joint": None}  # it may hold closures; rebuilt on demand
-
-
-def _blocks(num_steps: int, single: bool) -> Iterator[tuple[int, int]]:
-    """(start, size) of each block; num_steps alone decides, so that a seed fixes the draws. Ctrl-C loses one block."""
-    size = 1 if single else min(64, max(8, -(-num_steps // 16)))
-    for start in range(0, num_steps, size):
-        yield start, min(size, num_steps - start)
 
 
 def _postfix(kernel: Any, block: Block, record: Record) -> OrderedDict[str, str]:

@@ -7,7 +7,8 @@ in it, so that rounding hides nothing; a model whose own tensors keep it in floa
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import pyro
@@ -15,10 +16,30 @@ import torch
 from torch import Tensor
 
 from pyro_sb.infer.model.agreement import NATS, ROUNDING, SLOPE, STILL, Runner, disagreement, precision, same
-from pyro_sb.infer.model.prototype import MAX_TRIES
-from pyro_sb.infer.model.routes import InFloat64, Single, Size, default_float64, evaluate
+from pyro_sb.infer.model.enumeration import EnumeratedPlate, EnumeratedVmap
+from pyro_sb.infer.model.prototype import MAX_TRIES, Packing, Prototype, persist
+from pyro_sb.infer.model.routes import (
+    Batched,
+    InFloat64,
+    Loop,
+    ModelPotential,
+    Plate,
+    Potential,
+    Single,
+    SingleRow,
+    Size,
+    UserPotential,
+    Vmap,
+    constrain,
+    default_float64,
+    evaluate,
+    in_double,
+    in_float64,
+)
+from pyro_sb.infer.model.sites import quiet_draws
+from pyro_sb.infer.model.starts import candidate_starts, explain_no_start, finite_starts
 
-__all__ = ["CheckedDensity", "Known", "Oracle", "find_oracle", "refuse_random_density", "with_twins"]
+__all__ = ["CheckedDensity", "Known", "Oracle", "find_oracle", "routes_of_model", "routes_of_potential", "with_twins"]
 
 logger = logging.getLogger(__name__)
 Density = Callable[[Tensor], Tensor]
@@ -269,3 +290,65 @@ def resolved(density: Single, known: Known) -> bool:
     due = (known.grads * step).abs().sum(-1)
     error = (moved - known.values - (known.grads * step).sum(-1)).abs()
     return bool((error <= 0.1 * due + ROUNDING * known.eps * known.sizes).all())
+
+
+def routes_of_model(sites: Prototype, given: Sequence[Tensor]) -> tuple[list[Route], Oracle | None]:
+    """Routes of a model's log joint, chain plate, vmap, and Pyro's own potential in a loop; and what they must meet.
+
+    Args:
+        sites: The model, which passed the refusals.
+        given: Where a finite log joint is looked for first. Shape ``(dim,)`` each.
+    """
+    with pyro.validation_enabled(False), quiet_draws():
+        density = single_chain(sites)
+        if not sites.packing.dim:  # nothing to compare routes at
+            return [Batched(lambda z: density(z[0]).expand(len(z)))], None
+        starts = chain(given, candidate_starts(sites.packing, sites))
+        oracle = find_oracle(density, finite_starts(density, starts))
+        if oracle is None:
+            raise ValueError(explain_no_start(sites))
+        refuse_random_density(oracle)
+        oracle = with_twins(oracle, lambda: model_routes(in_float64(sites), ModelPotential))
+    return model_routes(sites, lambda _: density), oracle
+
+
+def routes_of_potential(
+    potential_fn: Potential, packing: Packing, given: Sequence[Tensor]
+) -> tuple[list[Route], Oracle]:
+    """Routes of a user's single-chain potential, vmap and a loop; and what they must meet, as of `routes_of_model`."""
+    density = UserPotential(potential_fn, packing)
+    with pyro.validation_enabled(False):
+        starts = chain(given, candidate_starts(packing, None))
+        oracle = find_oracle(density, finite_starts(density, starts))
+    if oracle is None:
+        raise ValueError(
+            f"potential_fn and its gradient must be finite at some start, got none in {MAX_TRIES} tries. Pass "
+            "initial_params where it is finite."
+        )
+    oracle = with_twins(oracle, lambda: potential_routes(UserPotential(potential_fn, in_double(packing))))
+    return potential_routes(density), oracle
+
+
+def potential_routes(density: UserPotential) -> list[Route]:
+    """Of a function of one chain."""
+    return [Vmap(density), Loop(density)]
+
+
+def model_routes(sites: Prototype, density: Callable[[Prototype], ModelPotential]) -> list[Route]:
+    """Of a model, with Pyro's own potential in the loop."""
+    unpack = partial(constrain, sites)
+    batched: list[Route] = [Plate(sites.runs, unpack), Vmap(SingleRow(sites.runs, unpack))]
+    if sites.enumerated:
+        batched = [EnumeratedPlate(sites), EnumeratedVmap(sites)]
+    return [*batched, Loop(density(sites))]
+
+
+def single_chain(sites: Prototype) -> ModelPotential:
+    """Pyro's own potential; it cannot enumerate every distribution that says it can."""
+    try:
+        return persist(partial(ModelPotential, sites))
+    except NotImplementedError as error:
+        names = list(sites.enumerated)
+        raise NotImplementedError(
+            f"Discrete sites must be enumerable, got {names}, of which Pyro says: {error}"
+        ) from error

@@ -3,8 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, islice
 from typing import Any
 
 import pyro
@@ -15,43 +13,17 @@ from torch.distributions import Transform
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_sb.infer.model.enumeration import EnumeratedPlate, EnumeratedVmap, discrete_sites
-from pyro_sb.infer.model.joint import CheckedDensity, Oracle, find_oracle, refuse_random_density, with_twins
-from pyro_sb.infer.model.packing import Packing
-from pyro_sb.infer.model.prototype import (
-    MAX_TRIES,
-    Prototype,
-    candidate_starts,
-    explain_no_start,
-    finite_starts,
-    model_starts,
-    persist,
-    possible_starts,
-    prototype,
-    uniform_starts,
-    wide_starts,
-)
-from pyro_sb.infer.model.routes import (
-    Batched,
-    Loop,
-    ModelPotential,
-    Plate,
-    SingleRow,
-    UserPotential,
-    Vmap,
-    as_density,
-    constrain,
-    in_double,
-    in_float64,
-)
+from pyro_sb.infer.model.enumeration import discrete_sites
+from pyro_sb.infer.model.joint import CheckedDensity, Oracle, routes_of_model, routes_of_potential
+from pyro_sb.infer.model.prototype import Packing, Prototype, prototype
+from pyro_sb.infer.model.routes import Batched, as_density, constrain
 from pyro_sb.infer.model.runs import MAX_NUMBERS, Row, Wanted
 from pyro_sb.infer.model.sites import is_deterministic, quiet_draws
+from pyro_sb.infer.model.starts import gather_starts, given_starts
 
 __all__ = ["Evaluations", "LogJoint", "log_joint"]
 
 Sites = dict[str, Tensor]
-ROUNDS = 8  # of starts of one kind, before others are tried
-JITTERS = (1e-1, 1e-2, 1e-3, 1e-5, 1e-7, 0.0)  # of known starts that are repeated, as shares of 1 + |z|
 LEAST_ROWS = 16  # of a batch, however long a run of the model is
 OPERATIONS = 10  # of a model on each of its numbers
 ENUMERATION_COST = 64  # numbers held by an enumerated run for each number in its sites, a guess on the high side
@@ -191,7 +163,7 @@ class LogJoint:
             Shape ``(C,)``, in the dtype of ``z``; ``-inf`` where the log joint is not finite.
         """
         self.evaluations.density += len(z)
-        value, _ = self._density(self._own(z), gradient=False)
+        value, _ = self._in_parts(z, gradient=False)
         return (as_density(value) - self._log_copies).to(z)
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,7 +178,7 @@ class LogJoint:
             the gradient leaves leapfrog steps reversible and volume-preserving.
         """
         self.evaluations.gradient += len(z)
-        value, grad = self._density(self._own(z), gradient=True)
+        value, grad = self._in_parts(z, gradient=True)
         value = as_density(value) - self._log_copies
         grad = torch.where(torch.isfinite(grad) & torch.isfinite(value)[:, None], grad, 0.0)
         return value.to(z), grad.to(z)
@@ -353,50 +325,14 @@ class LogJoint:
         Raises:
             ValueError: If none is finite.
         """
-        kept = self._packed_rows([])
-        for starts, enough in self._starts(num):
-            for _ in range(ROUNDS):
-                if len(kept) >= enough:
-                    break
-                found = self._finite(islice(starts, num - len(kept)))
-                kept = torch.cat([kept, found])
-                if not len(found):
-                    break
-        return kept if len(kept) == num else torch.cat([kept, self._near(kept, num - len(kept))])
-
-    def _near(self, found: Tensor, num: int) -> Tensor:
-        """Starts beside those that are known to be finite, the closer the rarer they are."""
-        known = self._packed_rows([found, *([] if self._known is None else [self._known])])
-        if not len(known):
-            raise ValueError(
-                "The log joint and its gradient must be finite at some start, got none. Pass init_strategy or "
-                "initial_params inside the support."
-            )
-        kept = known[:0]
-        for jitter in JITTERS:
-            z = known[torch.randint(len(known), (num - len(kept),), device=known.device)]
-            z = z + jitter * (1 + z.abs()) * torch.randn_like(z)
-            kept = torch.cat([kept, z if jitter == 0.0 else self._finite(iter(z))])
-        return kept
-
-    def _packed_rows(self, parts: list[Any]) -> Tensor:
-        """Rows of vectors, one below another."""
-        empty = torch.empty(0, self.dim, dtype=self.dtype, device=self.device)
-        return torch.cat([empty, *(part.to(empty) for part in parts)])
+        return gather_starts(num, self.packing, self.prototype, self._finite, self._known)
 
     def _finite(self, candidates: Iterator[Tensor]) -> Tensor:
         """Those candidates where log joint and gradient are finite. Shape ``(n, dim)``."""
-        z = self._packed_rows([row[None] for row in candidates])
+        z = self.packing.rows([row[None] for row in candidates])
         self.evaluations.gradient += len(z)
         value, grad = self._density(z, gradient=True)
         return z[torch.isfinite(value) & torch.isfinite(grad).all(-1)]
-
-    def _starts(self, num: int) -> list[tuple[Iterator[Tensor], int]]:
-        """Kinds of starts in the order in which they are tried, and how many need no more of the kind."""
-        wide = wide_starts(self.packing), 1 + num // 8
-        if self.prototype is None:
-            return [(uniform_starts(self.packing), num), wide]
-        return [(model_starts(self.prototype), num), (possible_starts(self.prototype), num), wide]
 
 
 class ElementCount(TorchDispatchMode):
@@ -512,66 +448,15 @@ def from_potential(
     given = {name: torch.as_tensor(value).detach() for name, value in initial_params.items()}
     chains = given if batched_initial else {name: value[None] for name, value in given.items()}
     packing = Packing.like({name: value[0] for name, value in chains.items()})
-    density = UserPotential(potential_fn, packing)
-    with pyro.validation_enabled(False):
-        usual, wide = islice(uniform_starts(packing), MAX_TRIES), islice(wide_starts(packing), MAX_TRIES)
-        starts = chain(packing.pack(chains).unbind(), rows_of(points, packing), usual, wide)
-        oracle = find_oracle(density, finite_starts(density, starts))
-    if oracle is None:
-        raise ValueError(
-            f"potential_fn and its gradient must be finite at some start, got none in {MAX_TRIES} tries. Pass "
-            "initial_params where it is finite."
-        )
-    oracle = with_twins(oracle, lambda: routes_of(UserPotential(potential_fn, in_double(packing))))
-    return LogJoint(packing, routes_of(density), oracle=oracle, transforms=transforms)
-
-
-def rows_of(points: Tensor | None, packing: Packing) -> list[Tensor]:
-    """Rows of the user's points, as many as are worth a try; those of a wrong length are told where they are used."""
-    if points is None or points.dim() != 2 or points.shape[1] != packing.dim:
-        return []
-    return list(points[:MAX_TRIES].detach().to(packing.device, packing.dtype))
+    starts = [*packing.pack(chains).unbind(), *given_starts(points, packing)]
+    routes, oracle = routes_of_potential(potential_fn, packing, starts)
+    return LogJoint(packing, routes, oracle=oracle, transforms=transforms)
 
 
 def from_prototype(sites: Prototype, initial_params: Sites | None, points: Tensor | None = None) -> LogJoint:
     """Log joint of a model that passed the refusals: chain plate, vmap, or a loop."""
-    packing = sites.packing
-    with pyro.validation_enabled(False), quiet_draws():
-        density = single_chain(sites)
-        given = rows_of(points, packing)
-        if initial_params:
-            given += sites.pack(initial_params).detach().reshape(-1, packing.dim).unbind()
-        if not packing.dim:  # nothing to compare routes at
-            return LogJoint(packing, [Batched(lambda z: density(z[0]).expand(len(z)))], prototype=sites)
-        oracle = find_oracle(density, finite_starts(density, chain(given, candidate_starts(sites))))
-        if oracle is None:
-            raise ValueError(explain_no_start(sites))
-        refuse_random_density(oracle)
-        oracle = with_twins(oracle, lambda: model_routes(in_float64(sites), ModelPotential))
-    routes = model_routes(sites, lambda _: density)
-    return LogJoint(packing, routes, oracle=oracle, prototype=sites, transforms=sites.transforms)
-
-
-def routes_of(density: UserPotential) -> list[Any]:
-    """Of a function of one chain."""
-    return [Vmap(density), Loop(density)]
-
-
-def model_routes(sites: Prototype, density: Callable[[Prototype], ModelPotential]) -> list[Any]:
-    """Of a model, with Pyro's own potential in the loop."""
-    unpack = partial(constrain, sites)
-    batched: list[Any] = [Plate(sites.runs, unpack), Vmap(SingleRow(sites.runs, unpack))]
-    if sites.enumerated:
-        batched = [EnumeratedPlate(sites), EnumeratedVmap(sites)]
-    return [*batched, Loop(density(sites))]
-
-
-def single_chain(sites: Prototype) -> ModelPotential:
-    """Pyro's own potential; it cannot enumerate every distribution that says it can."""
-    try:
-        return persist(partial(ModelPotential, sites))
-    except NotImplementedError as error:
-        names = list(sites.enumerated)
-        raise NotImplementedError(
-            f"Discrete sites must be enumerable, got {names}, of which Pyro says: {error}"
-        ) from error
+    starts = given_starts(points, sites.packing)
+    if initial_params:
+        starts += sites.pack(initial_params).detach().reshape(-1, sites.packing.dim).unbind()
+    routes, oracle = routes_of_model(sites, starts)
+    return LogJoint(sites.packing, routes, oracle=oracle, prototype=sites, transforms=sites.transforms)

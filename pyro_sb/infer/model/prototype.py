@@ -1,20 +1,19 @@
-"""A Pyro model as its first run shows it: the layout of its latents, their transforms, and where chains may start."""
+"""A Pyro model as its first run shows it: its latents, their transforms, and their layout in one vector."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import reduce
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample, init_to_uniform
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
 from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_sb.infer.model.imputation import FreeEntries, Gaps, find_gaps, with_unused
-from pyro_sb.infer.model.packing import Packing
-from pyro_sb.infer.model.runs import ModelRuns, Row, Wanted
+from pyro_sb.infer.model.runs import ModelRuns
 from pyro_sb.infer.model.sites import (
     Site,
     bijection,
@@ -31,27 +30,108 @@ from pyro_sb.infer.model.sites import (
     refuse_unenumerable,
 )
 
-__all__ = [
-    "MAX_TRIES",
-    "Prototype",
-    "Start",
-    "candidate_starts",
-    "closed",
-    "explain_no_start",
-    "finite_starts",
-    "model_starts",
-    "persist",
-    "possible_starts",
-    "prototype",
-    "uniform_starts",
-    "wide_starts",
-]
+__all__ = ["MAX_TRIES", "Packing", "Prototype", "Start", "closed", "first_float", "persist", "prototype", "run"]
 
 MAX_TRIES = 100  # runs or starts before we give up, as in Pyro
 MOVES = 3  # random runs that are looked at for supports that move
-RADIUS = 2.0  # of starts, in unconstrained space, as Pyro's and Stan's
-RADII = (0.1, 5.0, 10.0, 30.0)  # where those fail
-PRIOR_DRAWS = (64, 512, 4096)  # looked through for a start, as long as there is none
+
+
+@dataclass(frozen=True)
+class Packing:
+    r"""Layout of named tensors in one vector of ``dim`` numbers, sorted by name.
+
+    Args:
+        shapes: Shape of each site, one chain, without batch dimensions.
+        dtypes: Dtype of each site; the vector has the widest of them.
+        device: Where the sites live.
+
+    Example:
+        >>> packing = Packing.like({"b": torch.zeros(2), "a": torch.ones(())})
+        >>> packing.pack({"b": torch.zeros(5, 2), "a": torch.ones(5)}).shape
+        torch.Size([5, 3])
+        >>> {name: tuple(value.shape) for name, value in packing.unpack(torch.zeros(5, 3)).items()}
+        {'a': (5,), 'b': (5, 2)}
+    """
+
+    shapes: dict[str, torch.Size]
+    dtypes: dict[str, torch.dtype]
+    device: torch.device
+
+    @classmethod
+    def like(cls, sites: dict[str, Tensor]) -> "Packing":
+        """The layout of one chain's tensors."""
+        sites = dict(sorted(sites.items()))
+        device = next(iter(sites.values())).device if sites else torch.device("cpu")
+        return cls({k: v.shape for k, v in sites.items()}, {k: v.dtype for k, v in sites.items()}, device)
+
+    @property
+    def dim(self) -> int:
+        """Length of the vector."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the vector: the widest of the sites', the default's if there are none."""
+        return reduce(torch.promote_types, self.dtypes.values()) if self.dtypes else torch.get_default_dtype()
+
+    def pack(self, sites: dict[str, Tensor]) -> Tensor:
+        r"""One vector from named tensors, leading batch dimensions kept.
+
+        Args:
+            sites: Tensor of shape ``(*batch, *shape)`` for each site, the same ``batch`` for all.
+
+        Returns:
+            Shape ``(*batch, dim)``.
+
+        Raises:
+            ValueError: If a site is missing, unknown, or its shape does not end in the site's shape.
+        """
+        if sites.keys() != self.shapes.keys():
+            raise ValueError(
+                f"params must hold exactly the sites {list(self.shapes)}, got {sorted(sites)}. Add those that are "
+                "missing, leave the others out."
+            )
+        batch = self.batch_shape(sites)
+        columns = [torch.as_tensor(sites[name]).reshape(*batch, -1) for name in self.shapes]
+        return torch.cat([column.to(self.device, self.dtype) for column in columns], -1)
+
+    def unpack(self, z: Tensor) -> dict[str, Tensor]:
+        """``(*batch, dim)`` to named tensors of shape ``(*batch, *shape)``, each in its site's dtype."""
+        if z.shape[-1:] != (self.dim,):
+            raise ValueError(
+                f"z must have {self.dim} numbers in its last dimension, got shape {tuple(z.shape)}. Use pack()."
+            )
+        columns = z.split([shape.numel() for shape in self.shapes.values()], -1) if self.shapes else ()
+        batch = z.shape[:-1]
+        return {
+            name: column.reshape(batch + self.shapes[name]).to(self.dtypes[name])
+            for name, column in zip(self.shapes, columns, strict=True)
+        }
+
+    def rows(self, parts: Sequence[Tensor]) -> Tensor:
+        """Vectors ``(n, dim)``, one below another, in the layout's dtype."""
+        empty = torch.empty(0, self.dim, dtype=self.dtype, device=self.device)
+        return torch.cat([empty, *(part.to(empty) for part in parts)])
+
+    def batch_shape(self, sites: dict[str, Tensor]) -> torch.Size:
+        """The leading dimensions that all sites share, ``()`` for one chain."""
+        if not self.shapes:
+            raise ValueError("The model must have a continuous latent site for a vector of latents, got none.")
+        batches = set()
+        for name, shape in self.shapes.items():
+            found = torch.as_tensor(sites[name]).shape
+            split = len(found) - len(shape)
+            if split < 0 or found[split:] != shape:
+                raise ValueError(
+                    f"Site {name!r} must have shape (*batch, {', '.join(map(str, shape))}), got {tuple(found)}. "
+                    "Values are unconstrained, with chains first."
+                )
+            batches.add(found[:split])
+        if len(batches) != 1:
+            raise ValueError(
+                f"All sites must share their leading dimensions, got {sorted(map(tuple, batches))}. Expand them."
+            )
+        return batches.pop()
 
 
 class Start:
@@ -272,96 +352,3 @@ def complete(transforms: dict[str, Transform] | None, sites: dict[str, Site]) ->
     if unknown:
         raise ValueError(f"transforms must name continuous latent sites, got {unknown}; the model has {sorted(sites)}.")
     return {name: given[name] if name in given else bijection(name, sites[name]["fn"]).inv for name in sorted(sites)}
-
-
-def uniform_starts(packing: Packing, radius: float = RADIUS) -> Iterator[Tensor]:
-    """Points uniform on (-radius, radius), for ever. Shape ``(dim,)`` each."""
-    while True:
-        yield torch.empty(packing.dim, dtype=packing.dtype, device=packing.device).uniform_(-radius, radius)
-
-
-def wide_starts(packing: Packing) -> Iterator[Tensor]:
-    """Points of cubes of several sizes in turn, for ever. Shape ``(dim,)`` each."""
-    cubes = [uniform_starts(packing, radius) for radius in RADII]
-    while True:
-        yield from map(next, cubes)
-
-
-def possible_starts(prototype: Prototype) -> Iterator[Tensor]:
-    """Draws of the prior under which every site's density is positive, from ever more draws. Shape ``(dim,)`` each.
-
-    Improper sites are uniform on (-2, 2), unconstrained.
-    """
-    if not prototype.packing.dim:
-        return
-    if prototype.improper:
-        yield from drawn_one_by_one(prototype, sum(PRIOR_DRAWS[:2]))
-        return
-    wanted = Wanted(list(prototype.transforms), list(prototype.runs.batch_shapes))
-    for num in PRIOR_DRAWS:
-        try:
-            with quiet_draws():
-                found = prototype.runs.at(Row({}), num, wanted, routes=("vmap", "loop"), checked=())
-        except (NotImplementedError, ValueError, RuntimeError):  # a prior that cannot be drawn
-            return
-        total = sum(x.reshape(num, -1).sum(-1) for x in found.log_probs.values())
-        rows = torch.isfinite(torch.as_tensor(total).expand(num)).nonzero()[:, 0]
-        if not len(rows):
-            continue
-        yield from prototype.packing.pack({k: t(found.values[k][rows]) for k, t in prototype.transforms.items()})
-
-
-def drawn_one_by_one(prototype: Prototype, num: int) -> Iterator[Tensor]:
-    """Those of ``num`` runs, with latents from their priors where there are any, that have a positive density."""
-    runs, start = prototype.runs, Start(init_to_sample, like=prototype.start.like)
-    for _ in range(num):
-        trace = run(runs.model, runs.args, runs.kwargs, start)
-        with torch.no_grad(), pyro.validation_enabled(False):
-            if bool(torch.isfinite(torch.as_tensor(trace.log_prob_sum()))):
-                yield prototype.unconstrained(trace)
-
-
-def candidate_starts(prototype: Prototype) -> Iterator[Tensor]:
-    """Where a finite log joint is looked for: by the init strategy, in the prior, then far and wide."""
-    yield from islice(model_starts(prototype), MAX_TRIES)
-    yield from islice(possible_starts(prototype), MAX_TRIES)
-    yield from islice(wide_starts(prototype.packing), MAX_TRIES)
-
-
-def model_starts(prototype: Prototype) -> Iterator[Tensor]:
-    """Draws of the user's init strategy, for ever; uniform on (-2, 2) if he gave none. Shape ``(dim,)`` each."""
-    if prototype.start.strategy is init_to_uniform:
-        yield from uniform_starts(prototype.packing)
-    while True:
-        yield prototype.draw()
-
-
-def finite_starts(density: Callable[[Tensor], Tensor], candidates: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Those candidates where a single row's log density is finite."""
-    for z in candidates:
-        try:
-            with torch.no_grad():
-                found = bool(torch.isfinite(density(z)))
-        except torch.linalg.LinAlgError:
-            continue
-        if found:
-            yield z
-
-
-def explain_no_start(prototype: Prototype) -> str:
-    """Error message with the sites that keep the log joint from being finite, read off one run of the model."""
-    trace = prototype.trace()
-    with torch.no_grad(), pyro.validation_enabled(False):
-        trace.compute_log_prob()
-    bad = [
-        f"{'observed' if site['is_observed'] else 'latent'} site {name!r} (log density {float(site['log_prob_sum']):g})"
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not torch.isfinite(torch.as_tensor(site["log_prob_sum"]))
-    ]
-    culprits = ", ".join(bad) if bad else "no single site in the last run; perhaps the gradient"
-    return (
-        f"The log joint and its gradient must be finite at some start, got none among {MAX_TRIES} by the init "
-        f"strategy, {sum(PRIOR_DRAWS)} draws of the prior (if it can be drawn) and {MAX_TRIES} far and wide. Not "
-        f"finite: {culprits}. Check the data for NaN and infinity and the parameters for their range, or pass "
-        "init_strategy or initial_params (start=) inside the support."
-    )

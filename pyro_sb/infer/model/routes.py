@@ -25,8 +25,7 @@ from torch.distributions import Transform
 from torch.distributions.transforms import ComposeTransform, IndependentTransform
 
 from pyro_sb.infer.model.agreement import precision, vmapped
-from pyro_sb.infer.model.packing import Packing
-from pyro_sb.infer.model.prototype import Prototype
+from pyro_sb.infer.model.prototype import Packing, Prototype
 from pyro_sb.infer.model.runs import ModelRuns, Row
 
 __all__ = [

@@ -9,6 +9,8 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import Transform, biject_to
@@ -31,6 +33,7 @@ __all__ = [
     "refuse_nan_data",
     "refuse_subsampling",
     "refuse_unenumerable",
+    "without_handlers",
 ]
 
 Site = dict[str, Any]
@@ -177,3 +180,19 @@ def refuse_moving_supports(transforms: dict[str, Transform], other: poutine.Trac
                 f"Site {name!r} must have a fixed support, got one that depends on another latent. Sample a standard "
                 "variable and move it: pyro.deterministic('x', low + (high - low) * u) with u ~ Uniform(0, 1)."
             )
+
+
+@contextmanager
+def without_handlers() -> Iterator[None]:
+    """Runs of a model inside are no part of what Pyro's handlers outside record, replay or allot dimensions to."""
+    stack = list(_PYRO_STACK)
+    plates = [handler for handler in stack if isinstance(handler, IndepMessenger) and handler.dim is not None]
+    _PYRO_STACK.clear()
+    for plate in plates:
+        _DIM_ALLOCATOR.free(plate.name, plate.dim)
+    try:
+        yield
+    finally:
+        _PYRO_STACK[:] = stack
+        for plate in plates:
+            _DIM_ALLOCATOR.allocate(plate.name, plate.dim)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_sb.bridges.langevin.bridge import KernelLangevinBridge
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.ops.leapfrog import PhasePoint, leapfrog
 from pyro_sb.ops.student_mixture import StudentMixture
@@ -226,6 +225,21 @@ class IndependentMove(Move, Protocol):
         """One transition of every chain on proposals made ahead."""
 
 
+class TransitionMean(Protocol):
+    """What `BridgeMove` asks of a bridge, such as a `KernelLangevinBridge` of fixed bandwidth.
+
+    Attributes:
+        epsilon: Bandwidth.
+        metric_cholesky: Factor of the metric. Shape ``(d, d)``.
+    """
+
+    epsilon: Any
+    metric_cholesky: Tensor
+
+    def conditional_mean(self, x: Tensor) -> Tensor:
+        """m(x). Shapes ``(C, d)`` to ``(C, d)``."""
+
+
 class BridgeMove:
     r"""Calibrated SB-pCN: the bridge's drift and the noise that makes it reversible for a Gaussian.
 
@@ -237,7 +251,7 @@ class BridgeMove:
     preconditioned Crank-Nicolson.
 
     Args:
-        bridge: A fitted bridge with a fixed bandwidth.
+        bridge: The bridge, fitted.
         step_size: Step :math:`\tau` in (0, eta].
 
     References:
@@ -249,7 +263,7 @@ class BridgeMove:
     independent = False
     target_accept = 0.6
 
-    def __init__(self, bridge: KernelLangevinBridge, step_size: float = 0.3) -> None:
+    def __init__(self, bridge: TransitionMean, step_size: float = 0.3) -> None:
         self.bridge = bridge
         self.bandwidth = 0.5 * float(bridge.epsilon)
         self.step_size: float = min(step_size, self.bandwidth)

@@ -1,6 +1,7 @@
 """Choice of a Student-t mixture for weighted draws: size, tails and shrinkage by held-out density."""
 
 import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,8 @@ def fit_mixture(
     A large sample is thinned without bias first. The number of components doubles while the held-out mean log density
     rises by more than .02 nats. At every size EM from k-means clusters competes with EM from slices of the log density
     (which follow a funnel's neck, where k-means does not), at two strengths of shrinkage towards the start; the tails
-    are chosen at the first size. With ``previous`` the first size is its own, and EM from it competes too.
+    are chosen at the first size. With ``previous`` the first size is its own, and EM starts from it, and from it with a
+    quarter more components where it lacks mass.
 
     Args:
         points: Sample. Shape ``(M, d)``, M at least 4.
@@ -54,6 +56,14 @@ def fit_mixture(
     size = min(most, max(1, num_components)) if previous is None else previous.num_components
     starts = [previous] if previous is not None else _starts(*train, log_density[half], size)
     best = _contest(starts, TAILS, STRENGTHS, train, test)
+    more = min(max(2, size // 4), _largest_size(weights, points.shape[-1]) - size)
+    if previous is not None and more > 0:
+        start = split_start(best.mixture, *train, log_density[half], more)
+        best = max(
+            best,
+            _contest([start], (float(best.mixture.df[0]),), (best.strength,), train, test),
+            key=lambda fit: fit.score,
+        )
     while 2 * size <= _largest_size(weights, points.shape[-1]):
         size *= 2
         starts = _starts(*train, log_density[half], size)
@@ -121,6 +131,45 @@ def cluster_start(points: Tensor, weights: Tensor, num: int) -> StudentMixture:
     residual = chosen - centres[torch.as_tensor(model.labels_, dtype=torch.long, device=points.device)]
     uniform = torch.full_like(residual[:, 0], 1.0 / len(residual))
     return kernel_start(centres, weighted_covariance(residual, uniform).expand(num, -1, -1))
+
+
+def split_start(
+    mixture: StudentMixture, points: Tensor, weights: Tensor, log_density: Tensor, num: int
+) -> StudentMixture:
+    r"""A mixture with more components where it lacks mass: at points drawn by :math:`w (\log p - \log q - m)_+`.
+
+    m is the weighted mean of the log ratio. The new components lie a unit or more from each other in the metric of the
+    nearest one, whose shape they have at .7 of its size, and share a tenth of the weight.
+
+    Args:
+        mixture: The mixture q.
+        points: Sample. Shape ``(M, d)``.
+        weights: That sum to one. Shape ``(M,)``.
+        log_density: Of the target p, up to a constant. Shape ``(M,)``.
+        num: Largest number of components to add.
+    """
+    rows = (weights > 0).nonzero().flatten()
+    ratio = log_density[rows] - mixture.log_prob(points[rows])
+    lack = weights[rows] * (ratio - weights[rows] @ ratio).clamp_min(0.0)
+    some = min(8 * num, int((lack > 0).sum()))
+    if not some:
+        return mixture
+    drawn = points[rows[torch.multinomial(lack, some)]]
+    label = mixture.log_responsibilities(drawn).argmax(-1)
+    chosen: list[int] = []
+    for i in range(some):
+        gaps = torch.linalg.solve_triangular(
+            mixture.scale_trils[label[i]], (drawn[[*chosen]] - drawn[i]).T, upper=False
+        )
+        if len(chosen) < num and (not chosen or float(gaps.norm(dim=0).min()) > 1.0):
+            chosen.append(i)
+    fresh = mixture.log_weights.new_full((len(chosen),), math.log(0.1 / len(chosen)))
+    return StudentMixture(
+        torch.cat([mixture.log_weights + math.log(0.9), fresh]),
+        torch.cat([mixture.locs, drawn[chosen]]),
+        torch.cat([mixture.scale_trils, 0.7 * mixture.scale_trils[label[chosen]]]),
+        torch.cat([mixture.df, mixture.df[label[chosen]]]),
+    )
 
 
 def slice_start(points: Tensor, weights: Tensor, log_density: Tensor, num: int) -> StudentMixture:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_sb.infer.model.log_joint import Evaluations, LogJoint
 from pyro_sb.infer.model.run import html_table
 from pyro_sb.infer.population.mixture_fit import fit_mixture
+from pyro_sb.infer.population.ridges import follow_ridges
 from pyro_sb.infer.population.rounds import (
     BRIEF,
     FAIR_SHARE,
@@ -249,24 +250,46 @@ def _from_both(archive: Archive, num: int, hints: Tensor | None, fair_share: flo
         rare = f"; {optima.rare:.1%} of the evidence in maxima met three times or less" if optima.rare > UNMET else ""
         stages.append(f"screened {done} points: {len(optima.points) - search.maxima} more maxima{rare}")
     found = temper_and_climb(joint, optima, affordable(joint, True, num))
-    core, share = _laplace(archive, found.optima, num, stages)
+    core, share = _at_maxima(archive, found.optima, num, fair_share, stages)
     full = affordable(joint, False, num)
     several = len(found.optima.points) > 1 and full.num > found.effort.num
     if found.effort != full and (several or share < fair_share):
         stages.append(found.source.describe())
         found = temper_and_climb(joint, found.optima, full)
         if found.source.new:
-            core, share = _laplace(archive, found.optima, num, stages)
+            core, share = _at_maxima(archive, found.optima, num, fair_share, stages)
     stages.append(found.source.describe())
     if found.particles is not None and share < fair_share:
         pool = pooled(joint, found.law, found.particles, core, num)
         core = fit_mixture(*pool, num_components=max(1, len(found.optima.points)), previous=core)
         share = archive.add(core, num, LIGHT_GUARD)
         stages.append(f"fit to both: {core.num_components} components, effective share {share:.3f}")
+        if share < fair_share and not len(found.optima.points):
+            core, share = _ridges(archive, core, num, stages)
     if core is None:
         core = wide_mixture(joint)
         archive.add(core, num, HEAVY_GUARD)
     return Beginning(core, len(found.optima.points), (search, found.source), found.optima.rare)
+
+
+def _at_maxima(
+    archive: Archive, optima: Optima, num: int, fair_share: float, stages: list[str]
+) -> tuple[StudentMixture | None, float]:
+    """A mixture at the maxima, continued along ridges where it does not fit, and its effective share."""
+    core, share = _laplace(archive, optima, num, stages)
+    if core is None or share >= fair_share:
+        return core, share
+    return _ridges(archive, laplace_mixture(optima, inflation=1.0), num, stages)
+
+
+def _ridges(archive: Archive, frames: StudentMixture, num: int, stages: list[str]) -> tuple[StudentMixture, float]:
+    """The best mixture so far, judged on all draws, once pieces have followed ridges from the middles of frames."""
+    pieces = follow_ridges(archive.log_joint, frames.locs, frames.scale_trils, num)
+    if pieces is not None:
+        share = archive.add(pieces, num, LIGHT_GUARD)
+        stages.append(f"followed ridges: {pieces.num_components} pieces, effective share {share:.3f}")
+    best = archive.best
+    return archive.cores[best], archive.shares()[best]
 
 
 def _laplace(archive: Archive, optima: Optima, num: int, stages: list[str]) -> tuple[StudentMixture | None, float]:

@@ -10,6 +10,7 @@ from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.moves.moves import HamiltonianMove, IndexMove, adapted
 from pyro_sb.infer.moves.tuning import ChainStates
 from pyro_sb.infer.population.mixture_fit import fit_mixture
+from pyro_sb.infer.population.thrift import thrifty
 from pyro_sb.ops.student_mixture import StudentMixture
 from pyro_sb.weights import effective_sample_size, log_evidence, normalise
 
@@ -88,6 +89,13 @@ class Archive:
         self.proposals.append(proposal)
         self.counts.append(num)
         return effective_sample_size(log_density - here) / num
+
+    def adopt(self, points: Tensor, log_density: Tensor, proposal: StudentMixture, core: StudentMixture) -> None:
+        """Take draws ``(N, d)`` of a proposal that were made elsewhere, with their log densities, as the first."""
+        self.clear()
+        self.points, self.log_density = points, log_density
+        self.log_proposals = proposal.log_prob(points)[None]
+        self.proposals, self.cores, self.counts = [proposal], [core], [len(points)]
 
     @property
     def log_weights(self) -> Tensor:
@@ -196,7 +204,8 @@ def explore(
     Returns:
         The last mixture, and by how many nats the states of the last round exceeded the weights of the draws.
     """
-    weights = normalise(archive.log_weights)
+    weights, joint = normalise(archive.log_weights), archive.log_joint
+    walk = walk._replace(num_chains=thrifty(joint, walk.num_chains, 32), num_steps=thrifty(joint, walk.num_steps, 12))
     index = torch.multinomial(weights, walk.num_chains, replacement=True)
     batch = ChainStates(archive.points[index], archive.log_density[index])
     step_size, excess = 0.5, 0.0

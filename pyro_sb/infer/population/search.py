@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_sb.infer.model.log_joint import LogJoint
+from pyro_sb.infer.population.thrift import thrifty
 
 __all__ = [
     "UNMET",
@@ -67,7 +68,8 @@ def find_optima(log_joint: LogJoint, *, hints: Tensor | None = None, max_iter: i
     An eighth of the starts is uniform on (-2, 2), an eighth five times as wide, the rest prior draws times a half, 1
     and 2, or where the prior cannot be drawn wider starts. Batches double until the maxima that one start alone met
     hold less than 1 % of the evidence by Laplace's method, there are twelve starts a maximum, and, once two maxima are
-    met, 2,048 starts; fewer, but 128, where there are many dimensions or a run of the model is long.
+    met, 2,048 starts; fewer, but 128, where there are many dimensions or a run of the model is long, and fewer still,
+    but 24, where it runs over much data.
 
     Args:
         log_joint: Target on the unconstrained vector.
@@ -80,16 +82,16 @@ def find_optima(log_joint: LogJoint, *, hints: Tensor | None = None, max_iter: i
     References:
         The population frequencies of species and the estimation of population parameters (Good, 1953).
     """
-    found, batch = empty_optima(log_joint), FIRST_BATCH
+    found, batch = empty_optima(log_joint), thrifty(log_joint, FIRST_BATCH, STARTS_A_MODE)
     cost = (1 + log_joint.run_size / NUMBERS) * STEPS * (2 * log_joint.dim + 3)
-    affordable = max(2 * FIRST_BATCH, min(MANY_STARTS, round(ROWS / cost)))
+    affordable = max(2 * batch, min(MANY_STARTS, round(ROWS / cost)))
     while True:
         found = climb(log_joint, found, dispersed_starts(log_joint, batch, hints), max_iter)
         num = len(found.points)
         wanted = STARTS_A_MODE * num if num < 2 else max(STARTS_A_MODE * num, affordable)
         if num == 0 or (found.num_starts >= wanted and found.unmet < UNMET) or found.num_starts >= 4 * affordable:
             return relevant(found)
-        hints, batch = None, min(2 * batch, LARGEST_BATCH, max(FIRST_BATCH, affordable - found.num_starts))
+        hints, batch = None, min(2 * batch, LARGEST_BATCH, max(batch, affordable - found.num_starts))
 
 
 def climb(log_joint: LogJoint, found: Optima, starts: Tensor, max_iter: int = 60) -> Optima:

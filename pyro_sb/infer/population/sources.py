@@ -17,6 +17,7 @@ from pyro_sb.distributions import Draws
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.population.search import NUMBERS, UNMET, Optima, climb, empty_optima, prior_draws, relevant
 from pyro_sb.infer.population.tempering import MixtureLaw, Particles, PointLaw, neighbour_factor, temper
+from pyro_sb.infer.population.thrift import thrifty
 from pyro_sb.ops.student_mixture import StudentMixture
 
 __all__ = [
@@ -32,12 +33,13 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 FEWEST, MOST = 128, 4096  # particles
+SCOUTS = 32  # particles where a run of the model runs over much data
 AFFORDABLE = 2**13  # particles of a model of no size
 NUM_CLIMBERS, CLIMBERS_A_ROW = 128, 2**13  # particles of the largest residuals, and as many of all; fewer in long runs
 MAX_CLIMBS = 4
 WIDE = (3.0, 16.0)  # degrees of freedom and inflation of the start law where there is no prior to draw
 MBAR_STEPS = 20
-SCREENED, MAX_SCREENS = 2**17, 8  # points of a round that are screened for further modes, and rounds
+SCREENED, MAX_SCREENS = 2**17, 24  # points of a round that are screened for further modes, and rounds
 CHUNK = 2**14
 
 
@@ -61,7 +63,7 @@ def affordable(joint: LogJoint, least: bool, num_particles: int = 1024) -> Effor
     scale = num_particles / 1024
     num = 2 ** round(math.log2(scale * AFFORDABLE / (1 + joint.run_size / NUMBERS)))
     most = round(scale * MOST)
-    num = min(most, max(FEWEST, num))
+    num = min(most, max(thrifty(joint, FEWEST, SCOUTS), num))
     return Effort(num, 0.3, 2, 2) if least and num < most else Effort(num, 0.5, 3, 4)
 
 
@@ -235,7 +237,7 @@ def residual_search(joint: LogJoint, optima: Optima, points: Tensor, log_density
         log_density: The log joint there. Shape ``(M,)``.
     """
     points, log_density = (values[torch.isfinite(log_density)] for values in (points, log_density))
-    num = round(min(NUM_CLIMBERS, max(16, CLIMBERS_A_ROW / joint.run_size)))
+    num = round(min(NUM_CLIMBERS, max(thrifty(joint, 16, 4), CLIMBERS_A_ROW / joint.run_size)))
     for _ in range(MAX_CLIMBS):
         before = len(optima.points)
         some = torch.randint(len(points), (num,), device=points.device)
@@ -268,7 +270,7 @@ def screened(joint: LogJoint, optima: Optima) -> tuple[Optima, int]:
     done = 0
     for _ in range(MAX_SCREENS):
         known = len(optima.points)
-        points = torch.cat([_scattered(joint, optima, size // 2), _between(optima, size - size // 2)])
+        points = torch.cat([_scattered(joint, optima, size // 4), _between(optima, size - size // 4)])
         log_density = torch.cat([joint.log_prob(part) for part in points.split(CHUNK)])
         optima, done = residual_search(joint, optima, points, log_density), done + size
         if len(optima.points) <= known and not optima.rare > UNMET:
@@ -292,7 +294,7 @@ def _between(optima: Optima, num: int) -> Tensor:
     spread = optima.points - optima.points.mean(0)
     index = torch.randn(num, len(spread), dtype=spread.dtype, device=spread.device)
     within = 2 * spread.std(0) * torch.randn(num, spread.shape[1], dtype=spread.dtype, device=spread.device)
-    wide = 1 + torch.randint(2, (num, 1), device=spread.device)
+    wide = 1 + (torch.rand_like(within[:, :1]) < 0.25)
     return optima.points.mean(0) + wide * (0.7 * index @ spread / math.sqrt(len(spread)) + 0.35 * within)
 
 

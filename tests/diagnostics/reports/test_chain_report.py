@@ -122,13 +122,26 @@ def test_moves_are_called_what_they_are():
     assert idle["acceptance bridge"].verdict == "look" and "rely on the others" in idle["acceptance bridge"].note
 
 
-def test_a_single_divergence_is_spared_where_no_step_can_be_set():
+def test_divergences_are_spared_where_steps_are_of_many_lengths():
     ours, nuts = KernelLangevin(model), pyro.infer.NUTS(model)
     assert report(run_by(ours, num_diverging=1), audit=None)["divergences"].verdict == "ok"
     assert report(run_by(nuts, num_diverging=1), audit=None)["divergences"].verdict == "look"
-    some = report(run_by(ours, num_diverging=2), audit=None)["divergences"]
+    assert report(run_by(ours, num_diverging=8), audit=None)["divergences"].verdict == "ok"
+    some = report(run_by(ours, num_diverging=9), audit=None)["divergences"]
     assert some.verdict == "look" and "num_particles" in some.note and "step" not in some.note
-    assert report(run_by(ours, num_diverging=9), audit=None)["divergences"].verdict == "bad"
+    assert report(run_by(ours, num_diverging=41), audit=None)["divergences"].verdict == "bad"
+
+
+@pytest.mark.parametrize(("num_chains", "verdict"), [(4, "look"), (64, "ok")])
+def test_r_hat_asks_for_as_much_of_each_of_many_chains_as_shows_that_it_left_its_start(num_chains, verdict):
+    # normal means of chains, as spread as 37 effective draws in each half of a chain make them
+    x = np.random.default_rng(0).normal(size=(num_chains, 2, 500))
+    x = (x - x.mean(2, keepdims=True)) / x.std(2, keepdims=True)
+    means = np.random.default_rng(1).normal(size=(num_chains, 2, 1))
+    x = x + (means - means.mean()) / means.std() / np.sqrt(37)
+    line = of(a=x.reshape(num_chains, -1))["R-hat"]
+    assert 1.011 < float(line.value.split()[0]) < 1.016 and line.verdict == verdict
+    assert of(a=(x + np.arange(num_chains)[:, None, None] % 2).reshape(num_chains, -1))["R-hat"].verdict == "bad"
 
 
 # ---- options ----

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyro_sb.infer.amortized.features import Features, nan_moments, summary
-from pyro_sb.infer.model.packing import Packing
+from pyro_sb.infer.model.prototype import Packing
 
 
 @pytest.fixture(autouse=True)

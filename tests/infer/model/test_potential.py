@@ -272,3 +272,22 @@ def test_from_batched():
     joint = LogJoint.from_batched(lambda z: -z.square().sum(-1) / 2, dim=2)
     assert (joint.route, joint.dtype, dict(joint.site_shapes)) == ("batched", torch.float64, {"z": (2,)})
     assert joint.start(3).shape == (3, 2) and joint.constrain(torch.zeros(4, 2))["z"].shape == (4, 2)
+
+
+def test_many_rows_over_much_data_are_evaluated_in_parts():
+    data, sizes = torch.randn(200_000, dtype=torch.float64), []
+
+    def log_density(z):
+        sizes.append(len(z))
+        return -(z[:, :1] - data).square().sum(-1)
+
+    joint = LogJoint.from_batched(log_density, 1)
+    z = torch.randn(300, 1, dtype=torch.float64)
+    assert joint.run_size > 10_000
+    sizes.clear()
+    exact = -(len(data) * (z[:, 0] - data.mean()).square() + (data - data.mean()).square().sum())
+    torch.testing.assert_close(joint.log_prob(z), exact)
+    value, grad = joint.value_and_grad(z)
+    torch.testing.assert_close(value, exact)
+    torch.testing.assert_close(grad[:, 0], -2 * len(data) * (z[:, 0] - data.mean()))
+    assert max(sizes) * joint.run_size < 2**24 and joint.evaluations.density == 300

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyro_sb.infer.population.mixture_fit import MAX_COMPONENTS, cluster_start, fit_mixture, slice_start
+from pyro_sb.infer.population.mixture_fit import MAX_COMPONENTS, cluster_start, fit_mixture, slice_start, split_start
 from pyro_sb.ops.student_mixture import StudentMixture
 
 F64 = {"dtype": torch.float64}
@@ -164,3 +164,20 @@ def test_slices_have_equal_weight():
         [(weights[order] * points[order, 0])[third == k].sum() / weights[order][third == k].sum() for k in range(3)]
     )
     torch.testing.assert_close(start.locs[:, 0], means, rtol=0, atol=0.02)
+
+
+def test_components_are_added_where_a_mixture_lacks_mass():
+    # the mixture knows one of two modes, and covers the other by tails alone
+    near = truth("heavy")
+    locs = torch.tensor([[1.0, 1.0], [12.0, 1.0]], **F64)
+    law = StudentMixture(
+        torch.tensor([0.8, 0.2], **F64).log(), locs, near.scale_trils.repeat(2, 1, 1), near.df.repeat(2)
+    )
+    points = law.sample(4000)
+    start = split_start(near, points, uniform(points), law.log_prob(points), 4)
+    added = start.locs[1:]
+    assert 1 <= len(added) <= 4 and float((added - locs[1]).norm(dim=1).max()) < 8.0
+    assert float(start.log_weights.exp().sum()) == pytest.approx(1)
+    assert torch.cdist(added, added).add(10 * torch.eye(len(added), **F64)).min() > 1.0
+    value, error = loss(law, fit_mixture(points, uniform(points), law.log_prob(points), previous=near))
+    assert -4 * error < value < 0.03

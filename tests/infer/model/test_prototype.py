@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyro_sb.infer.model.packing import Packing
+from pyro_sb.infer.model.prototype import Packing
 
 shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 sites = st.dictionaries(st.text("abcxyz_", min_size=1, max_size=4), shapes, min_size=1, max_size=5)
