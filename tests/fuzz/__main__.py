@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 
-from tests.fuzz.calls import CALLS
+from tests.fuzz.beyond import CALLS
 from tests.fuzz.outcome import GOOD, tried
 
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.fuzz.calls import CALLS
+from tests.fuzz.beyond import CALLS
 from tests.fuzz.outcome import GOOD, tried
 
 DAILY, DAILY_FITS = 2400, 60  # cases that are refused or quick, and fits
