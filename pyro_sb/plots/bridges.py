@@ -47,6 +47,8 @@ def plot_paths(
     check_is("bridge", bridge, "Bridge", "bridge.fit(draws), then plot_paths(bridge)")
     num_paths, num_steps = whole("num_paths", num_paths), whole("num_steps", num_steps)
     axis = ((0, 1) if bridge.dim > 1 else 0) if axis is None else axis
+    if not isinstance(axis, int | tuple | list):
+        raise TypeError(f"axis must be one coordinate or two, got {axis!r}. Write axis=(0, 1).")
     pair = [axis] if isinstance(axis, int) else list(axis)
     if len(pair) > 2:
         raise ValueError(f"axis must be one coordinate or two, got {axis}. Write axis=(0, 1).")
