@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["checked_path", "read_file", "write_file"]
+__all__ = ["checked_path", "checkpoint_path", "read_file", "write_file"]
 
 
 def __dir__() -> list[str]:
@@ -34,6 +34,18 @@ def checked_path(name: str, path: Any) -> Path | None:
         raise ValueError(f"{name} must lie in a folder that exists, got {path}. Make {folder} first.")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{name} must lie in a folder that can be written to, got {path}. Choose another.")
+    return path
+
+
+def checkpoint_path(path: Any) -> Path | None:
+    """As `checked_path`, for a fit that writes again and again: what lies there already must be a file of ours."""
+    path = checked_path("checkpoint", path)
+    flaw = _flaw(path) if path is not None and path.exists() else None
+    if flaw is not None:
+        raise ValueError(
+            f"checkpoint must not overwrite a file that this package did not write whole, got {path}: {flaw}. Write "
+            "another path, or remove it."
+        )
     return path
 
 

@@ -8,6 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
 
 from pyro_sb.bridges import VSDM, Bridge, LightSB, LightSBBM
 from pyro_sb.checks import (
@@ -169,6 +172,36 @@ def test_points_keep_their_gradients_and_are_finite():
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="x must be finite, got NaN or infinity in 1 of 2"):
             points("x", [0.0, bad], 2, torch.zeros(1))
+
+
+KINDS = npst.scalar_dtypes() | npst.byte_string_dtypes() | npst.unicode_string_dtypes()
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.complex_numbers() | st.text() | st.binary()
+
+
+@given(npst.arrays(KINDS, npst.array_shapes(min_dims=0, max_dims=3, max_side=3)), st.booleans(), st.booleans())
+def test_an_array_of_any_kind_is_read_or_refused_in_words(array, backwards, turned):
+    array = array[::-1] if backwards and array.ndim else array
+    array = array.T if turned else array
+    try:
+        read = floats("target", array)
+    except (TypeError, ValueError) as error:
+        assert array.dtype.kind not in "biuf" and str(error).startswith("target must")
+    except RuntimeWarning as warning:  # half precision
+        assert array.dtype == np.float16 and "raised to float32" in str(warning)
+    else:
+        assert array.dtype.kind in "biuf" and read.shape == array.shape
+        with np.errstate(over="ignore"):
+            wanted = array.astype(read.numpy().dtype)
+        assert np.array_equal(read.numpy(), wanted, equal_nan=True)
+
+
+@given(SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(), SCALARS, max_size=2))
+def test_any_value_is_a_number_or_refused_in_words(value):
+    for reader in (whole, number, floats, flag, lambda name, value: sample_size(value, name)):
+        try:
+            reader("num", value)
+        except (TypeError, ValueError) as error:
+            assert "num" in str(error) and "must" in str(error)
 
 
 # ---- bridges read through it ----

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_sb.bridges.options import check_names, keyword_names
 from pyro_sb.checks import broadcast, finite, flag, floats, number, points, whole
 from pyro_sb.distributions import BridgeDistribution, Draws, PathLaw
-from pyro_sb.files import checked_path, read_file, write_file
+from pyro_sb.files import checkpoint_path, read_file, write_file
 from pyro_sb.nn import embedding_from_config
 from pyro_sb.training import FitHistory
 
@@ -349,7 +349,7 @@ class FitOptions(NamedTuple):
             None if self.ema is None else number("ema", self.ema, "[0, 1)", "Write None for no average."),
             whole("num_law_draws", self.num_law_draws, 2),
             flag("progress", self.progress),
-            checked_path("checkpoint", self.checkpoint),
+            checkpoint_path(self.checkpoint),
         )
 
 

@@ -85,6 +85,7 @@ def array(value: Any) -> np.ndarray:
 
 def check_coords(name: str, coords: Sequence[int], dim: int) -> None:
     """Coordinates that draws of this many have."""
+    coords = list(coords)
     bad = [coord for coord in coords if not isinstance(coord, (int, np.integer)) or not -dim <= coord < dim]
     if bad or not coords:
         raise ValueError(f"{name} must be coordinates from 0 to {dim - 1}, got {list(coords)}. Omit it for the first.")

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from pyro_sb.bridges.base import Bridge
+from pyro_sb.checks import whole
 from pyro_sb.plots.axes import OURS, SOURCE, Size, array, check_coords, check_is, one_axes, styled
 from pyro_sb.training import FitHistory
 
@@ -44,7 +45,10 @@ def plot_paths(
         ValueError: A coordinate that the bridge has not; a batch of contexts.
     """
     check_is("bridge", bridge, "Bridge", "bridge.fit(draws), then plot_paths(bridge)")
+    num_paths, num_steps = whole("num_paths", num_paths), whole("num_steps", num_steps)
     axis = ((0, 1) if bridge.dim > 1 else 0) if axis is None else axis
+    if not isinstance(axis, int | tuple | list):
+        raise TypeError(f"axis must be one coordinate or two, got {axis!r}. Write axis=(0, 1).")
     pair = [axis] if isinstance(axis, int) else list(axis)
     if len(pair) > 2:
         raise ValueError(f"axis must be one coordinate or two, got {axis}. Write axis=(0, 1).")

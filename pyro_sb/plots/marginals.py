@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import Bridge
-from pyro_sb.checks import as_draws
+from pyro_sb.checks import as_draws, floats, whole
 from pyro_sb.plots.axes import OURS, SOURCE, TARGET, Size, array, check_coords, one_axes, row_of_axes, styled
 
 __all__ = ["plot_marginal", "plot_marginals"]
@@ -50,6 +49,7 @@ def plot_marginals(
         ValueError: Draws of another shape, not finite, or fewer than two; a coordinate that they have not; a batch of
             contexts.
     """
+    num_draws = whole("num_draws", num_draws, 2)
     if context is not None and not isinstance(bridge, Bridge):
         raise ValueError("context is a conditional bridge's, got draws. Leave it out, or pass the bridge.")
     draws = _generated(bridge, context, num_draws) if isinstance(bridge, Bridge) else _points("draws", bridge)
@@ -103,10 +103,7 @@ def _points(name: str, law: Any, dim: int | None = None, num_draws: int = 5000) 
     if law is None and dim is not None:
         return None
     if not isinstance(law, Distribution):
-        try:
-            law = torch.as_tensor(law)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{name} must be draws (n, dim) or a distribution, got {type(law).__name__}.") from error
+        law = floats(name, law)
         dim = (int(law.shape[1]) if law.dim() == 2 else 1) if dim is None else dim
     elif dim is None:
         dim = int(law.event_shape[0]) if len(law.event_shape) == 1 else 1

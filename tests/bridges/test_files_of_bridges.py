@@ -120,6 +120,15 @@ def test_latent_sizes_are_checked_before_an_inner_bridge_is_made(tmp_path):
         Bridge.load(tmp_path / "latent.pt")
 
 
+@pytest.mark.parametrize("name", ["light", "langevin-plain", "tails-light-bass", "vsdm", "dsb", "latent-light"])
+def test_a_file_of_something_else_is_not_overwritten_by_a_checkpoint(name, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("of great worth")
+    with pytest.raises(ValueError, match="notes.txt"):
+        BRIDGES[name]().fit(torch.randn(60, 2), progress=False, checkpoint=path)
+    assert path.read_text() == "of great worth"
+
+
 @pytest.mark.parametrize("bad", ["folder", "absent/fit.pt"])
 def test_bad_paths_are_found_before_the_work_starts(bad, tmp_path):
     (tmp_path / "folder").mkdir()

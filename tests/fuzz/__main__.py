@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 
-from tests.fuzz.calls import CALLS
+from tests.fuzz.beyond import CALLS
 from tests.fuzz.outcome import GOOD, tried
 
 
@@ -15,11 +15,14 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="")
+    parser.add_argument("--pairs", action="store_true", help="pairs of arguments alone")
     given = parser.parse_args()
     chosen, counts, seen, begun = random.Random(given.seed), Counter(), set(), time.perf_counter()
-    for name, changes in plan(chosen, given.cases, given.only):
+    for name, changes in plan(chosen, given.cases, given.only, given.pairs):
         came = tried(CALLS[name], dict(changes), given.seed)
         counts[came.kind] += 1
+        if sum(counts.values()) % 1000 == 0:
+            print(f"{sum(counts.values())} cases, {time.perf_counter() - begun:.0f} s: {dict(counts)}", flush=True)
         if came.kind not in GOOD:
             what = ", ".join(f"{argument}={value.name}" for argument, value in changes)
             key = (name.split()[-1], came.kind, came.words.split(":")[0], came.words[:80])
@@ -33,10 +36,11 @@ def main() -> int:
     return int(any(counts[kind] for kind in counts if kind not in GOOD))
 
 
-def plan(chosen, number, only):
+def plan(chosen, number, only, pairs):
     """Each value of each argument once, then pairs of arguments at random."""
     singles = [(n, [(a, v)]) for n, c in CALLS.items() if only in n for a, values in c.tried.items() for v in values]
     chosen.shuffle(singles)
+    singles = [] if pairs else singles
     yield from singles[: number or None]
     names = [name for name in CALLS if only in name and len(CALLS[name].tried) > 1]
     for _ in range(max(0, number - len(singles)) if names else 0):

@@ -39,7 +39,7 @@ from pyro_sb.bridges.langevin.setup import (
 )
 from pyro_sb.checks import answered, check_choice, flag, number, one_time, whole
 from pyro_sb.distributions import Draws
-from pyro_sb.files import checked_path
+from pyro_sb.files import checkpoint_path
 from pyro_sb.ops.attention import Transitions
 from pyro_sb.ops.sinkhorn import SymmetricScaling
 from pyro_sb.threads import chosen_threads
@@ -209,7 +209,7 @@ class KernelLangevinBridge(Bridge):
         Returns:
             Residual before each update, whether it converged, seconds.
         """
-        begun, checkpoint = time.perf_counter(), checked_path("checkpoint", checkpoint)
+        begun, checkpoint = time.perf_counter(), checkpoint_path(checkpoint)
         max_iter, progress = whole("max_iter", max_iter), flag("progress", progress)
         tolerance = None if tolerance is None else number("tolerance", tolerance, "(0, inf)", "Omit it.")
         read = read_target(

@@ -11,7 +11,7 @@ from pyro_sb.bridges.codecs.base import Codec, check_pair, encoded
 from pyro_sb.bridges.codecs.rows import advice, numerical_rank, shaped
 from pyro_sb.bridges.data import read_source
 from pyro_sb.checks import as_draws, floats
-from pyro_sb.files import checked_path, read_file, write_file
+from pyro_sb.files import checkpoint_path, read_file, write_file
 from pyro_sb.fingerprint import fingerprint
 from pyro_sb.training import random_state, set_random_state
 
@@ -63,7 +63,7 @@ class Parts:
     """
 
     def __init__(self, checkpoint: str | Path | None) -> None:
-        path = checked_path("checkpoint", checkpoint)
+        path = checkpoint_path(checkpoint)
         self.codec = None if path is None else path.with_name(path.name + ".codec")
         self.inner = None if path is None else path.with_name(path.name + ".inner")
         self.start, self.name, self.device = random_state(), "", torch.device("cpu")

@@ -15,7 +15,7 @@ from pyro_sb.bridges.proposals import MappedLaw
 from pyro_sb.bridges.tails.fit import quantile, tail_index
 from pyro_sb.checks import finite, floats, number, one_time, points
 from pyro_sb.distributions import Draws, PathLaw
-from pyro_sb.files import checked_path
+from pyro_sb.files import checkpoint_path
 from pyro_sb.ops.tails import curvature, gaussian_tail, log_derivative, power_tail
 from pyro_sb.training import FitHistory
 
@@ -207,7 +207,7 @@ class TailMatched(Bridge):
             The inner bridge's record.
         """
         check_names(f"{type(self).__name__}.fit", options, self.fit_options())
-        checkpoint = checked_path("checkpoint", checkpoint)
+        checkpoint = checkpoint_path(checkpoint)
         read = read_target(
             self.dim,
             self.context_dim,

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_sb.checks import floats
 from pyro_sb.distributions import Draws
 from pyro_sb.weights import effective_sample_size, log_evidence, pareto_tail, smoothed
 
@@ -155,10 +157,10 @@ def _log_weights(x: Any, log_prob: Callable[[Tensor], Tensor] | None) -> Tensor:
         raise TypeError(
             f"log_prob goes with Draws alone, got {type(x).__name__}, whose weights are known. Leave it out."
         )
-    found = x if isinstance(x, Tensor) else getattr(x, "log_weights", None)
-    if not isinstance(found, Tensor):
+    found = getattr(x, "log_weights", x)
+    if not isinstance(found, Tensor | np.ndarray | list) and not hasattr(found, "to_numpy"):
         raise TypeError(
             f"x must be log weights (S,), Draws, or have log_weights, got {type(x).__name__}. "
             "Write psis(log_p - log_q)."
         )
-    return found
+    return floats("log weights", found)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_sb.files import checked_path, read_file, write_file
+from pyro_sb.files import checkpoint_path, read_file, write_file
 from pyro_sb.fingerprint import differences
 from pyro_sb.infer.amortized.features import Features
 from pyro_sb.infer.amortized.latent_law import Residuals, is_logit
@@ -223,7 +223,7 @@ class Store:
     """
 
     def __init__(self, checkpoint: str | Path | None, arguments: dict[str, str]) -> None:
-        path = checked_path("checkpoint", checkpoint)
+        path = checkpoint_path(checkpoint)
         self.path = None if path is None else Path(f"{path}.simulations")
         self.arguments = arguments
 

@@ -12,6 +12,7 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 from torch.utils._pytree import tree_leaves
 
+from pyro_sb.checks import whole
 from pyro_sb.distributions import Draws
 from pyro_sb.infer.autoguide.guide import BridgeGuide, GuideFit, init_somewhere
 from pyro_sb.infer.autoguide.law import BlockMixture
@@ -219,8 +220,7 @@ class AutoBridge(BridgeGuide):
         init_loc_fn: Callable[..., Any] = init_somewhere,
     ) -> None:
         super().__init__(model, init_loc_fn=init_loc_fn)
-        if num_steps < 2:
-            raise ValueError(f"num_steps must be at least 2, got {num_steps}. One step is the base itself.")
+        num_steps = whole("num_steps", num_steps, 2, cure="One step is the base itself.")
         base = AutoLightBridge(model, init_loc_fn=init_loc_fn) if base is None else base
         if isinstance(base, AutoBridge) or not isinstance(base, AutoContinuous | AutoNormal):
             raise ValueError(

@@ -92,6 +92,8 @@ class BridgeGuide(AutoContinuous):
     """
 
     def __init__(self, model: Callable[..., Any], *, init_loc_fn: Callable[..., Any] = init_somewhere) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be a Pyro model, a function, got {type(model).__name__}.")
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._pyro_name = _fresh_name(type(self))
         self._given = (model,)

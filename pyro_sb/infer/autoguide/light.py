@@ -8,6 +8,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_sb.checks import whole
 from pyro_sb.infer.autoguide.blocks import adds_up, block_joint, independent_blocks, visited
 from pyro_sb.infer.autoguide.fit import BlockFit, fit_block, moved
 from pyro_sb.infer.autoguide.guide import BridgeGuide, GuideFit, init_somewhere
@@ -69,13 +70,10 @@ class AutoLightBridge(BridgeGuide):
         init_loc_fn: Callable[..., Any] = init_somewhere,
     ) -> None:
         super().__init__(model, init_loc_fn=init_loc_fn)
-        if num_components is not None and num_components < 1:
-            raise ValueError(
-                f"num_components must be at least 1, got {num_components}. Omit it for as many as it takes."
-            )
-        if num_updates < 0:
-            raise ValueError(f"num_updates must be at least 0, got {num_updates}. Write 0 for none.")
-        self.num_components, self.num_particles, self.num_updates = num_components, num_particles, num_updates
+        cure = "Omit it for as many as it takes."
+        self.num_components = None if num_components is None else whole("num_components", num_components, cure=cure)
+        self.num_particles = whole("num_particles", num_particles)
+        self.num_updates = whole("num_updates", num_updates, 0, cure="Write 0 for none.")
         self.num_blocks = 0
         self.baseline: Tensor
         self.register_buffer("baseline", torch.zeros(()))
