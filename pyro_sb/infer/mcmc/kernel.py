@@ -17,8 +17,8 @@ from pyro_sb.infer.mcmc.record import Block, PerChain
 from pyro_sb.infer.mcmc.walk import Frozen, Walk
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
 from pyro_sb.infer.population.coordinates import NonCentred
-from pyro_sb.infer.population.sheared import Sheared
 from pyro_sb.infer.population.population import Population
+from pyro_sb.infer.population.sheared import Sheared
 from pyro_sb.threads import chosen_threads
 from pyro_sb.warn import warn
 
