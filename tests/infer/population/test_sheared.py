@@ -61,6 +61,23 @@ def test_draws_of_a_bent_law_are_nearly_normal_there(law, dim):
     assert result.ess_share > 0.75 and abs(result.log_evidence) < 4 * result.log_evidence_error + 0.01
 
 
+def test_the_opening_of_a_funnel_is_known_from_few_draws_of_its_mouth():
+    # log sd of x given v is v / 2, whatever v is met: an eighth of the draws, none of them in the neck
+    torch.manual_seed(0)
+    v = 3 * torch.randn(2000, **F64)
+    v = v[v > -3][:250]
+    x = torch.cat([v[:, None], (v / 2).exp()[:, None] * torch.randn(len(v), 9, **F64)], 1)
+
+    class Drawn:
+        def distinct(self):
+            return x, torch.full_like(v, 1 / len(v))
+
+    moved = sheared(LogJoint.from_batched(funnel, 10), Drawn())
+    assert moved.column == 0
+    rates = moved.slopes[1:] / moved.place[1]
+    assert abs(float(rates.mean()) - 0.5) < 0.03 and float((rates - 0.5).abs().max()) < 0.12
+
+
 def test_what_is_normal_is_left_alone():
     torch.manual_seed(0)
     factor = torch.randn(DIM, DIM, **F64)
