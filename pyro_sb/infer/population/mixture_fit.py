@@ -57,7 +57,7 @@ def fit_mixture(
     starts = [previous] if previous is not None else _starts(*train, log_density[half], size)
     best = _contest(starts, TAILS, STRENGTHS, train, test)
     more = min(max(2, size // 4), _largest_size(weights, points.shape[-1]) - size)
-    if previous is not None and more > 0:
+    if previous is not None and size > 1 and more > 0:
         start = split_start(best.mixture, *train, log_density[half], more)
         best = max(
             best,

@@ -175,7 +175,8 @@ def populate(
         fair_share: Effective share in [0, 1] above which a mixture serves as it is; under half of it chains walk long.
         good_share: Effective share in [0, 1] at which refitting stops.
         max_rounds: Largest number of refits.
-        exploring: Whether longer walks may follow the brief one.
+        exploring: Whether ridges are followed where the mixture at the maxima does not fit, and longer walks may follow
+            the brief one.
         hints: Points from which the search starts besides its own. Shape ``(M, dim)``.
 
     Returns:
@@ -196,7 +197,7 @@ def populate(
     elif start == "prior":
         beginning = _from_prior(archive, num_particles, stages)
     elif start == "search":
-        beginning = _from_both(archive, num_particles, hints, fair_share, stages)
+        beginning = _from_both(archive, num_particles, hints, fair_share if exploring else 0.0, fair_share, stages)
     else:
         raise ValueError(f'start must be "search", "prior" or a tensor of points (M, {log_joint.dim}), got {start!r}.')
     core = refit(archive, beginning.core, good_share, max_rounds, stages)
@@ -239,8 +240,13 @@ class Beginning(NamedTuple):
     rare: float = 0.0
 
 
-def _from_both(archive: Archive, num: int, hints: Tensor | None, fair_share: float, stages: list[str]) -> Beginning:
-    """The search, a scout of tempered particles, and where one normal law does not fit, as many as it takes."""
+def _from_both(
+    archive: Archive, num: int, hints: Tensor | None, bent_share: float, fair_share: float, stages: list[str]
+) -> Beginning:
+    """The search, a scout of tempered particles, and where one normal law does not fit, as many as it takes.
+
+    Ridges are followed where the effective share is under ``bent_share``.
+    """
     joint = archive.log_joint
     optima = find_optima(joint, hints=hints)
     search = Source("search", optima.num_starts, maxima=len(optima.points))
@@ -250,21 +256,21 @@ def _from_both(archive: Archive, num: int, hints: Tensor | None, fair_share: flo
         rare = f"; {optima.rare:.1%} of the evidence in maxima met three times or less" if optima.rare > UNMET else ""
         stages.append(f"screened {done} points: {len(optima.points) - search.maxima} more maxima{rare}")
     found = temper_and_climb(joint, optima, affordable(joint, True, num))
-    core, share = _at_maxima(archive, found.optima, num, fair_share, stages)
+    core, share = _at_maxima(archive, found.optima, num, bent_share, stages)
     full = affordable(joint, False, num)
     several = len(found.optima.points) > 1 and full.num > found.effort.num
     if found.effort != full and (several or share < fair_share):
         stages.append(found.source.describe())
         found = temper_and_climb(joint, found.optima, full)
         if found.source.new:
-            core, share = _at_maxima(archive, found.optima, num, fair_share, stages)
+            core, share = _at_maxima(archive, found.optima, num, bent_share, stages)
     stages.append(found.source.describe())
     if found.particles is not None and share < fair_share:
         pool = pooled(joint, found.law, found.particles, core, num)
         core = fit_mixture(*pool, num_components=max(1, len(found.optima.points)), previous=core)
         share = archive.add(core, num, LIGHT_GUARD)
         stages.append(f"fit to both: {core.num_components} components, effective share {share:.3f}")
-        if share < fair_share and not len(found.optima.points):
+        if share < bent_share and not len(found.optima.points):
             core, share = _ridges(archive, core, num, stages)
     if core is None:
         core = wide_mixture(joint)
@@ -273,11 +279,11 @@ def _from_both(archive: Archive, num: int, hints: Tensor | None, fair_share: flo
 
 
 def _at_maxima(
-    archive: Archive, optima: Optima, num: int, fair_share: float, stages: list[str]
+    archive: Archive, optima: Optima, num: int, bent_share: float, stages: list[str]
 ) -> tuple[StudentMixture | None, float]:
     """A mixture at the maxima, continued along ridges where it does not fit, and its effective share."""
     core, share = _laplace(archive, optima, num, stages)
-    if core is None or share >= fair_share:
+    if core is None or share >= bent_share:
         return core, share
     return _ridges(archive, laplace_mixture(optima, inflation=1.0), num, stages)
 

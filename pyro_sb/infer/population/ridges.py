@@ -23,6 +23,7 @@ DEVIATION = 0.25  # nats between the log density and its quadratic law at one sd
 BENT = 0.7  # share of the sd that the curvature asks for, below which a direction is bent
 APART = 1.6  # sds between neighbours
 COVERED = 1.2  # sds from a piece within which there is no need of another
+HUGE = 256.0  # times as long as the longest axis of the seeds' frames: a ridge without end
 FAINT = 9.0  # nats of mass below the largest piece at which a ridge ends
 NEWTON = 6
 ROUNDS = 5  # of pieces that begin where draws of the mixture met more than it expects
@@ -69,14 +70,17 @@ def follow_ridges(joint: LogJoint, seeds: Tensor, factors: Tensor, num: int) -> 
         num: Draws of a round, which the cost follows.
 
     Returns:
-        The mixture; None if no seed has a piece, or none of them is bent.
+        The mixture; None if no seed has a piece, none of them is bent, or the target has no end.
     """
     dim = joint.dim
+    longest = HUGE * float(factors.norm(dim=1).max())
     most = min(MOST_PIECES, max(8, ROWS_A_DRAW * num // (2 * dim * (LENGTHS + 3 * NEWTON + PROBES * SHRINKINGS))))
     found, left = Pieces(seeds[:0], factors[:0], factors[:0, 0].bool(), seeds[:0, 0]), most
     begun = Begun(seeds, factors, torch.zeros_like(seeds))
     for _ in range(ROUNDS):
         found, left = _continued(joint, found, begun, left)
+        if len(found.locs) and float(found.axes.norm(dim=1).max()) > longest:
+            return None  # flat as far as one can see: no normaliser
         if left <= 0 or not bool(found.bent.any()):
             break
         begun = _uncovered(joint, _mixture(found), num // 2)

@@ -83,16 +83,17 @@ def find_optima(log_joint: LogJoint, *, hints: Tensor | None = None, max_iter: i
     References:
         The population frequencies of species and the estimation of population parameters (Good, 1953).
     """
-    found, batch = empty_optima(log_joint), thrifty(log_joint, FIRST_BATCH, STARTS_A_MODE)
+    found, fewest = empty_optima(log_joint), thrifty(log_joint, FIRST_BATCH, STARTS_A_MODE)
     cost = (1 + log_joint.run_size / NUMBERS) * STEPS * (2 * log_joint.dim + 3)
-    affordable = max(2 * batch, min(MANY_STARTS, round(ROWS / cost)))
+    affordable = max(2 * fewest, min(MANY_STARTS, round(ROWS / cost)))
+    batch = fewest
     while True:
         found = climb(log_joint, found, dispersed_starts(log_joint, batch, hints), max_iter)
         num = len(found.points)
         wanted = STARTS_A_MODE * num if num < 2 else max(STARTS_A_MODE * num, affordable)
         if num == 0 or (found.num_starts >= wanted and found.unmet < UNMET) or found.num_starts >= 4 * affordable:
             return relevant(found)
-        hints, batch = None, min(2 * batch, LARGEST_BATCH, max(batch, affordable - found.num_starts))
+        hints, batch = None, min(2 * batch, LARGEST_BATCH, max(fewest, affordable - found.num_starts))
 
 
 def climb(log_joint: LogJoint, found: Optima, starts: Tensor, max_iter: int = 60) -> Optima:

@@ -39,7 +39,7 @@ NUM_CLIMBERS, CLIMBERS_A_ROW = 128, 2**13  # particles of the largest residuals,
 MAX_CLIMBS = 4
 WIDE = (3.0, 16.0)  # degrees of freedom and inflation of the start law where there is no prior to draw
 MBAR_STEPS = 20
-SCREENED, MAX_SCREENS = 2**17, 24  # points of a round that are screened for further modes, and rounds
+SCREENED, MAX_SCREENS = 2**17, 8  # points of a round that are screened for further modes, and rounds
 CHUNK = 2**14
 
 
@@ -270,7 +270,7 @@ def screened(joint: LogJoint, optima: Optima) -> tuple[Optima, int]:
     done = 0
     for _ in range(MAX_SCREENS):
         known = len(optima.points)
-        points = torch.cat([_scattered(joint, optima, size // 4), _between(optima, size - size // 4)])
+        points = torch.cat([_scattered(joint, optima, size // 2), _between(optima, size - size // 2)])
         log_density = torch.cat([joint.log_prob(part) for part in points.split(CHUNK)])
         optima, done = residual_search(joint, optima, points, log_density), done + size
         if len(optima.points) <= known and not optima.rare > UNMET:
@@ -294,7 +294,7 @@ def _between(optima: Optima, num: int) -> Tensor:
     spread = optima.points - optima.points.mean(0)
     index = torch.randn(num, len(spread), dtype=spread.dtype, device=spread.device)
     within = 2 * spread.std(0) * torch.randn(num, spread.shape[1], dtype=spread.dtype, device=spread.device)
-    wide = 1 + (torch.rand_like(within[:, :1]) < 0.25)
+    wide = 1 + torch.randint(2, (num, 1), device=spread.device)
     return optima.points.mean(0) + wide * (0.7 * index @ spread / math.sqrt(len(spread)) + 0.35 * within)
 
 

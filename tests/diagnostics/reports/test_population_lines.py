@@ -60,7 +60,9 @@ def test_two_evidences_agree_or_do_not():
     assert agree.verdict == "ok" and agree.value == "-3.000 +- 0.020" and "another agrees" in agree.note
     assert evidence_line({"one": (-3.0, 0.02), "another": (-3.5, 0.02)}).verdict == "bad"
     assert evidence_line({"one": (-3.0, 0.02), "another": (-3.5, 0.02)}, k_hat=0.9).verdict == "look"
-    assert evidence_line({"one": (-3.0, 0.3)}).verdict == "look"
+    vague = evidence_line({"one": (-3.0, 0.3)})
+    assert vague.verdict == "ok" and "known to 0.3 nats" in vague.note
+    assert evidence_line({"one": (-3.0, 0.6)}).verdict == "look"
 
 
 def test_the_share_of_warm_up():
