@@ -56,6 +56,11 @@ def unpacked(guide: Any, joint: LogJoint, z: Tensor) -> Tensor:
     return torch.cat([parts[name] for name in names], -1)
 
 
+def free(joint: LogJoint, sites: dict[str, Tensor]) -> Tensor:
+    """Draws in the sites' own spaces, unconstrained: rows of the log joint."""
+    return joint.pack({name: joint.transforms[name](sites[name]) for name in joint.site_shapes})
+
+
 def law_of(guide: Any) -> Any:
     """Law of a guide's packed latent."""
     if not isinstance(guide, AutoNormal):
@@ -98,11 +103,11 @@ def scores(guide: Any, joint: LogJoint, target: GuideTarget, log_z: float) -> di
         if target.exact is not None:
             torch.manual_seed(12345)
             exact = target.exact(DRAWS)
-            points = joint.pack({name: exact[name] for name in joint.site_shapes})
+            points = free(joint, exact)
             if not isinstance(guide, AutoBridge):
                 log_q = law_of(guide).log_prob(unpacked(guide, joint, points)).to(torch.float64)
                 row["eubo"] = float((joint.log_prob(points) - log_q).mean()) - log_z
-            other = joint.pack({n: v for n, v in target.exact(POINTS).items() if n in joint.site_shapes})
+            other = free(joint, target.exact(POINTS))
             row["w2"] = float(wasserstein2(z[:POINTS], points[:POINTS]))
             row["floor"] = float(wasserstein2(other, points[:POINTS]))
             if target.labels is not None:

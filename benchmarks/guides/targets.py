@@ -69,11 +69,25 @@ def eight() -> GuideTarget:
     return modes("eight modes, d 10", locs, 1.0, torch.full((8,), 1 / 8, dtype=FLOAT), 10.0)
 
 
-def spike(sd: float) -> GuideTarget:
-    """A spike with .9 of the mass inside a slab of sd 1, under N(0, 2 I)."""
-    place = torch.stack([torch.zeros(10, dtype=FLOAT), torch.full((10,), 0.5, dtype=FLOAT)])
-    share = torch.tensor([0.1, 0.9], dtype=FLOAT)
-    return modes(f"spike {sd} in slab, d 10", place, torch.tensor([1.0, sd], dtype=FLOAT), share, 2.0)
+def spike() -> GuideTarget:
+    """A spike of sd .05 with .9 of the mass inside a slab of sd .1, under a uniform prior on (-1, 1)."""
+    share, sds = torch.tensor([0.1, 0.9], dtype=FLOAT), torch.tensor([0.1, 0.05], dtype=FLOAT)
+    places = torch.stack([torch.zeros(10, dtype=FLOAT), torch.full((10,), 0.2, dtype=FLOAT)])
+
+    def parts(x: Tensor) -> Tensor:
+        return share.log() + dist.Normal(places, sds[:, None]).log_prob(x[..., None, :]).sum(-1)
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Uniform(-torch.ones(10, dtype=FLOAT), 1.0).to_event(1))
+        pyro.factor("likelihood", torch.logsumexp(parts(x), -1))
+
+    def exact(n: int) -> dict[str, Tensor]:
+        index = torch.multinomial(share, n, replacement=True)
+        return {"x": places[index] + sds[index, None] * torch.randn(n, 10, dtype=FLOAT)}
+
+    return GuideTarget(
+        "spike in slab, d 10", model, -10 * math.log(2), exact, lambda sites: parts(sites["x"]).argmax(-1)
+    )
 
 
 def funnel() -> GuideTarget:
@@ -204,8 +218,7 @@ def all_targets() -> list[GuideTarget]:
     return [
         forty(),
         eight(),
-        spike(0.05),
-        spike(0.1),
+        spike(),
         funnel(),
         *(many_wells(dim) for dim in (8, 16, 32)),
         schools(True),

@@ -236,4 +236,5 @@ def test_proposals_of_many_steps_are_scored_in_few_calls_chains_fastest():
 
     ahead = ProposalMove(BridgeProposals(fitted("LightSB")), 3).ahead(LogJoint.from_batched(log_prob, 2), 40, 100)
     assert len(ahead) == 40 and ahead[0].x.shape == (3, 100, 2) and ahead[0].log_q.shape == (3, 100)
+    calls = [rows for rows in calls if rows > 1]  # one row tells what a run of the model costs
     assert sum(calls) == 40 * 3 * 100 and len(calls) == 6 and all(rows % 100 == 0 for rows in calls)
