@@ -20,6 +20,7 @@ from pyro_sb.infer.amortized.features import Features, Observation
 from pyro_sb.infer.amortized.latent_law import GuideLaw, LatentLaw, Residuals
 from pyro_sb.infer.amortized.paired import BatchJoint, paired_joint, refuse_split_events
 from pyro_sb.infer.amortized.refresh import BridgeRefresh
+from pyro_sb.infer.amortized.rows_guide import RowsGuide
 from pyro_sb.infer.amortized.simulator import Simulations, Simulator
 from pyro_sb.infer.mcmc.mcmc import MCMC
 from pyro_sb.infer.model.log_joint import log_joint
@@ -370,7 +371,8 @@ class Posterior:
         """The guide: a joint draw of all latents at an auxiliary site, and a point mass at every latent site."""
         if self.observation.batched:
             raise ValueError(
-                f"a guide has one observation, got {len(self.observation.values)}. Write condition(y[i]) for one."
+                f"a guide has one observation, got {len(self.observation.values)}. Write condition(y[i]) for one, or "
+                'condition(y).in_plate("rows") for a plate of them.'
             )
         fn = GuideLaw(self.law)
         u = pyro.sample("_posterior_latent", fn, infer={"is_auxiliary": True})
@@ -386,6 +388,48 @@ class Posterior:
             with poutine.block(hide_fn=lambda site: site["type"] != "sample"):
                 result[name] = pyro.sample(name, dist.Delta(value, log_density=density, event_dim=event_dim))
         return result
+
+    @property
+    def guide(self) -> "Posterior":
+        """The posterior as a guide of the model: ``Predictive(model, guide=posterior.guide, num_samples=100)``."""
+        return self
+
+    def in_plate(self, name: str, dim: int = -1) -> RowsGuide:
+        r"""A guide of the local latents of a plate, a row for each observation of the batch.
+
+        Amortised variational inference: the rows' latents come from the amortised posterior, which stays as it is, and
+        the larger model's global latents from another guide, which is trained.
+
+        Args:
+            name: Of the plate in the larger model; its rows are those of the batch, in their order.
+            dim: Of the plate, negative.
+
+        Returns:
+            A guide for ``AutoGuideList.append``, or to be called inside one of yours.
+
+        Raises:
+            ValueError: One observation; or a simulator with plates of its own.
+
+        Example:
+            >>> def row(mu=torch.tensor(0.0)):
+            ...     z = pyro.sample("z", dist.Normal(mu, 1.0))
+            ...     pyro.sample("y", dist.Normal(z, 0.5))
+            >>> amortized = AmortizedPosterior(row)  # doctest: +SKIP
+            >>> guide = AutoGuideList(model)  # doctest: +SKIP
+            >>> guide.append(AutoNormal(poutine.block(model, hide=["z"])))  # doctest: +SKIP
+            >>> guide.append(amortized.condition(y).in_plate("rows"))  # doctest: +SKIP
+        """
+        plated = [site for site, shape in self.simulator.runs.batch_shapes.items() if len(shape)]
+        if not self.observation.batched or plated:
+            got = f"plates over {plated}" if plated else "one observation"
+            raise ValueError(
+                f"in_plate needs a batch of observations of a simulator of one row, without plates, got {got}. Write "
+                "AmortizedPosterior(row_model) and condition(y) with a row an observation."
+            )
+        prototype = self.simulator.prototype
+        return RowsGuide(
+            self.law, prototype.packing, dict(prototype.transforms), name, len(self.observation.values), dim
+        )
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> Sites:
         """Uncorrected draws, made once: four chains of 1000, for `to_arviz` and ``Predictive``; more are fresh."""

@@ -308,6 +308,43 @@ def test_the_guide_serves_predictive_and_the_elbo():
     assert draws["theta"].shape == (20, 3) and draws["y"].shape == (20, 3)
 
 
+def test_rows_of_a_plate_get_the_amortised_posterior_inside_a_larger_guide():
+    y = torch.tensor([0.4, 2.0, -0.7])
+
+    def row():
+        z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.25**0.5))
+        pyro.sample("y", dist.Normal(z, 1.0))
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0), 0.5))
+        with pyro.plate("rows", 3):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    pyro.set_rng_seed(0)
+    amortized = AmortizedPosterior(row)
+    amortized.fit(num_simulations=4000, num_updates=500, progress=False)
+    rows = amortized.condition(y).in_plate("rows")
+
+    def of_mu():
+        pyro.sample("mu", dist.Normal(torch.tensor(0.25), 0.45))
+
+    guide = pyro.infer.autoguide.AutoGuideList(model)
+    guide.append(of_mu)
+    guide.append(rows)
+    guide()
+    found = [pyro.poutine.trace(guide).get_trace() for _ in range(600)]
+    models = [pyro.poutine.trace(pyro.poutine.replay(model, trace)).get_trace() for trace in found]
+    log_weights = torch.stack([m.log_prob_sum() - g.log_prob_sum() for m, g in zip(models, found)]).double()
+    truth = dist.MultivariateNormal(torch.zeros(3), 2 * torch.eye(3) + 0.25).log_prob(y)
+    weights = (log_weights - truth).exp()
+    assert abs(float(weights.mean() - 1)) < 4 * float(weights.std()) / 600**0.5
+    assert float(weights.std()) < 1.5
+    assert found[0].nodes["z"]["value"].shape == (3,)
+    with pytest.raises(ValueError, match="batch"):
+        amortized.condition(y[0]).in_plate("rows")
+
+
 def test_draws_serve_predictive_as_posterior_samples():
     posterior = condition(Y, m.iid)
     samples = posterior.get_samples(50)
