@@ -18,7 +18,6 @@ from pyro_sb.infer.mcmc.walk import Block, Frozen, PerChain, Walk
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
 from pyro_sb.infer.population.coordinates import NonCentred, choose_coordinates
 from pyro_sb.infer.population.population import Population
-from pyro_sb.infer.population.sheared import Sheared
 from pyro_sb.threads import chosen_threads
 from pyro_sb.warn import warn
 
@@ -370,7 +369,7 @@ class ModelKernel(WalkingKernel):
         self.num_particles = check_count("num_particles", num_particles, least=50)
         self.local, self.start, self.reparam = local, start, reparam
         self.population: Population | None = None
-        self.coordinates: NonCentred | Sheared | None = None
+        self.coordinates: NonCentred | None = None
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Bind the model's arguments; what was learnt from others is dropped.

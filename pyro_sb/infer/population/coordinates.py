@@ -3,7 +3,6 @@ r"""Non-centred coordinates :math:`\theta = \mu + \tau u` of a model, and the ch
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from torch.distributions import constraints
 from pyro_sb.infer.model.imputation import MISSING
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.population.population import Population, populate
-from pyro_sb.infer.population.rounds import FAIR_SHARE, UNCOVERED
-from pyro_sb.infer.population.sheared import Sheared, sheared
+from pyro_sb.infer.population.rounds import FAIR_SHARE
 
 logger = logging.getLogger(__name__)
 
@@ -136,12 +134,11 @@ def choose_coordinates(
     start: str | Tensor,
     reparam: str | None,
     hints: Tensor | None = None,
-) -> tuple[NonCentred | Sheared | None, Population]:
+) -> tuple[NonCentred | None, Population]:
     """The population of a target, in the coordinates where its mixture fits better.
 
     The model's own coordinates come first. If the search met no maximum there (a funnel) or the effective share is
-    under .6, the non-centred form is tried, where there is one; of a ``potential_fn``, which has none, coordinates that
-    follow one of them (`Sheared`).
+    under .6, the non-centred form is tried, where there is one.
 
     Args:
         log_joint: Log joint of the model.
@@ -154,19 +151,14 @@ def choose_coordinates(
     Returns:
         The non-centred coordinates, or None for the model's own, and the population in them.
     """
-    coordinates: NonCentred | Sheared | None = non_centred(log_joint, build) if reparam else None
-    if coordinates is None and not (reparam and log_joint.model is None):
+    coordinates = non_centred(log_joint, build) if reparam else None
+    if coordinates is None:
         return None, populate(log_joint, num_particles, start=start, hints=hints)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The population is poor")  # its rival may be better
-        warnings.filterwarnings("ignore", message="Tails may be cut")
         population = populate(log_joint, num_particles, start=start, hints=hints, exploring=False)
-    if not _suspect(population) and (coordinates is not None or population.excess < UNCOVERED):
+    if not _suspect(population):
         return None, population
-    if coordinates is None:
-        coordinates = _straightened(log_joint, population, num_particles)
-    if coordinates is None:
-        return None, populate(log_joint, num_particles, start=start, hints=hints)
     moved = coordinates.inverse(start) if isinstance(start, Tensor) else start
     rival = populate(
         coordinates.log_joint,
@@ -174,21 +166,10 @@ def choose_coordinates(
         start=moved,
         hints=None if hints is None else coordinates.inverse(hints),
     )
-    logger.info("effective share %.3f, in other coordinates %.3f", population.ess_share, rival.ess_share)
+    logger.info("effective share %.3f, non-centred %.3f", population.ess_share, rival.ess_share)
     if (not _suspect(rival), rival.ess_share) > (False, population.ess_share):
         return coordinates, rival
     return None, populate(log_joint, num_particles, start=start, hints=hints)
-
-
-def _straightened(log_joint: LogJoint, population: Population, num_particles: int) -> Sheared | None:
-    """Sheared coordinates that are fitted to a population, and again to the one that they lead to."""
-    found = sheared(log_joint, population)
-    if found is None:
-        return None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The population is poor|Tails may be cut")  # another one follows
-        better = populate(found.log_joint, num_particles, exploring=False)
-    return sheared(log_joint, replace(better, points=found.forward(better.points))) or found
 
 
 def _suspect(population: Population) -> bool:
