@@ -353,7 +353,7 @@ add(
     drawn(plots.plot_marginals),
     {"bridge": TARGET},
     slow=True,
-    bridge=[v for v in pools.draws(2) if v.bad and v.name != "same"],
+    bridge=[v for v in pools.draws(2) if v.bad and v.name not in ("same", "wide")],
     target=[v for v in pools.draws(2) if v.bad and v.name not in ("none", "same")],
     coords=pools.bad(far=[7], text="ab", empty=[]),
     num_draws=[v for v in pools.COUNT if v.bad],

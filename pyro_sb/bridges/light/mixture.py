@@ -182,7 +182,7 @@ class MixtureBridge(Bridge):
             raise ValueError("x0 must be given where the source is no point. Write condition(axes, observed, x0).")
         if isinstance(axes, str) or not isinstance(axes, Sequence | Tensor | np.ndarray):
             raise TypeError(f"axes must be a list of axes, got {axes!r}. Write [0] for the first.")
-        axes = [whole("each of axes", axis, -self.dim, cure="Write [0] for the first.") for axis in axes]
+        axes = [whole("each of axes", axis, -(2**31), cure="Write [0] for the first.") for axis in axes]
         observed = finite("observed", floats("observed", observed, like))
         x0 = self.source_points[0] if x0 is None else points("x0", x0, self.dim, like)
         if x0.shape != (self.dim,):
