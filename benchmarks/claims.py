@@ -45,6 +45,7 @@ CLAIMS = (
     # the model's posterior, exactly
     Claim("posteriors", "Far more effective draws a second than NUTS", "posteriors.posteriordb", 15, "1", "posteriors"),
     Claim("trust", "A run is right, or it says that it is not", "posteriors.trust", 60, "3 of 20", "trust"),
+    Claim("guides", "Guides cover modes that SVI misses, at equal time", "guides.elbo", 60, "1", "guides"),
     Claim("modes", "Separated modes get their shares", "posteriors.modes", 3, "3", "modes"),
     Claim("kernels", "Which bridge to propose from", "posteriors.proposals", 48, "1", "bridge_kernels"),
     Claim("exactness", "Any bridge leaves the target invariant", "exactness.geweke", 40, "1", "geweke"),

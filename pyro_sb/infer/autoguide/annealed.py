@@ -138,20 +138,23 @@ class PathEndLaw(TorchDistribution):
         dim: Length of an end.
         like: A tensor with the dtype and device of the draws.
         batch_shape: Independent copies, for vectorised particles.
+        refusal: Why there is no density; empty where there is one.
     """
 
     arg_constraints: dict[str, Any] = {}
     support = constraints.real_vector
     has_rsample = False
 
-    def __init__(self, draw: Callable[[int], Draws], dim: int, like: Tensor, batch_shape: Size = NONE) -> None:
-        self.draw, self.like = draw, like
+    def __init__(
+        self, draw: Callable[[int], Draws], dim: int, like: Tensor, batch_shape: Size = NONE, refusal: str = ""
+    ) -> None:
+        self.draw, self.like, self.refusal = draw, like, refusal
         self._last: Draws | None = None
         super().__init__(Size(batch_shape), Size((dim,)), validate_args=False)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> "PathEndLaw":
         """The same law over a larger batch."""
-        return PathEndLaw(self.draw, self.event_shape[0], self.like, Size(batch_shape))
+        return PathEndLaw(self.draw, self.event_shape[0], self.like, Size(batch_shape), self.refusal)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Ends of paths. Shape ``(*sample_shape, *batch_shape, dim)``."""
@@ -168,6 +171,8 @@ class PathEndLaw(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """``log_q`` of the last draw; any other point raises."""
+        if self.refusal:
+            raise ValueError(self.refusal)
         if self._last is None or value.shape != self._last.value.shape or not torch.equal(value, self._last.value):
             raise NotImplementedError(
                 "an annealed bridge knows the density of its own last draw alone, got another point. Use its draws(), "
@@ -194,6 +199,7 @@ class AutoBridge(BridgeGuide):
             not), or one of Pyro's, trained: ``AutoNormal`` or an ``AutoContinuous``.
         num_steps: K, at least 2.
         init_loc_fn: Pyro's initialisation.
+        name: Of the guide in Pyro's store.
 
     Raises:
         ValueError: A base without a density, or fewer than two steps.
@@ -218,8 +224,9 @@ class AutoBridge(BridgeGuide):
         base: AutoGuide | None = None,
         num_steps: int = 8,
         init_loc_fn: Callable[..., Any] = init_somewhere,
+        name: str | None = None,
     ) -> None:
-        super().__init__(model, init_loc_fn=init_loc_fn)
+        super().__init__(model, init_loc_fn=init_loc_fn, name=name)
         num_steps = whole("num_steps", num_steps, 2, cure="One step is the base itself.")
         base = AutoLightBridge(model, init_loc_fn=init_loc_fn) if base is None else base
         if isinstance(base, AutoBridge) or not isinstance(base, AutoContinuous | AutoNormal):
@@ -247,7 +254,7 @@ class AutoBridge(BridgeGuide):
         """
         joint = self._target(args, kwargs)
         base = self.base
-        if isinstance(base, AutoLightBridge) and base.fitted is None:
+        if isinstance(base, AutoLightBridge) and not base.num_blocks:  # neither fitted, nor trained, nor loaded
             base.fit(*args, **kwargs)
         law = _density_of(base, args, kwargs)
         order = self._order(joint)
@@ -261,19 +268,23 @@ class AutoBridge(BridgeGuide):
         stages += (f"bridge of {self.num_steps} steps, sizes {_range(bridge.step_sizes)}",)
         figures = pareto_k(log_weights), effective_sample_size(log_weights) / len(log_weights)
         populations = () if inner is None else inner.populations
-        self.fitted = GuideFit(
-            joint, args, kwargs, float(log_weights.mean()), value, error, *figures, stages, populations
-        )
-        self._warn(self.fitted, f"Raise num_steps (now {self.num_steps}), or use a better base.")
-        return self.fitted
+        fit = GuideFit(joint, args, kwargs, float(log_weights.mean()), value, error, *figures, stages, populations)
+        return self._finish(fit, f"Raise num_steps (now {self.num_steps}), or use a better base.")
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> PathEndLaw:
-        """Law of the packed latent: its ``log_prob`` answers for its own last draw."""
+        """Law of the packed latent: draws of the posterior that was fitted, and ``log_prob`` of its own last draw.
+
+        Other arguments than the fit's, as of ``Predictive`` on new rows, get draws, and no density.
+        """
+        if self.fitted is None and len(self.step_sizes):  # a state that was loaded
+            with without_handlers():
+                self.attach(*args, **kwargs)
         known = self._known("get_posterior")
+        refusal = ""
         if (args or kwargs) and not _same((args, kwargs), (known.args, known.kwargs)):
-            raise ValueError(
-                "the guide must be called with the arguments that it was fitted to, got others. Call fit(*args) with "
-                "them; a guide for many data sets is AutoLightBridge or AmortizedPosterior."
+            refusal = (
+                "the guide must be called with the arguments that it was fitted to for a density, got others. Call "
+                "fit(*args) with them; a guide for many data sets is AmortizedPosterior."
             )
         bridge = self._bridge()
 
@@ -282,7 +293,14 @@ class AutoBridge(BridgeGuide):
                 z, log_weights = bridge.draws(num)
                 return Draws(z[:, bridge.order], known.target.log_prob(z) - log_weights)
 
-        return PathEndLaw(draw, self.latent_dim, self._init_loc())
+        return PathEndLaw(draw, self.latent_dim, self._init_loc(), refusal=refusal)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("factor", "step_sizes"):
+            if f"{prefix}{name}" in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[f"{prefix}{name}"]))
+        self.fitted = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def weighted(self, num: int) -> tuple[Tensor, Tensor]:
         """Ends of paths in the log joint's order ``(num, dim)``, and the log weights of the paths ``(num,)``."""

@@ -24,9 +24,9 @@ __all__ = ["BlockFit", "fit_block", "polished"]
 
 MAX_ROUNDS, STALE = 8, 2
 GAIN = 0.01  # nats of KL(p || q) under which a round brought nothing
-TAILS = (0.03, 1.4)  # share and stretch of wider copies
+TAILS = ((0.03, 1.4), (0.03, 2.2))  # shares and stretches of wider copies
 BAD_K = 0.7  # above which weights cannot be trusted
-EVEN = 0.99  # effective share above which weights are all but equal, and a tail of theirs is of no consequence
+EVEN = 0.98  # effective share above which weights are all but equal, and a tail of theirs is of no consequence
 OUTSIDE = 100.0  # nats that a draw outside the support counts below the evidence
 CLOSE = 0.005  # nats between ELBO and EUBO that leave nothing to gain
 MAX_POINTS = 8192
@@ -72,7 +72,8 @@ def fit_block(joint: LogJoint, num_particles: int, num_components: int | None, n
         value = float(torch.logsumexp(fresh.log_weights, 0)) - math.log(num)
         moved = polished(joint, core, num_updates, value)
         fresh.add(moved, num, LIGHT_GUARD)
-        rivals |= {f"{num_updates} updates of the ELBO": moved, "the same with wider tails": with_tails(moved)}
+        rivals[f"{num_updates} updates of the ELBO"] = moved
+        rivals |= {f"the same with tails {tail[1]} times as wide": with_tails(moved, *tail) for tail in TAILS}
     marks = {name: judged(joint, rival, fresh) for name, rival in rivals.items()}
     for name, mark in marks.items():
         stages.append(f"{name}: {rivals[name].num_components} components, {mark.describe()}")
@@ -116,9 +117,8 @@ def judged(joint: LogJoint, core: StudentMixture, fresh: Archive, num: int = 400
     return Mark(float(ratio.mean()), float(upper), pareto_k(ratio), effective_sample_size(ratio) / num)
 
 
-def with_tails(core: StudentMixture) -> StudentMixture:
+def with_tails(core: StudentMixture, share: float, stretch: float) -> StudentMixture:
     """The mixture with each component once more, of little weight and a larger scale: still Gaussian, longer tails."""
-    share, stretch = TAILS
     return StudentMixture(
         torch.cat([core.log_weights + math.log1p(-share), core.log_weights + math.log(share)]),
         core.locs.repeat(2, 1),

@@ -25,6 +25,7 @@ from pyro_sb.weights import smoothed
 __all__ = ["BridgeGuide", "GuideFit", "init_somewhere"]
 
 Sites = dict[str, Tensor]
+CPU = torch.device("cpu")
 _numbers: dict[type, Any] = {}
 SHARED = {"_model", "_given", "prototype_trace", "_prototype_frames", "_cond_indep_stacks", "plates", "fitted"}
 
@@ -89,15 +90,25 @@ class BridgeGuide(AutoContinuous):
     Args:
         model: Pyro model without discrete latents.
         init_loc_fn: Pyro's initialisation, one of `pyro.infer.autoguide.initialization`.
+        name: Under which Pyro's store and optimisers know its parameters. Omitted: one of its own, ``AutoLightBridge``,
+            ``AutoLightBridge_1``, ... in the order in which guides are made; write one where training is resumed.
     """
 
-    def __init__(self, model: Callable[..., Any], *, init_loc_fn: Callable[..., Any] = init_somewhere) -> None:
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        init_loc_fn: Callable[..., Any] = init_somewhere,
+        name: str | None = None,
+    ) -> None:
         if not callable(model):
             raise TypeError(f"model must be a Pyro model, a function, got {type(model).__name__}.")
         super().__init__(model, init_loc_fn=init_loc_fn)
-        self._pyro_name = _fresh_name(type(self))
+        self._pyro_name = _fresh_name(type(self)) if name is None else name
         self._given = (model,)
         self.fitted: GuideFit | None = None
+        self.evidence: Tensor
+        self.register_buffer("evidence", torch.full((2,), torch.nan, dtype=torch.float64))
 
     def __repr__(self) -> str:
         name = getattr(self._given[0], "__name__", type(self._given[0]).__name__)
@@ -108,12 +119,36 @@ class BridgeGuide(AutoContinuous):
     @property
     def log_evidence(self) -> float:
         """Log of the model's evidence, in nats, with :attr:`log_evidence_error`. Known after ``fit``."""
-        return self._known("log_evidence").log_evidence
+        return self._evidence()[0]
 
     @property
     def log_evidence_error(self) -> float:
         """Standard error of :attr:`log_evidence`, in nats."""
-        return self._known("log_evidence_error").log_evidence_error
+        return self._evidence()[1]
+
+    def _evidence(self) -> list[float]:
+        if bool(torch.isnan(self.evidence[0])):
+            raise RuntimeError("log_evidence needs a fitted guide, got one that is not. Call fit(*args) first.")
+        return self.evidence.tolist()
+
+    def attach(self, *args: Any, **kwargs: Any) -> None:
+        """Give a guide whose state was loaded its model's arguments: `importance`, exports and reports need them.
+
+        Args:
+            *args: The model's arguments, those of the fit.
+            **kwargs: The model's keyword arguments.
+        """
+        joint = self._target(args, kwargs)
+        unknown = float("nan")
+        value, error = self.evidence.tolist()
+        self.fitted = GuideFit(joint, args, kwargs, unknown, value, error, unknown, unknown, ("loaded",))
+
+    def _finish(self, fit: GuideFit, knob: str) -> GuideFit:
+        """Keep a fit's figures, and warn where its weights cannot be trusted."""
+        self.fitted = fit
+        self.evidence.copy_(torch.tensor([fit.log_evidence, fit.log_evidence_error], dtype=torch.float64, device=CPU))
+        self._warn(fit, knob)
+        return fit
 
     @property
     def population(self) -> Population | None:
@@ -185,7 +220,8 @@ class BridgeGuide(AutoContinuous):
         for row in rows:
             for site, value in self._unpack_latent(row):
                 found.setdefault(site["name"], []).append(biject_to(site["fn"].support)(value))
-        return {name: torch.stack(values) for name, values in found.items()}
+        rank = probs.argsort().argsort()  # a transform may fall: the smallest value has the smallest probability
+        return {name: torch.stack(values).sort(0).values[rank.to(values[0].device)] for name, values in found.items()}
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         trace = pyro.poutine.block(pyro.poutine.trace(self.model).get_trace)(*args, **kwargs)
@@ -196,6 +232,13 @@ class BridgeGuide(AutoContinuous):
                 f"{type(self).__name__} needs continuous latents, got discrete sites {names}. Sum them out: "
                 "MCMC(KernelLangevin(model)) does; under SVI write poutine.block(model, hide=[...]) and "
                 "TraceEnum_ELBO."
+            )
+        parts = [frame for site in sites for frame in site["cond_indep_stack"] if _subsampled(frame)]
+        if parts:
+            raise NotImplementedError(
+                f"{type(self).__name__} needs latents of whole plates, got some inside {parts[0].name!r}, of which "
+                f"a run has {parts[0].size} rows of {parts[0].full_size}: the guide would share them between rows. Use "
+                "AmortizedPosterior(row_model) and condition(y).in_plate(...), or the whole plate."
             )
         super()._setup_prototype(*args, **kwargs)
 
@@ -243,3 +286,8 @@ class BridgeGuide(AutoContinuous):
         new.__dict__["master"] = None
         new.__dict__["_pyro_name"] = _fresh_name(type(self))
         return new
+
+
+def _subsampled(frame: Any) -> bool:
+    """Whether a run has fewer rows of a plate than there are."""
+    return frame.full_size is not None and frame.full_size != frame.size

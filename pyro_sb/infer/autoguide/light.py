@@ -22,7 +22,8 @@ __all__ = ["AutoLightBridge"]
 
 COLD_COMPONENTS, COLD_SCALE = 8, 0.5
 FEWEST = 512  # draws of a round of a small block
-BUFFERS, PARAMETERS = ("places", "locs", "trils"), ("logits", "shifts", "stretches")
+ORIGINS, MOVED = ("locs", "trils"), ("logits", "shifts", "stretches")
+PARAMETERS = ORIGINS + MOVED
 
 
 class AutoLightBridge(BridgeGuide):
@@ -42,6 +43,7 @@ class AutoLightBridge(BridgeGuide):
         num_particles: Draws of a round of the fit's population, at least 50.
         num_updates: Updates of the ELBO that compete with the fit; 0 for none.
         init_loc_fn: Pyro's initialisation, for SVI without a fit.
+        name: Under which Pyro's store and optimisers know its parameters; see `BridgeGuide`.
 
     Example:
         >>> import pyro.distributions as dist
@@ -68,8 +70,9 @@ class AutoLightBridge(BridgeGuide):
         num_particles: int = 1024,
         num_updates: int = 300,
         init_loc_fn: Callable[..., Any] = init_somewhere,
+        name: str | None = None,
     ) -> None:
-        super().__init__(model, init_loc_fn=init_loc_fn)
+        super().__init__(model, init_loc_fn=init_loc_fn, name=name)
         cure = "Omit it for as many as it takes."
         self.num_components = None if num_components is None else whole("num_components", num_components, cure=cure)
         self.num_particles = whole("num_particles", num_particles)
@@ -115,7 +118,7 @@ class AutoLightBridge(BridgeGuide):
         error = math.hypot(*(f.log_evidence_error for f in fits))
         self.baseline.fill_(value)
         stages = [f"{len(fits)} independent blocks"] * (len(fits) > 1) + [s for f in fits for s in f.stages]
-        self.fitted = GuideFit(
+        fit = GuideFit(
             joint,
             args,
             kwargs,
@@ -127,11 +130,9 @@ class AutoLightBridge(BridgeGuide):
             tuple(stages),
             tuple(f.population for f in fits),
         )
-        self._warn(
-            self.fitted,
-            f"Raise num_particles (now {self.num_particles}), or refine it by AutoBridge(model, base=guide).",
+        return self._finish(
+            fit, f"Raise num_particles (now {self.num_particles}), or refine it by AutoBridge(model, base=guide)."
         )
-        return self.fitted
 
     def weighted(self, num: int) -> tuple[Tensor, Tensor]:
         """Draws in the log joint's order ``(num, dim)``, and the log of target over guide ``(num,)``."""
@@ -195,17 +196,22 @@ class AutoLightBridge(BridgeGuide):
         for b, (places, mixture) in enumerate(blocks):
             mixture = StudentMixture(*(value.detach().to(like) for value in mixture))
             self.register_buffer(f"places_{b}", places.to(like.device))
-            self.register_buffer(f"locs_{b}", mixture.locs)
-            self.register_buffer(f"trils_{b}", mixture.scale_trils)
-            starts = (mixture.log_weights, torch.zeros_like(mixture.locs), torch.zeros_like(mixture.scale_trils))
+            zeros = torch.zeros_like(mixture.locs), torch.zeros_like(mixture.scale_trils)
+            starts = (mixture.locs, mixture.scale_trils, mixture.log_weights, *zeros)
             for name, start in zip(PARAMETERS, starts):
-                setattr(self, f"{name}_{b}", nn.Parameter(start.clone()))
+                setattr(self, f"{name}_{b}", nn.Parameter(start.clone(), requires_grad=name in MOVED))
         self.num_blocks = len(blocks)
+        extra = f"{self._pyro_name}.logits_{self.num_blocks}"
+        if extra in pyro.get_param_store():
+            raise ValueError(
+                f"the parameter store must hold a guide of {self.num_blocks} block, got one of more ({extra}). Load a "
+                "fitted guide by guide.load_state_dict(state)."
+            )
 
     def _forget(self) -> None:
         store = pyro.get_param_store()
         for b in range(self.num_blocks):
-            for name in BUFFERS + PARAMETERS:
+            for name in ("places", *PARAMETERS):
                 delattr(self, f"{name}_{b}")
             for name in PARAMETERS:
                 full = f"{self._pyro_name}.{name}_{b}"
@@ -214,7 +220,7 @@ class AutoLightBridge(BridgeGuide):
         self.num_blocks = 0
 
     def _block(self, b: int) -> MixtureBlock:
-        places, locs, trils, logits, shifts, stretches = (getattr(self, f"{n}_{b}") for n in BUFFERS + PARAMETERS)
+        places, locs, trils, logits, shifts, stretches = (getattr(self, f"{n}_{b}") for n in ("places", *PARAMETERS))
         core = StudentMixture(logits, locs, trils, torch.full_like(logits, torch.inf))
         return MixtureBlock(places, moved(core, logits, shifts, stretches))
 
@@ -231,11 +237,12 @@ class AutoLightBridge(BridgeGuide):
         if num and mine != theirs:
             self._forget()
             for b in range(num):
-                for name in BUFFERS:
-                    self.register_buffer(f"{name}_{b}", torch.empty_like(saved[f"{name}_{b}"]))
+                self.register_buffer(f"places_{b}", torch.empty_like(saved[f"places_{b}"]))
                 for name in PARAMETERS:
-                    setattr(self, f"{name}_{b}", nn.Parameter(torch.empty_like(saved[f"{name}_{b}"])))
+                    value = torch.empty_like(saved[f"{name}_{b}"])
+                    setattr(self, f"{name}_{b}", nn.Parameter(value, requires_grad=name in MOVED))
             self.num_blocks = num
+        self.fitted = None  # figures of another law
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -212,7 +212,7 @@ def test_a_cold_start():
     guide = AutoLightBridge(conjugate, num_components=2)
     svi = SVI(conjugate, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
     losses = [svi.step(Y) for _ in range(400)]
-    assert sum(losses[-50:]) / 50 == pytest.approx(-float(conjugate_answer(Y)[2]), abs=0.1)
+    assert sum(losses[-50:]) / 50 == pytest.approx(-float(conjugate_answer(Y)[2]), abs=0.2)
 
 
 def test_reweighted_wake_sleep_keeps_the_fit():
@@ -241,13 +241,14 @@ def test_pyros_losses_have_the_elbos_gradient(loss):
     x = torch.linspace(-9, 9, 8001, dtype=F)[:, None]
     log_p = torch.logaddexp(*(math.log(w) + dist.Normal(m, 0.5).log_prob(x[:, 0]) for w, m in ((0.2, -3), (0.8, 3))))
     log_q = guide.get_posterior().log_prob(x)
-    exact = torch.autograd.grad(torch.trapezoid(log_q.exp() * (log_q - log_p), x[:, 0]), list(guide.parameters()))
+    free = [p for p in guide.parameters() if p.requires_grad]
+    exact = torch.autograd.grad(torch.trapezoid(log_q.exp() * (log_q - log_p), x[:, 0]), free)
     options = {} if loss is Trace_ELBO else {"strict_enumeration_warning": False}
     elbo, rounds = loss(num_particles=50, vectorize_particles=True, max_plate_nesting=0, **options), []
     for _ in range(300):
         guide.zero_grad()
         elbo.loss_and_grads(two_modes(), guide)
-        rounds.append(torch.cat([p.grad.flatten() for p in guide.parameters()]))
+        rounds.append(torch.cat([p.grad.flatten() for p in guide.parameters() if p.requires_grad]))
     rounds = torch.stack(rounds)
     z = (rounds.mean(0) - torch.cat([g.flatten() for g in exact])) / (rounds.std(0) / math.sqrt(len(rounds)))
     assert z.abs().max() < 4
@@ -341,6 +342,64 @@ def test_state_goes_into_a_guide_that_was_never_called(light):
         assert torch.equal(other.get_posterior().log_prob(x), light.get_posterior().log_prob(x))
 
 
+def test_a_loaded_bridge_is_the_saved_one(annealed):
+    other = AutoBridge(bounded)
+    other.load_state_dict(annealed.state_dict())
+    assert other.log_evidence == annealed.log_evidence
+    other.attach(Y)
+    pyro.set_rng_seed(5)
+    mine = annealed(Y)
+    pyro.set_rng_seed(5)
+    assert all(torch.equal(mine[name], value) for name, value in other(Y).items())
+    assert abs(other.importance(500).log_evidence - annealed.log_evidence) < 0.05
+
+
+def test_pyros_store_restores_the_law():
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+    guide = AutoLightBridge(conjugate, num_components=3, name="stored")
+    svi = SVI(conjugate, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    for _ in range(20):
+        svi.step(Y)
+    x, state = torch.linspace(-1, 2, 5, dtype=F)[:, None], pyro.get_param_store().get_state()
+    pyro.clear_param_store()
+    pyro.get_param_store().set_state(state)
+    other = AutoLightBridge(conjugate, num_components=3, name="stored")
+    other(Y)
+    assert torch.equal(other.get_posterior().log_prob(x), guide.get_posterior().log_prob(x))
+
+
+def test_figures_of_a_fit_do_not_outlive_its_law(light):
+    other = copy.deepcopy(light)
+    other.load_state_dict(AutoLightBridge(conjugate).state_dict(), strict=False)
+    assert other.fitted is None
+
+
+def test_quantiles_rise_where_the_transform_falls():
+    def model():
+        x = pyro.sample("x", dist.ImproperUniform(dist.constraints.less_than(0.0), (), ()))
+        pyro.factor("t", x)
+
+    pyro.set_rng_seed(0)
+    guide = AutoLightBridge(model, num_updates=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        guide.fit()
+    found = guide.quantiles([0.9, 0.1, 0.5])["x"]
+    assert torch.allclose(found, torch.tensor([math.log(0.9), math.log(0.1), math.log(0.5)]), rtol=0.1)
+
+
+def test_latents_inside_a_subsampled_plate_are_refused():
+    def model(y):
+        with pyro.plate("rows", len(y), subsample_size=2) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y[rows])
+
+    guide = AutoLightBridge(model, num_components=2)
+    with pytest.raises(NotImplementedError, match="rows"):
+        SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO()).step(Y.float())
+
+
 def test_state_of_more_components_than_allowed_is_refused():
     big, small = (AutoLightBridge(conjugate, num_components=k) for k in (4, 2))
     big(Y), small(Y)
@@ -384,15 +443,14 @@ def test_training_resumes_bit_for_bit():
 
     pyro.set_rng_seed(3)
     pyro.clear_param_store()
-    guide, optim = AutoLightBridge(conjugate, num_components=2), pyro.optim.Adam({"lr": 0.05})
+    guide, optim = AutoLightBridge(conjugate, num_components=2, name="g"), pyro.optim.Adam({"lr": 0.05})
     train(guide, optim, 5)
     guide_state = {k: v.clone() for k, v in guide.state_dict().items()}
     optim_state, seed = copy.deepcopy(optim.get_state()), torch.get_rng_state()
     whole = train(guide, optim, 5)
     pyro.clear_param_store()
-    other, fresh = AutoLightBridge(conjugate, num_components=2), pyro.optim.Adam({"lr": 0.05})
+    other, fresh = AutoLightBridge(conjugate, num_components=2, name="g"), pyro.optim.Adam({"lr": 0.05})
     other.load_state_dict(guide_state)
-    other._pyro_name = guide._pyro_name  # as in a new process, where names begin anew
     fresh.set_state(optim_state)
     other(Y)
     torch.set_rng_state(seed)
@@ -494,10 +552,12 @@ def test_a_point_mass_is_no_base():
     assert math.isfinite(guide.fit(Y).elbo)
 
 
-def test_other_arguments_are_refused_by_the_annealed_bridge(annealed):
-    with pytest.raises(ValueError, match="arguments"):
-        annealed(Y + 1)
+def test_other_arguments_get_draws_of_the_annealed_bridge_and_no_density(annealed):
     assert annealed(Y.clone()).keys() == {"s", "p"}
+    drawn = Predictive(bounded, guide=annealed, num_samples=5)(torch.zeros(7, dtype=F))
+    assert drawn["s"].shape[0] == 5
+    with pytest.raises(ValueError, match="arguments"):
+        Trace_ELBO().loss(bounded, annealed, Y + 1)
 
 
 def test_a_foreign_point_has_no_density(annealed):
