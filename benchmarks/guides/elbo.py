@@ -189,6 +189,7 @@ def text(store: Store, seeds: int) -> str:
 
 def main() -> None:
     options = command(__doc__, seeds=3, cached=True, only={"default": ""})
+    torch.set_default_dtype(torch.float64)  # AutoIAFNormal's networks take the default
     store = Store("guides")
     if not options.report:
         for seed in range(options.seeds):
