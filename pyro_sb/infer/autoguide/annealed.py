@@ -208,6 +208,7 @@ class AutoBridge(BridgeGuide):
         Annealed importance sampling (Neal, 2001), https://arxiv.org/abs/physics/9803008
 
     Example:
+        >>> import pyro
         >>> def model(y):
         ...     v = pyro.sample("v", dist.Normal(0.0, 1.0))
         ...     pyro.sample("y", dist.Normal(0.0, v.exp()), obs=y)
