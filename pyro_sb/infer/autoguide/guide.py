@@ -18,6 +18,7 @@ from pyro_sb.infer.amortized.posterior import ImportanceDraws, weigh
 from pyro_sb.infer.autoguide.fit import BAD_K, EVEN
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
 from pyro_sb.infer.model.run import Run
+from pyro_sb.infer.model.sites import is_deterministic
 from pyro_sb.infer.population.population import Population
 from pyro_sb.warn import warn
 from pyro_sb.weights import smoothed
@@ -248,7 +249,26 @@ class BridgeGuide(AutoContinuous):
         if self.prototype_trace is None:
             with pyro.poutine.block(), pyro.validation_enabled(False):
                 self._setup_prototype(*args, **kwargs)
+        self._check_data(args, kwargs)
         return joint
+
+    def _check_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse a part of the data; warn where there are none."""
+        with pyro.poutine.block(), pyro.validation_enabled(False):
+            trace = pyro.poutine.trace(self.model).get_trace(*args, **kwargs)
+        seen = [site for site in trace.nodes.values() if site["type"] == "sample" and site["is_observed"]]
+        data = [site for site in seen if not is_deterministic(site)]
+        parts = [frame for site in data for frame in site["cond_indep_stack"] if _subsampled(frame)]
+        if parts:
+            raise NotImplementedError(
+                f"a fit needs all data of plate {parts[0].name!r}, got {parts[0].size} rows of {parts[0].full_size}: "
+                "its evidence would be that of a scaled part. Give the whole plate, or train by SVI."
+            )
+        if not data:
+            warn(
+                "The guide is fitted to the prior alone: the model shows no observed site and no factor. If a handler "
+                "hides them, as poutine.block(model, expose=[...]) does, write hide=[...] or pass the model itself."
+            )
 
     def _order(self, joint: LogJoint) -> Tensor:
         """Places in the log joint's vector of the guide's coordinates, in the guide's order."""

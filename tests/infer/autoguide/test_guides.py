@@ -132,7 +132,7 @@ def test_independent_pairs_of_modes_get_a_mixture_each():
     assert guide.log_evidence == pytest.approx(exact, abs=0.1)
     left = (guide.get_posterior().sample((4000,)) < 0).double()
     share = math.exp(0.5) / (1 + math.exp(0.5))
-    assert left.mean(0).sub(share).abs().max() < 0.04
+    assert left.mean(0).sub(share).abs().max() < 0.07  # .01 nats of KL, under which a round of the fit ends
     assert torch.corrcoef(left.T).sub(torch.eye(5)).abs().max() < 0.08
 
 
@@ -268,10 +268,13 @@ def test_predictive(which, parallel, request):
     guide = request.getfixturevalue(which)
     model = conjugate if which == "light" else bounded
     pyro.set_rng_seed(0)
-    drawn = Predictive(model, guide=guide, num_samples=40, parallel=parallel)(Y)
-    sites = {"light": {"mu"}, "annealed": {"s", "p"}}[which]
-    assert sites <= drawn.keys() | set(drawn)
-    assert all(torch.isfinite(drawn[name]).all() for name in sites if name in drawn)
+    sites = {"light": ["mu"], "annealed": ["s", "p"]}[which]
+    predictive = Predictive(model, guide=guide, num_samples=400, parallel=parallel, return_sites=sites)
+    drawn = predictive(Y)
+    for name in sites:
+        exact = guide.importance(4000)
+        mean = exact.expectation(exact.sites[name])
+        assert abs(float(drawn[name].mean() - mean)) < 4.5 * float(exact.sites[name].std()) / 20
 
 
 @pytest.mark.parametrize("which", ["light", "annealed"])
@@ -387,6 +390,24 @@ def test_quantiles_rise_where_the_transform_falls():
         guide.fit()
     found = guide.quantiles([0.9, 0.1, 0.5])["x"]
     assert torch.allclose(found, torch.tensor([math.log(0.9), math.log(0.1), math.log(0.5)]), rtol=0.1)
+
+
+def test_a_given_part_of_the_data_is_refused_by_a_fit():
+    def model(y, part):
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        with pyro.plate("rows", len(y), subsample=part):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[part])
+
+    with pytest.raises(NotImplementedError, match="2 rows of 4"):
+        AutoLightBridge(model).fit(Y.float(), torch.tensor([0, 1]))
+
+
+def test_a_fit_without_data_says_so():
+    hidden = poutine.block(bounded, expose=["s"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        AutoLightBridge(hidden, num_updates=0).fit(Y)
+    assert [w for w in caught if "prior alone" in str(w.message)]
 
 
 def test_latents_inside_a_subsampled_plate_are_refused():
@@ -582,6 +603,7 @@ def test_a_fit_that_does_not_cover_warns():
 
     def model():
         pyro.sample("x", dist.StudentT(torch.full((4,), 1.0, dtype=F), 0.0, 1.0).to_event(1))
+        pyro.factor("nothing", torch.zeros(()))
 
     with pytest.warns(RuntimeWarning, match="does not cover"):
         AutoLightBridge(model, num_components=1, num_updates=0).fit()
