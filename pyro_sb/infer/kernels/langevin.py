@@ -13,10 +13,11 @@ from pyro_sb.checks import number
 from pyro_sb.infer.mcmc.kernel import ModelKernel, check_count
 from pyro_sb.infer.mcmc.walk import ROLES, TUNING_CHAINS, Frozen
 from pyro_sb.infer.model.log_joint import LogJoint
-from pyro_sb.infer.moves.moves import BridgeMove, IndexMove
+from pyro_sb.infer.moves.moves import BridgeMove, HamiltonianMove, IndexMove
 from pyro_sb.infer.moves.tuning import ChainStates, Tuned, share_moves, trajectory_range, tune, tune_local
 from pyro_sb.infer.population.population import Population
 from pyro_sb.infer.population.rounds import temper_weights
+from pyro_sb.infer.population.settle import steps_of
 from pyro_sb.infer.population.thrift import thrifty
 from pyro_sb.ops.student_mixture import StudentMixture, weighted_covariance, within_covariance
 from pyro_sb.warn import warn
@@ -165,15 +166,18 @@ class KernelLangevin(ModelKernel):
         self.frozen = freeze(self._target, population, **self.options)
         logger.info("moves: %s", self.frozen.describe())
         index = self.frozen.acceptance.get("index", 1.0)
-        if index < 0.05:
+        if index < 0.05 and population.num_modes != 1:
             warn(
                 f"The index move accepts {index:.3f} < 0.05: chains hardly cross between modes, and shares of modes "
                 f"may be off, as the start decides them. Raise num_particles (now {self.num_particles}).",
             )
 
     def _starts(self, num: int) -> Tensor:
-        """Draws of the population by weight."""
+        """Draws of the population by weight, or states of the chains that settled where no mixture serves."""
         assert self.population is not None
+        if self.population.states is not None:
+            states = self.population.states
+            return states[torch.randint(len(states), (num,), device=states.device)]
         weights = normalise(temper_weights(self.population.log_weights, 50.0))
         return self.population.points[torch.multinomial(weights, num, replacement=True)]
 
@@ -209,7 +213,11 @@ def freeze(
     if "index" in roles:
         move = index_move(population, bridges[0] if bridges else None, points, index_time)
         tuned["index"], batch = tune(move, log_joint, batch, scale)
-    if "local" in roles:
+    if "local" in roles and local == "hmc" and population.step_size:
+        step_size = population.step_size
+        move = HamiltonianMove(population.core, steps_of(step_size), step_size)
+        tuned["local"], batch = tune(move, log_joint, batch, scale)
+    elif "local" in roles:
         fit = tuned["index"].acceptance if "index" in tuned else 0.0
         limit, spread = (1, 1.5) if local == "mala" else trajectory_range(fit)
         tuned["local"], batch = tune_local(population.core, log_joint, batch, scale, max_steps=limit, spread=spread)

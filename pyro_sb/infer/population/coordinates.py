@@ -1,7 +1,7 @@
-r"""Non-centred coordinates :math:`\theta = \mu + \tau u` of a model, and the choice between them and its own."""
+r"""Partly centred coordinates :math:`\theta = \mu + \tau^{1 - \lambda} (x - \lambda\mu)` of a model, and the choice."""
 
 import logging
-import warnings
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,18 +17,32 @@ from torch.distributions import constraints
 from pyro_sb.infer.model.imputation import MISSING
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.population.population import Population, populate
-from pyro_sb.infer.population.rounds import FAIR_SHARE
+from pyro_sb.infer.population.search import climb, dispersed_starts, empty_optima, relevant
+from pyro_sb.infer.population.settle import settle
+from pyro_sb.infer.population.sources import laplace_mixture
+from pyro_sb.ops.student_mixture import StudentMixture
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = "_decentered"
+DEGREES = (0.0, 0.25, 0.5, 0.75, 1.0)
+ASCENTS = 12
+SIMPLER = 0.1  # of the misfit by which other coordinates must be better than the model's own
 
 
 class NonCentre(Strategy):
-    """Pyro's reparametrisation strategy that decentres every latent location-scale site on the reals."""
+    """Pyro's reparametrisation strategy that decentres every latent location-scale site on the reals.
+
+    Args:
+        degrees: Degrees of centring in [0, 1], by site; 0 where there is none.
+    """
+
+    def __init__(self, degrees: dict[str, Tensor] | None = None) -> None:
+        super().__init__()
+        self.degrees = degrees or {}
 
     def configure(self, msg: dict[str, Any]) -> Reparam | None:
-        """``LocScaleReparam(0)`` for a latent site such as Normal, StudentT or Laplace; None for any other."""
+        """``LocScaleReparam`` for a latent site such as Normal, StudentT or Laplace; None for any other."""
         if msg["is_observed"] or msg["name"].endswith((SUFFIX, MISSING)):  # missing entries keep their places
             return None
         fn = msg["fn"]
@@ -37,7 +51,7 @@ class NonCentre(Strategy):
         located = {"loc", "scale"} <= set(getattr(fn, "arg_constraints", {}))
         if not located or fn.support is not constraints.real:
             return None
-        return LocScaleReparam(centered=0.0)
+        return LocScaleReparam(centered=self.degrees.get(msg["name"], 0.0))
 
 
 class NonCentred:
@@ -98,6 +112,18 @@ class NonCentred:
             }
         return self.log_joint.pack(shared | noise).to(z.dtype)
 
+    def frames(self, u: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Location and scale of every decentred site at draws of its standard form, ``(M, *site)`` each."""
+        params = self.log_joint.unpack(u)
+        here = self._values(params)
+        frames = {}
+        for name in self.sites:
+            noise = params[name + SUFFIX].to(torch.float64)
+            value = here[name].to(torch.float64)
+            scale = self._values(params | _raised(params, name + SUFFIX))[name].to(torch.float64) - value
+            frames[name] = (value - scale * noise, scale)
+        return frames
+
     def _values(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.log_joint.deterministic(self.log_joint.pack(params))
 
@@ -110,17 +136,20 @@ def _raised(noise: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {name: noise[name] + 1.0}
 
 
-def non_centred(centred: LogJoint, build: Callable[[Callable[..., Any]], LogJoint]) -> NonCentred | None:
+def non_centred(
+    centred: LogJoint, build: Callable[[Callable[..., Any]], LogJoint], degrees: dict[str, Tensor] | None = None
+) -> NonCentred | None:
     """Non-centred coordinates of a log joint's model, or None if there is no model or nothing to decentre.
 
     Args:
         centred: Log joint of the model.
         build: Makes the log joint of another model with the same arguments.
+        degrees: Degrees of centring in [0, 1], by site; 0, wholly non-centred, where there is none.
     """
     if centred.model is None:
         return None
     try:
-        coordinates = NonCentred(centred, build(NonCentre()(centred.model)))
+        coordinates = NonCentred(centred, build(NonCentre(degrees)(centred.model)))
         return coordinates if coordinates.sites and coordinates.curved and coordinates.exact else None
     except Exception as error:  # an optional rebuild of a user's model: without it the model's own coordinates serve
         logger.info("no non-centred coordinates: %s", error)
@@ -135,10 +164,11 @@ def choose_coordinates(
     reparam: str | None,
     hints: Tensor | None = None,
 ) -> tuple[NonCentred | None, Population]:
-    """The population of a target, in the coordinates where its mixture fits better.
+    """The population of a target, in the coordinates in which it is most like a normal law.
 
-    The model's own coordinates come first. If the search met no maximum there (a funnel) or the effective share is
-    under .6, the non-centred form is tried, where there is one.
+    Short chains in the non-centred coordinates, where there are any, give draws and gradients. From them each entry of
+    each site learns a degree of centring, and the model's own, the non-centred and the partly centred coordinates are
+    compared.
 
     Args:
         log_joint: Log joint of the model.
@@ -149,29 +179,101 @@ def choose_coordinates(
         hints: Points for the search, in the model's coordinates.
 
     Returns:
-        The non-centred coordinates, or None for the model's own, and the population in them.
+        The coordinates, or None for the model's own, and the population in them.
     """
-    coordinates = non_centred(log_joint, build) if reparam else None
+    free = non_centred(log_joint, build) if reparam else None
+    coordinates = None if free is None else learnt_coordinates(free, build)
     if coordinates is None:
         return None, populate(log_joint, num_particles, start=start, hints=hints)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The population is poor")  # its rival may be better
-        population = populate(log_joint, num_particles, start=start, hints=hints, exploring=False)
-    if not _suspect(population):
-        return None, population
     moved = coordinates.inverse(start) if isinstance(start, Tensor) else start
-    rival = populate(
-        coordinates.log_joint,
-        num_particles,
-        start=moved,
-        hints=None if hints is None else coordinates.inverse(hints),
-    )
-    logger.info("effective share %.3f, non-centred %.3f", population.ess_share, rival.ess_share)
-    if (not _suspect(rival), rival.ess_share) > (False, population.ess_share):
-        return coordinates, rival
-    return None, populate(log_joint, num_particles, start=start, hints=hints)
+    near = None if hints is None else coordinates.inverse(hints)
+    return coordinates, populate(coordinates.log_joint, num_particles, start=moved, hints=near)
 
 
-def _suspect(population: Population) -> bool:
-    """Whether a region may be missing: a share cannot see what no draw has met; a search without maximum can."""
-    return population.ess_share < FAIR_SHARE or population.funnel
+def learnt_coordinates(free: NonCentred, build: Callable[[Callable[..., Any]], LogJoint]) -> NonCentred | None:
+    r"""The best of the non-centred coordinates, partly centred ones, and the model's own, which are None.
+
+    Judged by :math:`\log\det \operatorname{cov} x + \log\det \operatorname{cov} \nabla \log p`, which is 0 for a normal
+    law and positive for any other, whatever its scales and correlations, by the bound of Cramér and Rao.
+
+    Args:
+        free: The non-centred coordinates.
+        build: Makes the log joint of another model with the same arguments.
+    """
+    settled = settle(free.log_joint, _regions(free.log_joint))
+    label = settled.core.log_responsibilities(settled.points).argmax(-1)
+    z = free.forward(settled.points)
+    grad = free.centred.value_and_grad(z)[1]
+    degrees = learnt_degrees(free, settled.points, z, grad, label)
+    scores: list[tuple[float, NonCentred | None]] = [
+        (misfit(z, grad, label), None),
+        (misfit(settled.points, settled.grad, label), free),
+    ]
+    if any(bool(((0.0 < degree) & (degree < 1.0)).any()) for degree in degrees.values()) or len(degrees) > 1:
+        partly = non_centred(free.centred, build, degrees)
+        if partly is not None:
+            x = partly.inverse(z)
+            scores.append((misfit(x, partly.log_joint.value_and_grad(x)[1], label), partly))
+    logger.info("misfit of the model's own coordinates, non-centred, partly centred: %s", [s for s, _ in scores])
+    best, chosen = min(scores, key=lambda item: item[0])
+    return None if scores[0][0] < best + SIMPLER else chosen
+
+
+def _regions(joint: LogJoint) -> StudentMixture:
+    """Laplace's laws at the maxima that a few ascents meet; a normal law as wide as the starts, if they meet none."""
+    starts = dispersed_starts(joint, ASCENTS)
+    optima = relevant(climb(joint, empty_optima(joint), starts))
+    if len(optima.points):
+        return laplace_mixture(optima, df=math.inf, inflation=1.0)
+    one = starts.new_ones(1)
+    scale = torch.diag(starts.std(0).clamp_min(1e-6))
+    return StudentMixture(one.log(), starts.mean(0, keepdim=True), scale[None], math.inf * one)
+
+
+def learnt_degrees(free: NonCentred, u: Tensor, z: Tensor, grad: Tensor, label: Tensor) -> dict[str, Tensor]:
+    r"""Degree :math:`\lambda \in [0, 1]` of centring for every entry of every site that is decentred.
+
+    In the coordinates :math:`x = \lambda\mu + (\theta - \mu) \tau^{\lambda - 1}` the gradient is that of theta times
+    :math:`\tau^{1 - \lambda}`; the degree has the smallest :math:`\operatorname{var} x \operatorname{var} \nabla_x`.
+
+    Args:
+        free: The non-centred coordinates.
+        u: Draws in them. Shape ``(M, d)``.
+        z: The same in the model's. Shape ``(M, d)``.
+        grad: Gradients of the model's log joint there. Shape ``(M, d)``.
+        label: Region of every draw. Shape ``(M,)``.
+
+    References:
+        Automatic reparameterisation of probabilistic programs (Gorinova, Moore and Hoffman, 2019), section 4.2: the
+        coordinates. They choose degrees by a variational bound.
+    """
+    values, slopes = free.centred.unpack(z), free.centred.unpack(grad)
+    degrees = {}
+    for name, (loc, scale) in free.frames(u).items():
+        theta, slope = values[name].to(torch.float64), slopes[name].to(torch.float64)
+        products = [
+            _within(degree * loc + (theta - loc) * scale ** (degree - 1.0), label).square().mean(0)
+            * _within(slope * scale ** (1.0 - degree), label).square().mean(0)
+            for degree in DEGREES
+        ]
+        best = torch.stack(products).nan_to_num(torch.inf).argmin(0)
+        degrees[name] = theta.new_tensor(DEGREES)[best].to(free.centred.dtype)
+    return degrees
+
+
+def misfit(x: Tensor, grad: Tensor, label: Tensor) -> float:
+    """How far a law is from normal within its regions, from draws and gradients ``(M, d)``; 0 at best."""
+    finite = torch.isfinite(x).all(-1) & torch.isfinite(grad).all(-1)
+    if int(finite.sum()) < 0.9 * len(x):
+        return math.inf
+    x, grad = (_within(part[finite].to(torch.float64), label[finite]) for part in (x, grad))
+    if len(x) < 2 * x.shape[1]:
+        return float((x.square().mean(0) * grad.square().mean(0)).log().sum())
+    return float(sum(torch.linalg.slogdet(part.T @ part / len(part))[1] for part in (x, grad)))
+
+
+def _within(x: Tensor, label: Tensor) -> Tensor:
+    """Less the mean of its region, row by row."""
+    onehot = torch.nn.functional.one_hot(label).to(x.dtype)
+    means = torch.tensordot(onehot / onehot.sum(0).clamp_min(1.0), x, dims=([0], [0]))
+    return x - means[label]

@@ -5,6 +5,7 @@ mixture that is fitted to both weigh them.
 """
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from pyro_sb.infer.population.rounds import (
     temper_weights,
 )
 from pyro_sb.infer.population.search import UNMET, Optima, find_optima
+from pyro_sb.infer.population.settle import Settled, settle
 from pyro_sb.infer.population.sources import (
     Source,
     affordable,
@@ -38,6 +40,7 @@ from pyro_sb.infer.population.sources import (
     temper_and_climb,
     wide_mixture,
 )
+from pyro_sb.infer.population.subspace import bent, mixture_along
 from pyro_sb.infer.population.tempering import MixtureLaw, temper, within_factor
 from pyro_sb.ops.student_mixture import StudentMixture
 from pyro_sb.threads import run_by_arguments
@@ -50,6 +53,12 @@ logger = logging.getLogger(__name__)
 
 POOR_SHARE = 0.1
 """Effective share of the population under which it is called poor."""
+
+MANY_DIMENSIONS = 20
+"""Dimensions up to which mixtures of many components, and long walks, can make up for a poor fit."""
+
+HOPELESS = 0.02
+"""Effective share of a mixture in more dimensions under which refits are not tried."""
 
 CUT = 4.0
 """Nats by which the weights of walking chains exceed those of the draws where tails may be cut."""
@@ -77,6 +86,9 @@ class Population:
         excess: Nats by which the largest weights of walking chains exceed those of the draws: above 1 there are regions
             that the mixture misses.
         rare: Share of the evidence in maxima that three ascents or fewer met: more of their kind may be unmet.
+        step_size: Leapfrog step in the metric of ``core`` that chains of the warm-up settled with; 0 without them.
+        states: States of those chains, where no mixture serves as a proposal: then moves are fitted to them, and chains
+            start from them. Shape ``(M, d)``; None where the weighted draws serve.
     """
 
     points: Tensor
@@ -94,6 +106,8 @@ class Population:
     sources: tuple[Source, ...] = ()
     excess: float = 0.0
     rare: float = 0.0
+    step_size: float = 0.0
+    states: Tensor | None = None
 
     @property
     def weights(self) -> Tensor:
@@ -107,8 +121,12 @@ class Population:
     def distinct(self, num: int = 1024) -> tuple[Tensor, Tensor]:
         """At most ``num`` distinct points with weights: systematic draws, their multiplicities as weights.
 
-        Weights with fewer than 50 effective draws are flattened first; that costs acceptance, never exactness.
+        Weights with fewer than 50 effective draws are flattened first; that costs acceptance, never exactness. Where no
+        mixture serves as a proposal they are states of the chains, with equal weights.
         """
+        if self.states is not None:
+            index = torch.randperm(len(self.states), device=self.states.device)[:num]
+            return self.states[index], self.states.new_full((len(index),), 1.0 / len(index))
         enough = min(0.5 * len(self.points), 50.0 + 10.0 * self.points.shape[1])
         weights = normalise(temper_weights(self.log_weights, enough))
         index, counts = systematic_resample(weights, num).unique(return_counts=True)
@@ -200,24 +218,30 @@ def populate(
         beginning = _from_both(archive, num_particles, hints, fair_share if exploring else 0.0, fair_share, stages)
     else:
         raise ValueError(f'start must be "search", "prior" or a tensor of points (M, {log_joint.dim}), got {start!r}.')
-    core = refit(archive, beginning.core, good_share, max_rounds, stages)
-    core, excess = explore(archive, core, fair_share, stages, BRIEF)
     funnel = isinstance(start, str) and start == "search" and beginning.num_modes == 0
-    poor = max(archive.shares()) < 0.5 * fair_share
-    if exploring and (poor or funnel or excess > UNCOVERED):
-        walk = LONG if poor or funnel else LONG._replace(max_rounds=2)
-        _, excess = explore(archive, core, fair_share, stages, walk)
-    points, log_weights, log_density = _frozen(archive, num_particles)
+    settled = beginning.settled if log_joint.dim > MANY_DIMENSIONS else None
+    if settled is None:
+        excess = _improved(archive, beginning.core, good_share, fair_share, max_rounds, exploring, funnel, stages)
+    else:
+        excess = _improved_along(archive, settled, good_share, num_particles, stages)
+    best, share = archive.best, max(archive.shares())
+    if settled is not None:
+        shares = [archive.served(i, settled.points, settled.log_density) for i in range(len(archive.cores))]
+        best, share = max(enumerate(shares), key=lambda item: item[1])
+    hopeless = settled is not None and share < HOPELESS
+    if hopeless:
+        best = next(i for i, core in enumerate(archive.cores) if core is settled.core)
+    points, log_weights, log_density = _frozen(archive, best, num_particles)
     value, error = honest_evidence(log_weights)
     result = Population(
         points=points,
         log_weights=log_weights,
         log_density=log_density,
-        proposal=archive.proposals[archive.best],
-        core=archive.cores[archive.best],
+        proposal=archive.proposals[best],
+        core=archive.cores[best],
         log_evidence=value,
         log_evidence_error=error,
-        ess_share=archive.shares()[archive.best],
+        ess_share=share,
         num_modes=beginning.num_modes,
         funnel=funnel,
         stages=tuple(stages),
@@ -225,10 +249,53 @@ def populate(
         sources=beginning.sources,
         excess=excess,
         rare=beginning.rare,
+        step_size=settled.step_size if settled is not None else 0.0,
+        states=settled.points if hopeless else None,
     )
     logger.info("population: %s", "; ".join(stages))
     _warn(result, num_particles, flat=log_joint.prototype is None or bool(log_joint.prototype.improper))
     return result
+
+
+def _improved(
+    archive: Archive,
+    core: StudentMixture,
+    good_share: float,
+    fair_share: float,
+    max_rounds: int,
+    exploring: bool,
+    funnel: bool,
+    stages: list[str],
+) -> float:
+    """Refits and walks, until the mixture serves; by how many nats the weights of walking chains exceed its own."""
+    core = refit(archive, core, good_share, max_rounds, stages)
+    core, excess = explore(archive, core, fair_share, stages, BRIEF)
+    poor = max(archive.shares()) < 0.5 * fair_share
+    if exploring and (poor or funnel or excess > UNCOVERED):
+        walk = LONG if poor or funnel else LONG._replace(max_rounds=2)
+        _, excess = explore(archive, core, fair_share, stages, walk)
+    return excess
+
+
+def _improved_along(archive: Archive, settled: Settled, good_share: float, num: int, stages: list[str]) -> float:
+    """In many dimensions: mixtures along the directions in which a region is not normal; the chains are the walk."""
+    law = settled.core
+    shape = bent(law, settled.points, settled.grad) if law.num_components == 1 else None
+    if shape is not None:
+        at_chains = settled.points, torch.zeros_like(settled.log_density)
+        for sample in (at_chains, None):
+            core, proposal = mixture_along(shape, *(_weighted(archive) if sample is None else sample))
+            archive.add(core, num, proposal=proposal)
+            share = archive.served(len(archive.cores) - 1, settled.points, settled.log_density)
+            stages.append(
+                f"mixture along {shape.directions.shape[1]} directions: {core.num_components} components, "
+                f"effective share {share:.3f}"
+            )
+    return archive.excess(settled.points, settled.log_density)
+
+
+def _weighted(archive: Archive) -> tuple[Tensor, Tensor]:
+    return archive.points, temper_weights(archive.log_weights, 200.0)
 
 
 class Beginning(NamedTuple):
@@ -238,6 +305,7 @@ class Beginning(NamedTuple):
     num_modes: int = 0
     sources: tuple[Source, ...] = ()
     rare: float = 0.0
+    settled: Settled | None = None
 
 
 def _from_both(
@@ -256,16 +324,23 @@ def _from_both(
         rare = f"; {optima.rare:.1%} of the evidence in maxima met three times or less" if optima.rare > UNMET else ""
         stages.append(f"screened {done} points: {len(optima.points) - search.maxima} more maxima{rare}")
     found = temper_and_climb(joint, optima, affordable(joint, True, num))
-    core, share = _at_maxima(archive, found.optima, num, bent_share, stages)
+    core, share = _laplace(archive, found.optima, num, stages)
+    settled = None
+    if core is not None and share < fair_share:
+        settled, share = _settled(archive, found.optima, num, stages)
+        core = settled.core
+    many = settled is not None and joint.dim > MANY_DIMENSIONS
+    if core is not None and not many and share < bent_share:
+        core, share = _ridges(archive, laplace_mixture(found.optima, inflation=1.0), num, stages)
     full = affordable(joint, False, num)
     several = len(found.optima.points) > 1 and full.num > found.effort.num
-    if found.effort != full and (several or share < fair_share):
+    if found.effort != full and (several or (share < fair_share and not many)):
         stages.append(found.source.describe())
         found = temper_and_climb(joint, found.optima, full)
         if found.source.new:
             core, share = _at_maxima(archive, found.optima, num, bent_share, stages)
     stages.append(found.source.describe())
-    if found.particles is not None and share < fair_share:
+    if found.particles is not None and share < fair_share and not many:
         pool = pooled(joint, found.law, found.particles, core, num)
         core = fit_mixture(*pool, num_components=max(1, len(found.optima.points)), previous=core)
         share = archive.add(core, num, LIGHT_GUARD)
@@ -275,7 +350,15 @@ def _from_both(
     if core is None:
         core = wide_mixture(joint)
         archive.add(core, num, HEAVY_GUARD)
-    return Beginning(core, len(found.optima.points), (search, found.source), found.optima.rare)
+    return Beginning(core, len(found.optima.points), (search, found.source), found.optima.rare, settled)
+
+
+def _settled(archive: Archive, optima: Optima, num: int, stages: list[str]) -> tuple[Settled, float]:
+    """Chains that settle at the maxima, and the effective share of the normal laws fitted to them."""
+    settled = settle(archive.log_joint, laplace_mixture(optima, df=math.inf, inflation=1.0))
+    share = archive.add(settled.core, num, LIGHT_GUARD)
+    stages += [settled.describe(), f"normal laws of draws and gradients: effective share {share:.3f}"]
+    return settled, share
 
 
 def _at_maxima(
@@ -360,9 +443,9 @@ def _checked_points(log_joint: LogJoint, points: Tensor) -> Tensor:
     return points
 
 
-def _frozen(archive: Archive, num: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Fresh draws of the best mixture, with their log weights and log densities: it was fixed before them."""
-    proposal = archive.proposals[archive.best]
+def _frozen(archive: Archive, index: int, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fresh draws of a mixture, with their log weights and log densities: it was fixed before them."""
+    proposal = archive.proposals[index]
     points = proposal.sample(num)
     log_density = archive.log_joint.log_prob(points)
     return points, log_density - proposal.log_prob(points), log_density

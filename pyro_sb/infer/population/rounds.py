@@ -71,12 +71,19 @@ class Archive:
         self.cores: list[StudentMixture] = []
         self.counts: list[int] = []
 
-    def add(self, core: StudentMixture, num: int, guard: tuple[float, float, float] | None = None) -> float:
+    def add(
+        self,
+        core: StudentMixture,
+        num: int,
+        guard: tuple[float, float, float] | None = None,
+        proposal: StudentMixture | None = None,
+    ) -> float:
         """Draw ``num`` points of a new proposal; return the effective share of those draws alone.
 
-        The proposal is ``core``, or ``core.with_guard(*guard)``.
+        The proposal is the given one, ``core.with_guard(*guard)``, or ``core``.
         """
-        proposal = core if guard is None else core.with_guard(*guard)
+        if proposal is None:
+            proposal = core if guard is None else core.with_guard(*guard)
         self.cores.append(core)
         points = proposal.sample(num)
         log_density = self.log_joint.log_prob(points)
@@ -113,6 +120,18 @@ class Archive:
         """Proposal of the largest effective share on all draws: those see what its own may miss."""
         shares = self.shares()
         return max(range(len(shares)), key=shares.__getitem__)
+
+    def served(self, index: int, points: Tensor, log_density: Tensor) -> float:
+        r"""Effective share of a proposal, judged on its own draws and on states of chains: the smaller of the two.
+
+        In many dimensions draws of other proposals lie where neither the target nor this one has mass, and judge it
+        by that. At states of the target the share is :math:`Z / E_p[p / \rho]`.
+        """
+        rows = self.rows(index)
+        own = self.log_density[rows] - self.log_proposals[index][rows]
+        theirs = log_density - self.proposals[index].log_prob(points)
+        at_states = log_evidence(own)[0] - (torch.logsumexp(theirs, 0) - math.log(len(theirs)))
+        return min(effective_sample_size(own) / len(own), float(torch.exp(at_states)), 1.0)
 
     def excess(self, points: Tensor, log_density: Tensor) -> float:
         """By how many nats the upper weights of given states exceed those of all draws, under the best proposal.

@@ -1,0 +1,113 @@
+r"""A normal law in each region, :math:`N(m_k, S_k)`, from short chains: their draws and the gradients there."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_sb.infer.model.log_joint import LogJoint
+from pyro_sb.infer.moves.moves import Rows, adapted, hmc_step, jittered
+from pyro_sb.ops.sampling.fisher import fisher_fit
+from pyro_sb.ops.student_mixture import StudentMixture
+
+__all__ = ["MOST_STEPS", "Settled", "settle", "steps_of"]
+
+CHAINS = 64
+WINDOW, MAX_WINDOWS = 20, 6
+DRAWS_A_DIMENSION = 2  # of each region, in the last window: a fit from draws and gradients needs more than d
+DRIFT = 0.25  # sds between the means of two windows, above which another follows
+MOST_STEPS = 8
+LENGTH = 1.6  # of a trajectory in units of the metric: a quarter of a normal law's period
+
+
+class Settled(NamedTuple):
+    """Chains that have settled in their regions.
+
+    Attributes:
+        core: A normal law a region, with the shares that were given.
+        points: States of the last window. Shape ``(M, d)``.
+        log_density: The target's log density there. Shape ``(M,)``.
+        grad: Its gradient there. Shape ``(M, d)``.
+        step_size: Leapfrog step in units of the metric, at an acceptance of .8.
+        num_windows: Windows that it took.
+        drift: Sds between the means of the last two windows, of the coordinate that moved most.
+    """
+
+    core: StudentMixture
+    points: Tensor
+    log_density: Tensor
+    grad: Tensor
+    step_size: float
+    num_windows: int
+    drift: float
+
+    def describe(self) -> str:
+        """A stage: what was done, with its figures."""
+        return (
+            f"chains of {self.num_windows} windows: {len(self.points)} draws and gradients in the last, "
+            f"step {self.step_size:.2f} in units of their metric, means moved by {self.drift:.2f} sd"
+        )
+
+
+def steps_of(step_size: float) -> int:
+    """Leapfrog steps of a trajectory: a quarter of a period, at most 8."""
+    return min(MOST_STEPS, max(1, round(LENGTH / step_size)))
+
+
+def settle(joint: LogJoint, start: StudentMixture) -> Settled:
+    r"""Chains from a normal law in each region, which is fitted anew to every window of theirs.
+
+    The chains run Hamiltonian Monte Carlo in the metric of their region. A window has 20 steps, or as many as give two
+    draws a dimension and region; the first quarter of it does not count. Windows end where means no longer move.
+
+    Args:
+        joint: Target.
+        start: Laws of the regions, such as those of Laplace's method.
+
+    References:
+        The Fisher fit of `fisher_fit`.
+    """
+    num, dim = start.num_components, joint.dim
+    label = torch.arange(CHAINS * math.ceil(num / 8), device=joint.device) % num
+    laws = start._replace(df=torch.full_like(start.df, math.inf))
+    rows = _start(joint, laws, label)
+    size = max(WINDOW, math.ceil(4 / 3 * DRAWS_A_DIMENSION * dim * num / len(label)))
+    step_size, before, drift = min(0.5, dim**-0.25), laws.locs, math.inf
+    for window in range(1, MAX_WINDOWS + 1):
+        rows, kept, step_size = _window(joint, laws, label, rows, size, step_size)
+        laws = _fitted(laws, kept)
+        scale = laws.scale_trils.square().sum(-1).sqrt()
+        drift = float(((laws.locs - before) / scale).abs().max())
+        before = laws.locs
+        if window > 1 and drift < DRIFT:
+            break
+    return Settled(laws, *kept, step_size, window, drift)
+
+
+def _start(joint: LogJoint, laws: StudentMixture, label: Tensor) -> Rows:
+    """A draw of its region's law for every chain; the centre, where the log joint is not finite at the draw."""
+    x = laws.sample_components(label)
+    x = torch.where(torch.isfinite(joint.log_prob(x))[:, None], x, laws.locs[label])
+    return Rows(x, *joint.value_and_grad(x))
+
+
+def _window(
+    joint: LogJoint, laws: StudentMixture, label: Tensor, rows: Rows, size: int, step_size: float
+) -> tuple[Rows, Rows, float]:
+    """The chains after so many steps, the states of the last three quarters, and the step size."""
+    scale = laws.scale_trils[label] if laws.num_components > 1 else laws.scale_trils[0]
+    kept: list[Rows] = []
+    for count in range(1, size + 1):
+        step = jittered(step_size, 1.5, rows.x)
+        moved = hmc_step(joint.value_and_grad, rows.with_momentum(), scale, step, steps_of(step_size))
+        rows, step_size = moved.rows, adapted(step_size, moved.accept_prob, 0.8, 2.0 * count**-0.6)
+        kept.append(rows)
+    last = kept[len(kept) // 4 :]
+    return rows, Rows(*(torch.cat(parts) for parts in zip(*last, strict=True))), step_size
+
+
+def _fitted(laws: StudentMixture, kept: Rows) -> StudentMixture:
+    """The laws fitted to the draws of their regions and the gradients there."""
+    mean, factor = fisher_fit(kept.x, kept.grad, laws.log_responsibilities(kept.x).exp())
+    return laws._replace(locs=mean, scale_trils=factor)
