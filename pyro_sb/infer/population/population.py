@@ -29,7 +29,7 @@ from pyro_sb.infer.population.rounds import (
     refit,
     temper_weights,
 )
-from pyro_sb.infer.population.search import UNMET, Optima, find_optima
+from pyro_sb.infer.population.search import MANY_DIMENSIONS, UNMET, Optima, find_optima
 from pyro_sb.infer.population.settle import Settled, settle
 from pyro_sb.infer.population.sources import (
     Source,
@@ -53,9 +53,6 @@ logger = logging.getLogger(__name__)
 
 POOR_SHARE = 0.1
 """Effective share of the population under which it is called poor."""
-
-MANY_DIMENSIONS = 20
-"""Dimensions up to which mixtures of many components, and long walks, can make up for a poor fit."""
 
 HOPELESS = 0.02
 """Effective share of a mixture in more dimensions under which refits are not tried."""

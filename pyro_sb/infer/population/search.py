@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from pyro_sb.infer.model.log_joint import LogJoint
+from pyro_sb.infer.population.ascent import quasi_newton_ascent
 from pyro_sb.infer.population.thrift import thrifty
 
 __all__ = [
+    "MANY_DIMENSIONS",
     "UNMET",
     "Optima",
     "climb",
@@ -27,6 +29,8 @@ FIRST_BATCH, LARGEST_BATCH = 64, 4096
 STEP_LENGTHS = (16.0, 4.0, 2.0, 1.0, 0.5, 0.2, 0.05, 0.005)
 FLATTEST = 1e-7  # curvature over the largest, in coordinates of unit curvature, below which a direction is flat
 FEW = 3
+MANY_DIMENSIONS = 20  # above which a Hessian is not taken at every step
+MAX_FAILURES = 4  # ends that are no maxima, before the search of a batch ends
 UNMET = 0.01  # share of the evidence in maxima met once, above which the search goes on
 ROWS = 500_000  # of gradients that the search may take, counted for ascents of ten steps of a model of no size
 STEPS, NUMBERS = 10, 50  # a run of the model that holds so many numbers costs twice as much
@@ -98,8 +102,34 @@ def find_optima(log_joint: LogJoint, *, hints: Tensor | None = None, max_iter: i
 
 def climb(log_joint: LogJoint, found: Optima, starts: Tensor, max_iter: int = 60) -> Optima:
     """The maxima that are known and those in which ascents from ``starts`` ``(S, d)`` end."""
+    if log_joint.dim > MANY_DIMENSIONS:
+        return _climb_without_hessians(log_joint, found, starts, max_iter)
     ends, log_density, precisions, converged = newton_ascent(log_joint, starts, max_iter)
     return _merge(found, ends[converged], log_density[converged], precisions[converged], len(ends))
+
+
+def _climb_without_hessians(log_joint: LogJoint, found: Optima, starts: Tensor, max_iter: int) -> Optima:
+    """Quasi-Newton ascents, and Newton's method from the best end that lies at no known maximum, until there is none.
+
+    A Hessian takes 2 d gradients: in many dimensions it is spent on ends and not on every step of every start.
+    """
+    units = curvature_units(minus_hessian(log_joint, starts[:1])).expand_as(starts)
+    ends, log_density = quasi_newton_ascent(log_joint, starts, units)
+    left = torch.isfinite(log_density)
+    num_starts, failed = found.num_starts + len(starts), 0
+    while bool(left.any()) and failed < MAX_FAILURES:
+        best = int(log_density.where(left, -math.inf).argmax())
+        polished = newton_ascent(log_joint, ends[best : best + 1], max_iter)
+        left[best] = False
+        if not bool(polished[3][0]):
+            failed += 1
+            continue
+        found = _merge(found, *(part for part in polished[:3]), 1)
+        same = torch.tensor([len(_near(found, end)) > 0 for end in ends], device=left.device) & left
+        for end in ends[same]:
+            found.hits[_near(found, end)[0]] += 1
+        left &= ~same
+    return found._replace(num_starts=num_starts)
 
 
 def relevant(optima: Optima) -> Optima:
