@@ -14,10 +14,9 @@ from pyro_sb.infer.mcmc.kernel import ModelKernel, check_count
 from pyro_sb.infer.mcmc.walk import ROLES, TUNING_CHAINS, Frozen
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.moves.moves import BridgeMove, HamiltonianMove, IndexMove
-from pyro_sb.infer.moves.tuning import ChainStates, Tuned, share_moves, trajectory_range, tune, tune_local
+from pyro_sb.infer.moves.tuning import ChainStates, Tuned, share_moves, trajectory_range, tune, tune_from, tune_local
 from pyro_sb.infer.population.population import Population
 from pyro_sb.infer.population.rounds import temper_weights
-from pyro_sb.infer.population.settle import steps_of
 from pyro_sb.infer.population.thrift import thrifty
 from pyro_sb.ops.student_mixture import StudentMixture, weighted_covariance, within_covariance
 from pyro_sb.warn import warn
@@ -26,6 +25,8 @@ from pyro_sb.weights import normalise
 __all__ = ["KernelLangevin"]
 
 logger = logging.getLogger(__name__)
+
+LONGEST = 32  # leapfrog steps of a local move
 
 
 class KernelLangevin(ModelKernel):
@@ -213,10 +214,10 @@ def freeze(
     if "index" in roles:
         move = index_move(population, bridges[0] if bridges else None, points, index_time)
         tuned["index"], batch = tune(move, log_joint, batch, scale)
-    if "local" in roles and local == "hmc" and population.step_size:
-        step_size = population.step_size
-        move = HamiltonianMove(population.core, steps_of(step_size), step_size)
-        tuned["local"], batch = tune(move, log_joint, batch, scale)
+    if "local" in roles and local == "hmc" and population.regions is not None:
+        first = HamiltonianMove(population.regions, population.num_steps, population.step_size)
+        limit = max(population.num_steps, LONGEST)
+        tuned["local"], batch = tune_from(first, log_joint, batch, scale, max_steps=limit)
     elif "local" in roles:
         fit = tuned["index"].acceptance if "index" in tuned else 0.0
         limit, spread = (1, 1.5) if local == "mala" else trajectory_range(fit)

@@ -12,7 +12,17 @@ from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.moves.moves import HamiltonianMove, Move, adapted
 from pyro_sb.ops.student_mixture import StudentMixture
 
-__all__ = ["ChainStates", "Tuned", "fit_step", "local_floor", "share_moves", "trajectory_range", "tune", "tune_local"]
+__all__ = [
+    "ChainStates",
+    "Tuned",
+    "fit_step",
+    "local_floor",
+    "share_moves",
+    "trajectory_range",
+    "tune",
+    "tune_from",
+    "tune_local",
+]
 
 ADAPT_STEPS, MEASURE_STEPS = 15, 6
 
@@ -131,10 +141,19 @@ def tune_local(
     core: StudentMixture, log_joint: LogJoint, batch: ChainStates, scale: Tensor, max_steps: int, spread: float
 ) -> tuple[Tuned, ChainStates]:
     """HMC whose number of leapfrog steps doubles while the efficiency rises."""
+    first = HamiltonianMove(core, 1 if max_steps == 1 else 2, 0.5, spread)
+    return tune_from(first, log_joint, batch, scale, max_steps)
+
+
+def tune_from(
+    first: HamiltonianMove, log_joint: LogJoint, batch: ChainStates, scale: Tensor, max_steps: int
+) -> tuple[Tuned, ChainStates]:
+    """The same from given trajectories on."""
     best: Tuned | None = None
-    num_steps, step_size = (1, 0.5) if max_steps == 1 else (2, 0.5)
+    num_steps, step_size = first.num_steps, first.step_size
     while num_steps <= max_steps:
-        candidate, batch = tune(HamiltonianMove(core, num_steps, step_size, spread), log_joint, batch, scale)
+        move = HamiltonianMove(first.mixture, num_steps, step_size, first.spread)
+        candidate, batch = tune(move, log_joint, batch, scale)
         if best is not None and candidate.efficiency <= best.efficiency:
             break
         best, step_size = candidate, candidate.move.step_size

@@ -3,7 +3,7 @@ r"""Partly centred coordinates :math:`\theta = \mu + \tau^{1 - \lambda} (x - \la
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import Independent
@@ -20,6 +20,7 @@ from pyro_sb.infer.population.population import Population, populate
 from pyro_sb.infer.population.search import climb, dispersed_starts, empty_optima, relevant
 from pyro_sb.infer.population.settle import settle
 from pyro_sb.infer.population.sources import laplace_mixture
+from pyro_sb.ops.sampling.fisher import fisher_fit
 from pyro_sb.ops.student_mixture import StudentMixture
 
 logger = logging.getLogger(__name__)
@@ -182,15 +183,28 @@ def choose_coordinates(
         The coordinates, or None for the model's own, and the population in them.
     """
     free = non_centred(log_joint, build) if reparam else None
-    coordinates = None if free is None else learnt_coordinates(free, build)
-    if coordinates is None:
+    if free is None:
         return None, populate(log_joint, num_particles, start=start, hints=hints)
+    coordinates, near = learnt_coordinates(free, build)
+    if coordinates is None:
+        return None, populate(log_joint, num_particles, start=start, hints=hints, near=near)
     moved = coordinates.inverse(start) if isinstance(start, Tensor) else start
-    near = None if hints is None else coordinates.inverse(hints)
-    return coordinates, populate(coordinates.log_joint, num_particles, start=moved, hints=near)
+    hints = None if hints is None else coordinates.inverse(hints)
+    return coordinates, populate(coordinates.log_joint, num_particles, start=moved, hints=hints, near=near)
 
 
-def learnt_coordinates(free: NonCentred, build: Callable[[Callable[..., Any]], LogJoint]) -> NonCentred | None:
+class Candidate(NamedTuple):
+    """Draws and gradients in some coordinates, None for the model's own, and how far from normal they are."""
+
+    coordinates: NonCentred | None
+    x: Tensor
+    grad: Tensor
+    misfit: float
+
+
+def learnt_coordinates(
+    free: NonCentred, build: Callable[[Callable[..., Any]], LogJoint]
+) -> tuple[NonCentred | None, StudentMixture | None]:
     r"""The best of the non-centred coordinates, partly centred ones, and the model's own, which are None.
 
     Judged by :math:`\log\det \operatorname{cov} x + \log\det \operatorname{cov} \nabla \log p`, which is 0 for a normal
@@ -199,24 +213,31 @@ def learnt_coordinates(free: NonCentred, build: Callable[[Callable[..., Any]], L
     Args:
         free: The non-centred coordinates.
         build: Makes the log joint of another model with the same arguments.
+
+    Returns:
+        The coordinates, and normal laws of the regions in them that short chains settled in.
     """
     settled = settle(free.log_joint, _regions(free.log_joint))
-    label = settled.core.log_responsibilities(settled.points).argmax(-1)
-    z = free.forward(settled.points)
+    share = settled.core.log_responsibilities(settled.points)
+    label, z = share.argmax(-1), free.forward(settled.points)
     grad = free.centred.value_and_grad(z)[1]
-    degrees = learnt_degrees(free, settled.points, z, grad, label)
-    scores: list[tuple[float, NonCentred | None]] = [
-        (misfit(z, grad, label), None),
-        (misfit(settled.points, settled.grad, label), free),
+    candidates = [
+        Candidate(None, z, grad, misfit(z, grad, label)),
+        Candidate(free, settled.points, settled.grad, misfit(settled.points, settled.grad, label)),
     ]
-    if any(bool(((0.0 < degree) & (degree < 1.0)).any()) for degree in degrees.values()) or len(degrees) > 1:
-        partly = non_centred(free.centred, build, degrees)
-        if partly is not None:
-            x = partly.inverse(z)
-            scores.append((misfit(x, partly.log_joint.value_and_grad(x)[1], label), partly))
-    logger.info("misfit of the model's own coordinates, non-centred, partly centred: %s", [s for s, _ in scores])
-    best, chosen = min(scores, key=lambda item: item[0])
-    return None if scores[0][0] < best + SIMPLER else chosen
+    partly = non_centred(free.centred, build, learnt_degrees(free, settled.points, z, grad, label))
+    if partly is not None:
+        x = partly.inverse(z)
+        slope = partly.log_joint.value_and_grad(x)[1]
+        candidates.append(Candidate(partly, x, slope, misfit(x, slope, label)))
+    logger.info("misfit of the model's, non-centred, partly centred coordinates: %s", [c.misfit for c in candidates])
+    best = min(candidates, key=lambda candidate: candidate.misfit)
+    best = candidates[0] if candidates[0].misfit < best.misfit + SIMPLER else best
+    finite = torch.isfinite(best.x).all(-1) & torch.isfinite(best.grad).all(-1)
+    if not bool(finite.all()):
+        return best.coordinates, None
+    mean, scale = fisher_fit(best.x, best.grad, share.exp())
+    return best.coordinates, settled.core._replace(locs=mean, scale_trils=scale)
 
 
 def _regions(joint: LogJoint) -> StudentMixture:

@@ -30,11 +30,12 @@ from pyro_sb.infer.population.rounds import (
     temper_weights,
 )
 from pyro_sb.infer.population.search import MANY_DIMENSIONS, UNMET, Optima, find_optima
-from pyro_sb.infer.population.settle import Settled, settle
+from pyro_sb.infer.population.settle import Settled, settle, walked
 from pyro_sb.infer.population.sources import (
     Source,
     affordable,
     laplace_mixture,
+    law_of_particles,
     pooled,
     screened,
     temper_and_climb,
@@ -83,7 +84,9 @@ class Population:
         excess: Nats by which the largest weights of walking chains exceed those of the draws: above 1 there are regions
             that the mixture misses.
         rare: Share of the evidence in maxima that three ascents or fewer met: more of their kind may be unmet.
-        step_size: Leapfrog step in the metric of ``core`` that chains of the warm-up settled with; 0 without them.
+        regions: Normal laws of the regions that chains settled in, their metric; None without such chains.
+        step_size: Their leapfrog step.
+        num_steps: Leapfrog steps of their trajectories.
         states: States of those chains, where no mixture serves as a proposal: then moves are fitted to them, and chains
             start from them. Shape ``(M, d)``; None where the weighted draws serve.
     """
@@ -103,7 +106,9 @@ class Population:
     sources: tuple[Source, ...] = ()
     excess: float = 0.0
     rare: float = 0.0
+    regions: StudentMixture | None = None
     step_size: float = 0.0
+    num_steps: int = 1
     states: Tensor | None = None
 
     @property
@@ -169,6 +174,7 @@ def populate(
     max_rounds: int = 5,
     exploring: bool = True,
     hints: Tensor | None = None,
+    near: StudentMixture | None = None,
 ) -> Population:
     r"""Weighted population of an unnormalised target, unattended.
 
@@ -193,6 +199,7 @@ def populate(
         exploring: Whether ridges are followed where the mixture at the maxima does not fit, and longer walks may follow
             the brief one.
         hints: Points from which the search starts besides its own. Shape ``(M, dim)``.
+        near: Normal laws where the target is known to lie, for chains in many dimensions if the search meets no maximum.
 
     Returns:
         The population. A poor one (share under 0.1), and one whose walk still met what its draws miss, comes with a
@@ -212,7 +219,9 @@ def populate(
     elif start == "prior":
         beginning = _from_prior(archive, num_particles, stages)
     elif start == "search":
-        beginning = _from_both(archive, num_particles, hints, fair_share if exploring else 0.0, fair_share, stages)
+        beginning = _from_both(
+            archive, num_particles, hints, near, fair_share if exploring else 0.0, fair_share, stages
+        )
     else:
         raise ValueError(f'start must be "search", "prior" or a tensor of points (M, {log_joint.dim}), got {start!r}.')
     funnel = isinstance(start, str) and start == "search" and beginning.num_modes == 0
@@ -220,11 +229,10 @@ def populate(
     if settled is None:
         excess = _improved(archive, beginning.core, good_share, fair_share, max_rounds, exploring, funnel, stages)
     else:
-        excess = _improved_along(archive, settled, good_share, num_particles, stages)
+        settled, excess = _improved_along(archive, settled, good_share, num_particles, stages)
     best, share = archive.best, max(archive.shares())
     if settled is not None:
-        shares = [archive.served(i, settled.points, settled.log_density) for i in range(len(archive.cores))]
-        best, share = max(enumerate(shares), key=lambda item: item[1])
+        best, share = _serving(archive, settled)
     hopeless = settled is not None and share < HOPELESS
     if hopeless:
         best = next(i for i, core in enumerate(archive.cores) if core is settled.core)
@@ -246,7 +254,9 @@ def populate(
         sources=beginning.sources,
         excess=excess,
         rare=beginning.rare,
+        regions=settled.core if settled is not None else None,
         step_size=settled.step_size if settled is not None else 0.0,
+        num_steps=settled.num_steps if settled is not None else 1,
         states=settled.points if hopeless else None,
     )
     logger.info("population: %s", "; ".join(stages))
@@ -274,25 +284,41 @@ def _improved(
     return excess
 
 
-def _improved_along(archive: Archive, settled: Settled, good_share: float, num: int, stages: list[str]) -> float:
+def _improved_along(
+    archive: Archive, settled: Settled, good_share: float, num: int, stages: list[str]
+) -> tuple[Settled, float]:
     """In many dimensions: mixtures along the directions in which a region is not normal; the chains are the walk."""
-    law = settled.core
-    shape = bent(law, settled.points, settled.grad) if law.num_components == 1 else None
-    if shape is not None:
-        at_chains = settled.points, torch.zeros_like(settled.log_density)
-        for sample in (at_chains, None):
-            core, proposal = mixture_along(shape, *(_weighted(archive) if sample is None else sample))
-            archive.add(core, num, proposal=proposal)
-            share = archive.served(len(archive.cores) - 1, settled.points, settled.log_density)
-            stages.append(
-                f"mixture along {shape.directions.shape[1]} directions: {core.num_components} components, "
-                f"effective share {share:.3f}"
-            )
-    return archive.excess(settled.points, settled.log_density)
+    if settled.core.num_components == 1:
+        share = _bent_mixtures(archive, settled, num, stages)
+        if share < good_share:
+            settled = walked(archive.log_joint, settled, archive.proposals[_serving(archive, settled)[0]])
+            share = _bent_mixtures(archive, settled, num, stages)
+    return settled, archive.excess(settled.points, settled.log_density)
 
 
-def _weighted(archive: Archive) -> tuple[Tensor, Tensor]:
-    return archive.points, temper_weights(archive.log_weights, 200.0)
+def _bent_mixtures(archive: Archive, settled: Settled, num: int, stages: list[str]) -> float:
+    """Mixtures along one and two directions, fitted to the chains' states; the largest effective share."""
+    done = 0
+    for most in (1, 2):
+        shape = bent(settled.core, settled.points, settled.grad, most)
+        if shape is None or shape.directions.shape[1] == done:
+            break
+        done = shape.directions.shape[1]
+        core, proposal = mixture_along(shape, settled.points, torch.zeros_like(settled.log_density))
+        archive.add(core, num, proposal=proposal)
+    best, share = _serving(archive, settled)
+    if done:
+        stages.append(
+            f"mixtures along {done} direction{'s' * (done > 1)}: the best has {archive.cores[best].num_components} "
+            f"component{'s' * (archive.cores[best].num_components > 1)}, effective share {share:.3f}"
+        )
+    return share
+
+
+def _serving(archive: Archive, settled: Settled) -> tuple[int, float]:
+    """The proposal that serves chains best, and its effective share."""
+    shares = [archive.served(i, settled.points, settled.log_density) for i in range(len(archive.cores))]
+    return max(enumerate(shares), key=lambda item: item[1])
 
 
 class Beginning(NamedTuple):
@@ -306,7 +332,13 @@ class Beginning(NamedTuple):
 
 
 def _from_both(
-    archive: Archive, num: int, hints: Tensor | None, bent_share: float, fair_share: float, stages: list[str]
+    archive: Archive,
+    num: int,
+    hints: Tensor | None,
+    near: StudentMixture | None,
+    bent_share: float,
+    fair_share: float,
+    stages: list[str],
 ) -> Beginning:
     """The search, a scout of tempered particles, and where one normal law does not fit, as many as it takes.
 
@@ -324,7 +356,11 @@ def _from_both(
     core, share = _laplace(archive, found.optima, num, stages)
     settled = None
     if core is not None and share < fair_share:
-        settled, share = _settled(archive, found.optima, num, stages)
+        settled, share = _settled(archive, laplace_mixture(found.optima, df=math.inf, inflation=1.0), num, stages)
+    elif core is None and joint.dim > MANY_DIMENSIONS and (near is not None or found.particles is not None):
+        law = law_of_particles(found.particles) if near is None else near
+        settled, share = _settled(archive, law, num, stages)
+    if settled is not None:
         core = settled.core
     many = settled is not None and joint.dim > MANY_DIMENSIONS
     if core is not None and not many and share < bent_share:
@@ -350,9 +386,9 @@ def _from_both(
     return Beginning(core, len(found.optima.points), (search, found.source), found.optima.rare, settled)
 
 
-def _settled(archive: Archive, optima: Optima, num: int, stages: list[str]) -> tuple[Settled, float]:
-    """Chains that settle at the maxima, and the effective share of the normal laws fitted to them."""
-    settled = settle(archive.log_joint, laplace_mixture(optima, df=math.inf, inflation=1.0))
+def _settled(archive: Archive, start: StudentMixture, num: int, stages: list[str]) -> tuple[Settled, float]:
+    """Chains that settle in the regions of these laws, and the effective share of the normal laws fitted to them."""
+    settled = settle(archive.log_joint, start)
     share = archive.add(settled.core, num, LIGHT_GUARD)
     stages += [settled.describe(), f"normal laws of draws and gradients: effective share {share:.3f}"]
     return settled, share

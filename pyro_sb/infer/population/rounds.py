@@ -125,11 +125,13 @@ class Archive:
         r"""Effective share of a proposal, judged on its own draws and on states of chains: the smaller of the two.
 
         In many dimensions draws of other proposals lie where neither the target nor this one has mass, and judge it
-        by that. At states of the target the share is :math:`Z / E_p[p / \rho]`.
+        by that. At states of the target the share is :math:`Z / E_p[p / \rho]`; the largest half a per cent of the
+        weights there is left out: a single state that has not settled would decide.
         """
         rows = self.rows(index)
         own = self.log_density[rows] - self.log_proposals[index][rows]
-        theirs = log_density - self.proposals[index].log_prob(points)
+        theirs = (log_density - self.proposals[index].log_prob(points)).sort().values
+        theirs = theirs[: len(theirs) - len(theirs) // 200]
         at_states = log_evidence(own)[0] - (torch.logsumexp(theirs, 0) - math.log(len(theirs)))
         return min(effective_sample_size(own) / len(own), float(torch.exp(at_states)), 1.0)
 

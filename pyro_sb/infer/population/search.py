@@ -125,10 +125,11 @@ def _climb_without_hessians(log_joint: LogJoint, found: Optima, starts: Tensor, 
             failed += 1
             continue
         found = _merge(found, *(part for part in polished[:3]), 1)
-        same = torch.tensor([len(_near(found, end)) > 0 for end in ends], device=left.device) & left
-        for end in ends[same]:
-            found.hits[_near(found, end)[0]] += 1
-        left &= ~same
+        for i in left.nonzero().squeeze(-1).tolist():
+            near = _near(found, ends[i], max(9.0, 0.25 * log_joint.dim))
+            if len(near):
+                found.hits[near[0]] += 1
+                left[i] = False
     return found._replace(num_starts=num_starts)
 
 
@@ -324,10 +325,10 @@ def _merge(found: Optima, points: Tensor, log_density: Tensor, precisions: Tenso
     return _select(found, found.log_density.argsort(descending=True))
 
 
-def _near(found: Optima, point: Tensor) -> Tensor:
-    """Indices of the maxima within three of their sds of a point."""
+def _near(found: Optima, point: Tensor, squared: float = 9.0) -> Tensor:
+    """Indices of the maxima within three of their sds of a point, or another squared distance."""
     gaps = found.points - point
-    return (torch.einsum("ki,kij,kj->k", gaps, found.precisions, gaps) < 9.0).nonzero().flatten()
+    return (torch.einsum("ki,kij,kj->k", gaps, found.precisions, gaps) < squared).nonzero().flatten()
 
 
 def _select(optima: Optima, rows: Tensor) -> Optima:

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from pyro_sb.infer.model.log_joint import LogJoint
-from pyro_sb.infer.moves.moves import Rows, adapted, hmc_step, jittered
+from pyro_sb.infer.moves.moves import HamiltonianMove, IndexMove, Rows, adapted, hmc_step, jittered
 from pyro_sb.ops.sampling.fisher import fisher_fit
 from pyro_sb.ops.student_mixture import StudentMixture
 
-__all__ = ["MOST_STEPS", "Settled", "settle", "steps_of"]
+__all__ = ["Settled", "settle", "walked"]
 
 CHAINS = 64
-WINDOW, MAX_WINDOWS = 20, 6
+WINDOW, MAX_WINDOWS = 20, 8
 DRAWS_A_DIMENSION = 2  # of each region, in the last window: a fit from draws and gradients needs more than d
 DRIFT = 0.25  # sds between the means of two windows, above which another follows
-MOST_STEPS = 8
+MOST_STEPS, LONGER = 8, 4
 LENGTH = 1.6  # of a trajectory in units of the metric: a quarter of a normal law's period
 
 
@@ -30,6 +30,7 @@ class Settled(NamedTuple):
         log_density: The target's log density there. Shape ``(M,)``.
         grad: Its gradient there. Shape ``(M, d)``.
         step_size: Leapfrog step in units of the metric, at an acceptance of .8.
+        num_steps: Leapfrog steps of their last trajectories.
         num_windows: Windows that it took.
         drift: Sds between the means of the last two windows, of the coordinate that moved most.
     """
@@ -39,6 +40,7 @@ class Settled(NamedTuple):
     log_density: Tensor
     grad: Tensor
     step_size: float
+    num_steps: int
     num_windows: int
     drift: float
 
@@ -50,16 +52,17 @@ class Settled(NamedTuple):
         )
 
 
-def steps_of(step_size: float) -> int:
-    """Leapfrog steps of a trajectory: a quarter of a period, at most 8."""
-    return min(MOST_STEPS, max(1, round(LENGTH / step_size)))
+def steps_of(step_size: float, longer: int = 1) -> int:
+    """Leapfrog steps of a trajectory: a quarter of a period, at most 8; or so many times longer."""
+    return longer * min(MOST_STEPS, max(1, round(LENGTH / step_size)))
 
 
 def settle(joint: LogJoint, start: StudentMixture) -> Settled:
     r"""Chains from a normal law in each region, which is fitted anew to every window of theirs.
 
     The chains run Hamiltonian Monte Carlo in the metric of their region. A window has 20 steps, or as many as give two
-    draws a dimension and region; the first quarter of it does not count. Windows end where means no longer move.
+    draws a dimension and region; the first quarter of it does not count. Windows end where means no longer move;
+    where they still do after two, and after four, trajectories are twice as long.
 
     Args:
         joint: Target.
@@ -75,14 +78,15 @@ def settle(joint: LogJoint, start: StudentMixture) -> Settled:
     size = max(WINDOW, math.ceil(4 / 3 * DRAWS_A_DIMENSION * dim * num / len(label)))
     step_size, before, drift = min(0.5, dim**-0.25), laws.locs, math.inf
     for window in range(1, MAX_WINDOWS + 1):
-        rows, kept, step_size = _window(joint, laws, label, rows, size, step_size)
+        longer = min(LONGER, 2 ** ((window - 1) // 2))
+        rows, kept, step_size = _window(joint, laws, label, rows, size, step_size, longer)
         laws = _fitted(laws, kept)
         scale = laws.scale_trils.square().sum(-1).sqrt()
         drift = float(((laws.locs - before) / scale).abs().max())
         before = laws.locs
         if window > 1 and drift < DRIFT:
             break
-    return Settled(laws, *kept, step_size, window, drift)
+    return Settled(laws, *kept, step_size, steps_of(step_size, longer), window, drift)
 
 
 def _start(joint: LogJoint, laws: StudentMixture, label: Tensor) -> Rows:
@@ -93,14 +97,14 @@ def _start(joint: LogJoint, laws: StudentMixture, label: Tensor) -> Rows:
 
 
 def _window(
-    joint: LogJoint, laws: StudentMixture, label: Tensor, rows: Rows, size: int, step_size: float
+    joint: LogJoint, laws: StudentMixture, label: Tensor, rows: Rows, size: int, step_size: float, longer: int
 ) -> tuple[Rows, Rows, float]:
     """The chains after so many steps, the states of the last three quarters, and the step size."""
     scale = laws.scale_trils[label] if laws.num_components > 1 else laws.scale_trils[0]
     kept: list[Rows] = []
     for count in range(1, size + 1):
         step = jittered(step_size, 1.5, rows.x)
-        moved = hmc_step(joint.value_and_grad, rows.with_momentum(), scale, step, steps_of(step_size))
+        moved = hmc_step(joint.value_and_grad, rows.with_momentum(), scale, step, steps_of(step_size, longer))
         rows, step_size = moved.rows, adapted(step_size, moved.accept_prob, 0.8, 2.0 * count**-0.6)
         kept.append(rows)
     last = kept[len(kept) // 4 :]
@@ -111,3 +115,20 @@ def _fitted(laws: StudentMixture, kept: Rows) -> StudentMixture:
     """The laws fitted to the draws of their regions and the gradients there."""
     mean, factor = fisher_fit(kept.x, kept.grad, laws.log_responsibilities(kept.x).exp())
     return laws._replace(locs=mean, scale_trils=factor)
+
+
+def walked(joint: LogJoint, settled: Settled, proposal: StudentMixture, num_steps: int = 24) -> Settled:
+    """The chains after more steps, each with a jump of a mixture before it: their states, and the gradients there."""
+    num = CHAINS * math.ceil(settled.core.num_components / 8)
+    x, log_density = settled.points[-num:], settled.log_density[-num:]
+    local, index = HamiltonianMove(settled.core, settled.num_steps, settled.step_size), IndexMove(proposal)
+    states = []
+    for _ in range(num_steps):
+        for move in (index, local):
+            moved = move.step(joint, x, log_density)
+            x, log_density = moved.x, moved.log_density
+        states.append(x)
+    points = torch.cat(states[num_steps // 4 :])
+    return settled._replace(
+        points=points, **dict(zip(("log_density", "grad"), joint.value_and_grad(points), strict=True))
+    )

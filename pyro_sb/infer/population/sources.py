@@ -15,7 +15,16 @@ from torch import Tensor
 
 from pyro_sb.distributions import Draws
 from pyro_sb.infer.model.log_joint import LogJoint
-from pyro_sb.infer.population.search import NUMBERS, UNMET, Optima, climb, empty_optima, prior_draws, relevant
+from pyro_sb.infer.population.search import (
+    MANY_DIMENSIONS,
+    NUMBERS,
+    UNMET,
+    Optima,
+    climb,
+    empty_optima,
+    prior_draws,
+    relevant,
+)
 from pyro_sb.infer.population.tempering import MixtureLaw, Particles, PointLaw, neighbour_factor, temper
 from pyro_sb.infer.population.thrift import thrifty
 from pyro_sb.ops.student_mixture import StudentMixture
@@ -25,6 +34,7 @@ __all__ = [
     "Source",
     "affordable",
     "laplace_mixture",
+    "law_of_particles",
     "pooled",
     "screened",
     "temper_and_climb",
@@ -64,6 +74,8 @@ def affordable(joint: LogJoint, least: bool, num_particles: int = 1024) -> Effor
     num = 2 ** round(math.log2(scale * AFFORDABLE / (1 + joint.run_size / NUMBERS)))
     most = round(scale * MOST)
     num = min(most, max(thrifty(joint, FEWEST, SCOUTS), num))
+    if least and joint.dim > MANY_DIMENSIONS:
+        num = min(num, 2 * FEWEST)
     return Effort(num, 0.3, 2, 2) if least and num < most else Effort(num, 0.5, 3, 4)
 
 
@@ -102,6 +114,14 @@ def laplace_mixture(optima: Optima, df: float = 5.0, inflation: float = 2.25) ->
     share = torch.softmax(optima.log_laplace, 0).clamp_min(0.05 / len(optima.points))
     scales = torch.linalg.cholesky(inflation * torch.linalg.inv(optima.precisions))
     return StudentMixture((share / share.sum()).log(), optima.points, scales, torch.full_like(share, df))
+
+
+def law_of_particles(particles: Particles) -> StudentMixture:
+    """A normal law with the mean and the variances of the particles at the last temperature they reached."""
+    x = particles.points[:, 0]
+    one = x.new_ones(1)
+    scale = torch.diag(x.std(0).clamp_min(1e-12))
+    return StudentMixture(one.log(), x.mean(0, keepdim=True), scale[None], math.inf * one)
 
 
 def wide_mixture(joint: LogJoint) -> StudentMixture:

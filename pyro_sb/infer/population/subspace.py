@@ -1,7 +1,7 @@
 r"""A mixture along the few directions in which a region is not normal, with what lies across it following along.
 
-In units of a normal law, :math:`x = m + L w`, a draw is split into :math:`a = V^\top w` and the rest :math:`b`. Given a,
-the rest is taken as :math:`N(c(a), v(a))`. Components at the nodes of a grid in a, with the slope of c there, make a
+In units of a normal law, :math:`x = m + L w`, a draw is split into :math:`a = V^\top w` and the rest :math:`b`. Given
+a, the rest is taken as :math:`N(c(a), v(a))`. Components at the nodes of a grid in a, with the slope of c there, make a
 mixture in all dimensions.
 """
 
@@ -19,6 +19,7 @@ MOST_DIRECTIONS = 2
 LEAST = 0.1  # mean square of the score's residual along a direction, above which the region is not normal there
 SPACING, WIDTH, BEYOND = 0.75, 0.6, 8.0  # of nodes, of components, and of nodes past the draws, in sds
 MOST_NODES = 64
+LEAST_FALL = 0.3  # nats by which the density falls over an sd past the draws, at least
 RELEVANT = 10.0  # nats below the highest node at which one is left out
 GUARD = 0.1  # share of the weight that all nodes divide between them
 UPDATES = 50
@@ -50,21 +51,22 @@ class Bent(NamedTuple):
     spread: Tensor
 
 
-def bent(law: StudentMixture, points: Tensor, grad: Tensor) -> Bent | None:
+def bent(law: StudentMixture, points: Tensor, grad: Tensor, most: int = MOST_DIRECTIONS) -> Bent | None:
     r"""Directions along which a region is not normal, and what lies across; None where it is normal in all.
 
-    The directions are the leading eigenvectors of :math:`E[s s^\top]`, :math:`s = L^\top \nabla \log p + w` the residual
-    of the score, at most two of them. As :math:`b + \nabla_b \log p` is the middle of the rest where that is normal,
-    a cubic in a is fitted to it, which needs few draws in many dimensions; v is the root of the ratio of
-    the rest's variance to that of its gradients.
+    The directions are the leading eigenvectors of :math:`E[s s^\top]`, :math:`s = L^\top \nabla \log p + w` the
+    residual of the score, at most two of them. As :math:`b + \nabla_b \log p` is the middle of the rest where that is
+    normal, a cubic in a is fitted to it, which needs few draws in many dimensions; v is the root of the ratio of the
+    rest's variance to that of its gradients.
 
     Args:
         law: The normal law, a mixture of one component.
         points: Draws. Shape ``(M, d)``.
         grad: Gradients of the target's log density there. Shape ``(M, d)``.
+        most: Largest number of directions, 1 or 2.
     """
     white, score = law.whiten(points)[:, 0], grad @ law.scale_trils[0]
-    directions = _directions(score + white)
+    directions = _directions(score + white, most)
     if not directions.shape[1]:
         return None
     a = white @ directions
@@ -87,17 +89,18 @@ def bent(law: StudentMixture, points: Tensor, grad: Tensor) -> Bent | None:
     free = ((nodes >= low) & (nodes <= high)).to(a.dtype)
     slopes = (middles[:, 1:] - middles[:, :1]).mT / (1e-3 * sd) * free[:, None]
     width = (0.5 * (_features(inside[:, 0])[:, : flat.shape[1]] @ trend)).exp().clamp(0.3, 3.0)
-    log_mass = _log_mass(a, score @ directions, nodes, low, high)
+    log_mass = _log_mass(a / sd, score @ directions * sd, nodes / sd, low / sd, high / sd)
     found = (nodes, middles[:, 0], slopes, width, log_mass)
     index = log_mass.topk(min(MOST_NODES, len(log_mass))).indices
-    index = index[log_mass[index] > log_mass.max() - RELEVANT]
+    near = torch.cdist(nodes[index] / sd, a / sd).amin(1) < SPACING
+    index = index[(log_mass[index] > log_mass.max() - RELEVANT) | near]
     return Bent(law, directions, *(part[index] for part in found), WIDTH * sd)
 
 
 def _log_mass(a: Tensor, force: Tensor, nodes: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Log density along the directions, up to a constant: the mean force is its gradient. Past the draws it is linear.
 
-    A quartic is fitted whose gradient is nearest the forces.
+    A quartic is fitted whose gradient is nearest the forces. All is in units of an sd.
 
     Args:
         a: Draws along the directions. Shape ``(M, r)``.
@@ -116,7 +119,9 @@ def _log_mass(a: Tensor, force: Tensor, nodes: Tensor, low: Tensor, high: Tensor
         coefficients = torch.linalg.lstsq(rows, force.flatten()[:, None]).solution
         value = (_quartic(edge) @ coefficients)[:, 0]
         slope = torch.autograd.grad(value.sum(), edge)[0]
-    return (value + (slope * (nodes - edge)).sum(-1)).detach()
+        past = nodes - edge
+        fall = torch.minimum((slope * past).sum(-1), -LEAST_FALL * past.norm(dim=-1))
+    return (value + fall).detach()
 
 
 def _quartic(a: Tensor) -> Tensor:
@@ -161,11 +166,11 @@ def _lifted(shape: Bent, share: Tensor) -> StudentMixture:
     return StudentMixture(log_weights, locs, factors, torch.full_like(log_weights, math.inf))
 
 
-def _directions(residual: Tensor) -> Tensor:
+def _directions(residual: Tensor, most: int) -> Tensor:
     size = residual.square().sum(-1)
     bounded = residual[size <= torch.quantile(size, 0.98)]  # a single steep point would be a direction of its own
     values, vectors = torch.linalg.eigh(bounded.T @ bounded / len(bounded))
-    num = int((values > LEAST).sum().clamp_max(MOST_DIRECTIONS))
+    num = int((values > LEAST).sum().clamp_max(most))
     return vectors[:, len(values) - num :]
 
 
