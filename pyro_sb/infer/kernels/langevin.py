@@ -214,9 +214,10 @@ def freeze(
     if "index" in roles:
         move = index_move(population, bridges[0] if bridges else None, points, index_time)
         tuned["index"], batch = tune(move, log_joint, batch, scale)
-    if "local" in roles and local == "hmc" and population.regions is not None:
-        first = HamiltonianMove(population.regions, population.num_steps, population.step_size)
-        limit = max(population.num_steps, LONGEST)
+    if "local" in roles and local == "hmc" and population.settled is not None:
+        settled = population.settled
+        first = HamiltonianMove(settled.core, settled.num_steps, settled.step_size)
+        limit = max(settled.num_steps, LONGEST)
         tuned["local"], batch = tune_from(first, log_joint, batch, scale, max_steps=limit)
     elif "local" in roles:
         fit = tuned["index"].acceptance if "index" in tuned else 0.0

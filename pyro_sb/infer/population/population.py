@@ -84,11 +84,7 @@ class Population:
         excess: Nats by which the largest weights of walking chains exceed those of the draws: above 1 there are regions
             that the mixture misses.
         rare: Share of the evidence in maxima that three ascents or fewer met: more of their kind may be unmet.
-        regions: Normal laws of the regions that chains settled in, their metric; None without such chains.
-        step_size: Their leapfrog step.
-        num_steps: Leapfrog steps of their trajectories.
-        states: States of those chains, where no mixture serves as a proposal: then moves are fitted to them, and chains
-            start from them. Shape ``(M, d)``; None where the weighted draws serve.
+        settled: Chains that settled in the regions, in many dimensions: their states, metric and step; None without.
     """
 
     points: Tensor
@@ -106,10 +102,15 @@ class Population:
     sources: tuple[Source, ...] = ()
     excess: float = 0.0
     rare: float = 0.0
-    regions: StudentMixture | None = None
-    step_size: float = 0.0
-    num_steps: int = 1
-    states: Tensor | None = None
+    settled: Settled | None = None
+
+    @property
+    def states(self) -> Tensor | None:
+        """States of the chains where no mixture serves as a proposal: moves are fitted to them, and chains start there.
+
+        Shape ``(M, d)``; None where the weighted draws serve.
+        """
+        return None if self.settled is None or self.ess_share >= HOPELESS else self.settled.points
 
     @property
     def weights(self) -> Tensor:
@@ -199,7 +200,7 @@ def populate(
         exploring: Whether ridges are followed where the mixture at the maxima does not fit, and longer walks may follow
             the brief one.
         hints: Points from which the search starts besides its own. Shape ``(M, dim)``.
-        near: Normal laws where the target is known to lie, for chains in many dimensions if the search meets no maximum.
+        near: Normal laws where the target is known to lie, where chains start if the search meets no maximum.
 
     Returns:
         The population. A poor one (share under 0.1), and one whose walk still met what its draws miss, comes with a
@@ -230,12 +231,7 @@ def populate(
         excess = _improved(archive, beginning.core, good_share, fair_share, max_rounds, exploring, funnel, stages)
     else:
         settled, excess = _improved_along(archive, settled, good_share, num_particles, stages)
-    best, share = archive.best, max(archive.shares())
-    if settled is not None:
-        best, share = _serving(archive, settled)
-    hopeless = settled is not None and share < HOPELESS
-    if hopeless:
-        best = next(i for i, core in enumerate(archive.cores) if core is settled.core)
+    best, share = _chosen(archive, settled)
     points, log_weights, log_density = _frozen(archive, best, num_particles)
     value, error = honest_evidence(log_weights)
     result = Population(
@@ -254,10 +250,7 @@ def populate(
         sources=beginning.sources,
         excess=excess,
         rare=beginning.rare,
-        regions=settled.core if settled is not None else None,
-        step_size=settled.step_size if settled is not None else 0.0,
-        num_steps=settled.num_steps if settled is not None else 1,
-        states=settled.points if hopeless else None,
+        settled=settled,
     )
     logger.info("population: %s", "; ".join(stages))
     _warn(result, num_particles, flat=log_joint.prototype is None or bool(log_joint.prototype.improper))
@@ -315,6 +308,16 @@ def _bent_mixtures(archive: Archive, settled: Settled, num: int, stages: list[st
     return share
 
 
+def _chosen(archive: Archive, settled: Settled | None) -> tuple[int, float]:
+    """The proposal that the population is drawn from, and its effective share; that of the chains if none serves."""
+    if settled is None:
+        return archive.best, max(archive.shares())
+    best, share = _serving(archive, settled)
+    if share < HOPELESS:
+        best = next(i for i, core in enumerate(archive.cores) if core.locs is settled.core.locs)
+    return best, share
+
+
 def _serving(archive: Archive, settled: Settled) -> tuple[int, float]:
     """The proposal that serves chains best, and its effective share."""
     shares = [archive.served(i, settled.points, settled.log_density) for i in range(len(archive.cores))]
@@ -357,9 +360,10 @@ def _from_both(
     settled = None
     if core is not None and share < fair_share:
         settled, share = _settled(archive, laplace_mixture(found.optima, df=math.inf, inflation=1.0), num, stages)
-    elif core is None and joint.dim > MANY_DIMENSIONS and (near is not None or found.particles is not None):
-        law = law_of_particles(found.particles) if near is None else near
-        settled, share = _settled(archive, law, num, stages)
+    elif core is None and joint.dim > MANY_DIMENSIONS:
+        law = law_of_particles(found.particles) if near is None and found.particles is not None else near
+        if law is not None:
+            settled, share = _settled(archive, law, num, stages)
     if settled is not None:
         core = settled.core
     many = settled is not None and joint.dim > MANY_DIMENSIONS

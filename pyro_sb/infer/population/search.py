@@ -119,12 +119,12 @@ def _climb_without_hessians(log_joint: LogJoint, found: Optima, starts: Tensor, 
     num_starts, failed = found.num_starts + len(starts), 0
     while bool(left.any()) and failed < MAX_FAILURES:
         best = int(log_density.where(left, -math.inf).argmax())
-        polished = newton_ascent(log_joint, ends[best : best + 1], max_iter)
+        end, value, precision, converged = newton_ascent(log_joint, ends[best : best + 1], max_iter)
         left[best] = False
-        if not bool(polished[3][0]):
+        if not bool(converged[0]):
             failed += 1
             continue
-        found = _merge(found, *(part for part in polished[:3]), 1)
+        found = _merge(found, end, value, precision, 1)
         for i in left.nonzero().squeeze(-1).tolist():
             near = _near(found, ends[i], max(9.0, 0.25 * log_joint.dim))
             if len(near):

@@ -129,6 +129,5 @@ def walked(joint: LogJoint, settled: Settled, proposal: StudentMixture, num_step
             x, log_density = moved.x, moved.log_density
         states.append(x)
     points = torch.cat(states[num_steps // 4 :])
-    return settled._replace(
-        points=points, **dict(zip(("log_density", "grad"), joint.value_and_grad(points), strict=True))
-    )
+    log_density, grad = joint.value_and_grad(points)
+    return settled._replace(points=points, log_density=log_density, grad=grad)

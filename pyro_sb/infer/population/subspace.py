@@ -90,11 +90,11 @@ def bent(law: StudentMixture, points: Tensor, grad: Tensor, most: int = MOST_DIR
     slopes = (middles[:, 1:] - middles[:, :1]).mT / (1e-3 * sd) * free[:, None]
     width = (0.5 * (_features(inside[:, 0])[:, : flat.shape[1]] @ trend)).exp().clamp(0.3, 3.0)
     log_mass = _log_mass(a / sd, score @ directions * sd, nodes / sd, low / sd, high / sd)
-    found = (nodes, middles[:, 0], slopes, width, log_mass)
     index = log_mass.topk(min(MOST_NODES, len(log_mass))).indices
     near = torch.cdist(nodes[index] / sd, a / sd).amin(1) < SPACING
     index = index[(log_mass[index] > log_mass.max() - RELEVANT) | near]
-    return Bent(law, directions, *(part[index] for part in found), WIDTH * sd)
+    rows = nodes[index], middles[index, 0], slopes[index], width[index], log_mass[index]
+    return Bent(law, directions, *rows, WIDTH * sd)
 
 
 def _log_mass(a: Tensor, force: Tensor, nodes: Tensor, low: Tensor, high: Tensor) -> Tensor:
