@@ -1,0 +1,1 @@
+"""Estimates from the draws of a sampler: covariances from draws and gradients, shares of modes."""
