@@ -94,6 +94,11 @@ class WarpMove:
         self.cost = 5.0 * (num_steps + 1) if num_steps else 1.0
         self.components = Components(mixture)
 
+    @property
+    def ceiling(self) -> float:
+        """Acceptance between modes of one shape, where the weights are the shares: :func:`jump_ceiling`."""
+        return jump_ceiling(self.mixture.log_weights, self.transition)
+
     def draw_pair(self, log_share: Tensor) -> tuple[Tensor, Tensor]:
         """Components i by responsibility and j by P, ``(C,)`` each, from log responsibilities ``(C, K)``."""
         here = torch.multinomial(log_share.exp(), 1).squeeze(-1)
