@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_sb.infer.model.log_joint import LogJoint
-from pyro_sb.ops.leapfrog import PhasePoint, leapfrog
+from pyro_sb.infer.moves.components import Components
+from pyro_sb.ops.leapfrog import PhasePoint, SharedFactors, leapfrog
 from pyro_sb.ops.student_mixture import StudentMixture
 
 __all__ = [
@@ -108,7 +109,9 @@ class HamiltonianStep(NamedTuple):
         return ~(self.energy_error < MAX_ENERGY_ERROR)
 
 
-def hmc_step(target: Target, start: PhasePoint, scale: Tensor, step_size: Tensor, num_steps: int) -> HamiltonianStep:
+def hmc_step(
+    target: Target, start: PhasePoint, scale: Tensor | SharedFactors, step_size: Tensor, num_steps: int
+) -> HamiltonianStep:
     r"""One Hamiltonian Monte Carlo transition of every row, :math:`\alpha = \min\{1, e^{H(x, r) - H(x', r')}\}`.
 
     Exact for any target, metric and step, each a row's own if need be, as long as momenta are fresh and neither metric
@@ -117,7 +120,7 @@ def hmc_step(target: Target, start: PhasePoint, scale: Tensor, step_size: Tensor
     Args:
         target: Log density and gradient, ``(C, d)`` to ``(C,)`` and ``(C, d)``.
         start: Rows with fresh momenta: `Rows.with_momentum`.
-        scale: Factor of the metric, ``(d, d)`` or ``(C, d, d)``.
+        scale: Factor of the metric, ``(d, d)`` or ``(C, d, d)``, or one a row of few.
         step_size: Leapfrog step in units of the metric, ``()`` or ``(C, 1)``; see `jittered`.
         num_steps: Leapfrog steps, at least 1; each costs one gradient.
 
@@ -395,6 +398,7 @@ class HamiltonianMove:
 
     def __init__(self, mixture: StudentMixture, num_steps: int, step_size: float = 0.5, spread: float = 1.5) -> None:
         self.mixture = mixture
+        self.components = Components(mixture)
         self.num_steps = num_steps
         self.spread = spread
         self.step_size: float = step_size
@@ -407,30 +411,26 @@ class HamiltonianMove:
         value, grad = log_joint.value_and_grad(x)
         if self.mixture.num_components == 1:
             return value, grad
-        log_share = self.mixture.log_responsibilities(x)
-        scores = self.mixture.component_scores(x)
-        rows = torch.arange(len(x), device=x.device)
-        pull = scores[rows, component] - torch.einsum("ck,ckd->cd", log_share.exp(), scores)
-        return value + log_share[rows, component], grad + pull
+        log_share, pull = self.components.share_and_score(x, component)
+        return value + log_share, grad + pull
 
     def step(self, log_joint: LogJoint, x: Tensor, log_density: Tensor) -> Transition:
         """One transition of every chain: ``num_steps + 1`` gradients."""
         if self.mixture.num_components == 1:
             component = torch.zeros(len(x), dtype=torch.long, device=x.device)
         else:
-            component = torch.multinomial(self.mixture.log_responsibilities(x).exp(), 1).squeeze(-1)
+            component = self.components.draw(x)
         rows = start_rows(lambda z: self.local_target(log_joint, z, component), x)
         moved = self.trajectory(log_joint, rows.with_momentum(), component)
         value = moved.rows.log_density
         if self.mixture.num_components > 1:
-            index = torch.arange(len(x), device=x.device)
-            value = value - self.mixture.log_responsibilities(moved.rows.x)[index, component]
+            value = value - self.components.whiten(moved.rows.x)[1].gather(1, component[:, None])[:, 0]
         value = torch.where(moved.accepted, value, log_density)
         return Transition(moved.rows.x, value, moved.accept_prob, moved.diverging)
 
     def trajectory(self, log_joint: LogJoint, start: PhasePoint, component: Tensor) -> HamiltonianStep:
         r"""The transition of :math:`\pi(x) r_k(x)` from fresh momenta, by steps that are drawn here."""
-        scale = self.mixture.scale_trils[component] if self.mixture.num_components > 1 else self.mixture.scale_trils[0]
+        scale = self.components.factors(component)
         step_size = jittered(self.step_size, self.spread, start.x)
         return hmc_step(lambda z: self.local_target(log_joint, z, component), start, scale, step_size, self.num_steps)
 

@@ -1,4 +1,4 @@
-r"""Covariance from draws and gradients, :math:`\Sigma G \Sigma = X`: exact for a Gaussian, whatever law the draws have."""
+r"""Covariance from draws and gradients, :math:`\Sigma G \Sigma = X`: exact for a Gaussian, whatever the draws' law."""
 
 from typing import NamedTuple
 
@@ -118,7 +118,7 @@ def fisher_diagonal(points: Tensor, gradients: Tensor, weights: Tensor | None = 
     Example:
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 0.0]], dtype=torch.float64)
         >>> fisher_diagonal(x, -(x - 5.0) / torch.tensor([9.0, 4.0])).variance
-        tensor([9., 4.], dtype=torch.float64)
+        tensor([9.0000, 4.0000], dtype=torch.float64)
     """
     if weights is not None and weights.ndim == 2:
         return DiagonalFit(*_stacked([fisher_diagonal(points, gradients, column) for column in weights.T]))
@@ -136,7 +136,7 @@ def _centred(points: Tensor, gradients: Tensor, weights: Tensor | None) -> _Cent
     kept = torch.isfinite(points).all(-1) & torch.isfinite(gradients).all(-1) & (weights > 0)
     if not bool(kept.any()):
         raise ValueError(
-            f"A fit needs a finite draw of positive weight, got none among {len(points)}. Leave out modes without draws."
+            f"A fit needs a finite draw of positive weight, got none of {len(points)}. Leave out modes without draws."
         )
     x, g, share = points[kept].double(), gradients[kept].double(), weights[kept].double()
     share = share / share.sum()
