@@ -37,7 +37,7 @@ __all__ = [
     "worst_r_hat",
 ]
 
-ROLES = ("bridge", "index", "local")
+ROLES = ("bridge", "index", "local", "jump")
 """Roles of the moves; the statistic ``move`` holds their positions here."""
 
 TUNING_CHAINS = 64
@@ -143,7 +143,7 @@ class Walk:
             draws[i], lp[i] = self.x, self.log_density
         self.num_steps += num_transitions
         codes = torch.tensor([ROLES.index(scan[0]) for scan in schedule], device=lp.device)
-        sizes = [mean_step(self.frozen.moves[scan[-1]]) for scan in schedule]
+        sizes = [max(mean_step(self.frozen.moves[role]) for role in scan[-1:] + scan[:1]) for scan in schedule]
         figures = {
             "acceptance_rate": accept,
             "diverging": diverging,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_sb.infer.model.log_joint import Evaluations, LogJoint
 from pyro_sb.infer.model.run import html_table
+from pyro_sb.infer.moves.mode_jumps import ModeJump, fit_jump
 from pyro_sb.infer.population.mixture_fit import fit_mixture
 from pyro_sb.infer.population.ridges import follow_ridges
 from pyro_sb.infer.population.rounds import (
@@ -58,6 +59,8 @@ POOR_SHARE = 0.1
 HOPELESS = 0.02
 """Effective share of a mixture in more dimensions under which refits are not tried."""
 
+LONG_WINDOW = 120  # steps that chains walk before shapes of regions are fitted once more
+
 CUT = 4.0
 """Nats by which the weights of walking chains exceed those of the draws where tails may be cut."""
 
@@ -85,6 +88,7 @@ class Population:
             that the mixture misses.
         rare: Share of the evidence in maxima that three ascents or fewer met: more of their kind may be unmet.
         settled: Chains that settled in the regions, in many dimensions: their states, metric and step; None without.
+        jump: The jump between several regions that they settled in; None without.
     """
 
     points: Tensor
@@ -103,6 +107,7 @@ class Population:
     excess: float = 0.0
     rare: float = 0.0
     settled: Settled | None = None
+    jump: ModeJump | None = None
 
     @property
     def states(self) -> Tensor | None:
@@ -227,10 +232,11 @@ def populate(
         raise ValueError(f'start must be "search", "prior" or a tensor of points (M, {log_joint.dim}), got {start!r}.')
     funnel = isinstance(start, str) and start == "search" and beginning.num_modes == 0
     settled = beginning.settled if log_joint.dim > MANY_DIMENSIONS else None
+    jump = None
     if settled is None:
         excess = _improved(archive, beginning.core, good_share, fair_share, max_rounds, exploring, funnel, stages)
     else:
-        settled, excess = _improved_along(archive, settled, good_share, num_particles, stages)
+        settled, jump, excess = _improved_along(archive, settled, good_share, num_particles, stages)
     best, share = _chosen(archive, settled)
     points, log_weights, log_density = _frozen(archive, best, num_particles)
     value, error = honest_evidence(log_weights)
@@ -251,6 +257,7 @@ def populate(
         excess=excess,
         rare=beginning.rare,
         settled=settled,
+        jump=jump,
     )
     logger.info("population: %s", "; ".join(stages))
     _warn(result, num_particles, flat=log_joint.prototype is None or bool(log_joint.prototype.improper))
@@ -279,14 +286,36 @@ def _improved(
 
 def _improved_along(
     archive: Archive, settled: Settled, good_share: float, num: int, stages: list[str]
-) -> tuple[Settled, float]:
-    """In many dimensions: mixtures along the directions in which a region is not normal; the chains are the walk."""
-    if settled.core.num_components == 1:
-        share = _bent_mixtures(archive, settled, num, stages)
-        if share < good_share:
-            settled = walked(archive.log_joint, settled, archive.proposals[_serving(archive, settled)[0]])
-            share = _bent_mixtures(archive, settled, num, stages)
-    return settled, archive.excess(settled.points, settled.log_density)
+) -> tuple[Settled, ModeJump | None, float]:
+    """In many dimensions: mixtures along the directions in which a region is not normal, or jumps between regions.
+
+    The chains are the walk. Where they are in several regions, they are drawn by the regions' shares.
+    """
+    jump = None
+    if settled.core.num_components > 1:
+        settled, jump = _between_regions(archive.log_joint, settled, stages)
+        archive.add(settled.core, num, LIGHT_GUARD)
+    elif _bent_mixtures(archive, settled, num, stages) < good_share:
+        settled = walked(archive.log_joint, settled, archive.proposals[_serving(archive, settled)[0]])
+        _bent_mixtures(archive, settled, num, stages)
+    return settled, jump, archive.excess(settled.points, settled.log_density)
+
+
+def _between_regions(joint: LogJoint, settled: Settled, stages: list[str]) -> tuple[Settled, ModeJump | None]:
+    """Shares of the regions and the jump between them, from the chains' states; the states, drawn by these shares."""
+    for last in (False, True):
+        label = settled.core.log_responsibilities(settled.points).argmax(-1)
+        if len(label.unique()) < 2:
+            return settled, None
+        jump = fit_jump(joint, settled.points, label, gradients=settled.grad, log_density=settled.log_density)
+        if last or not jump.lengthen:
+            break
+        settled = walked(joint, settled, None, LONG_WINDOW)
+    shares = ", ".join(f"{share:.3f}" for share in jump.shares.log_shares.exp().tolist()[:8])
+    stages.append(f"jumps between {jump.mixture.num_components} regions: accept {jump.acceptance:.2f}, shares {shares}")
+    index = torch.multinomial(jump.weights, len(settled.points), replacement=True)
+    points, log_density, grad = settled.points[index], settled.log_density[index], settled.grad[index]
+    return settled._replace(core=jump.mixture, points=points, log_density=log_density, grad=grad), jump
 
 
 def _bent_mixtures(archive: Archive, settled: Settled, num: int, stages: list[str]) -> float:

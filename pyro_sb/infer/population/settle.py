@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_sb.infer.model.log_joint import LogJoint
-from pyro_sb.infer.moves.moves import HamiltonianMove, IndexMove, Rows, adapted, hmc_step, jittered
+from pyro_sb.infer.moves.moves import HamiltonianMove, IndexMove, Move, Rows, adapted, hmc_step, jittered
 from pyro_sb.ops.sampling.fisher import fisher_fit
 from pyro_sb.ops.student_mixture import StudentMixture
 
@@ -117,14 +117,22 @@ def _fitted(laws: StudentMixture, kept: Rows) -> StudentMixture:
     return laws._replace(locs=mean, scale_trils=factor)
 
 
-def walked(joint: LogJoint, settled: Settled, proposal: StudentMixture, num_steps: int = 24) -> Settled:
-    """The chains after more steps, each with a jump of a mixture before it: their states, and the gradients there."""
+def walked(joint: LogJoint, settled: Settled, proposal: StudentMixture | None, num_steps: int = 24) -> Settled:
+    """The chains after more steps: their states, and the gradients there.
+
+    Args:
+        joint: Target.
+        settled: The chains.
+        proposal: A mixture from which a jump is tried before each step; None for no jumps.
+        num_steps: Steps, of which the first quarter does not count.
+    """
     num = CHAINS * math.ceil(settled.core.num_components / 8)
     x, log_density = settled.points[-num:], settled.log_density[-num:]
-    local, index = HamiltonianMove(settled.core, settled.num_steps, settled.step_size), IndexMove(proposal)
+    moves: list[Move] = [] if proposal is None else [IndexMove(proposal)]
+    moves.append(HamiltonianMove(settled.core, settled.num_steps, settled.step_size))
     states = []
     for _ in range(num_steps):
-        for move in (index, local):
+        for move in moves:
             moved = move.step(joint, x, log_density)
             x, log_density = moved.x, moved.log_density
         states.append(x)
