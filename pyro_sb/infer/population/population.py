@@ -31,19 +31,20 @@ from pyro_sb.infer.population.rounds import (
     temper_weights,
 )
 from pyro_sb.infer.population.search import MANY_DIMENSIONS, UNMET, Optima, find_optima
-from pyro_sb.infer.population.settle import Settled, settle, walked
+from pyro_sb.infer.population.settle import Settled, joined, settle, walked
 from pyro_sb.infer.population.sources import (
     Source,
+    Tempered,
     affordable,
     laplace_mixture,
-    law_of_particles,
+    law_of_points,
     pooled,
     screened,
     temper_and_climb,
     wide_mixture,
 )
 from pyro_sb.infer.population.subspace import bent, mixture_along
-from pyro_sb.infer.population.tempering import MixtureLaw, temper, within_factor
+from pyro_sb.infer.population.tempering import MixtureLaw, Particles, temper, within_factor
 from pyro_sb.ops.student_mixture import StudentMixture
 from pyro_sb.threads import run_by_arguments
 from pyro_sb.warn import warn
@@ -58,6 +59,9 @@ POOR_SHARE = 0.1
 
 HOPELESS = 0.02
 """Effective share of a mixture in more dimensions under which refits are not tried."""
+
+NORMAL = 0.95  # effective share in many dimensions above which Laplace's law is as good as that of chains
+OUTSIDE, MAX_REGIONS = 6.0, 4  # nats of weight by which a particle lies outside, and regions that are looked for so
 
 LONG_WINDOW = 120  # steps that chains walk before shapes of regions are fitted once more
 
@@ -387,14 +391,16 @@ def _from_both(
     found = temper_and_climb(joint, optima, affordable(joint, True, num))
     core, share = _laplace(archive, found.optima, num, stages)
     settled = None
-    if core is not None and share < fair_share:
+    if core is not None and share < (NORMAL if joint.dim > MANY_DIMENSIONS else fair_share):
         settled, share = _settled(archive, laplace_mixture(found.optima, df=math.inf, inflation=1.0), num, stages)
     elif core is None and joint.dim > MANY_DIMENSIONS:
-        law = law_of_particles(found.particles) if near is None and found.particles is not None else near
+        law = law_of_points(found.particles.points[:, 0]) if near is None and found.particles is not None else near
         if law is not None:
             settled, share = _settled(archive, law, num, stages)
     if settled is not None:
         core = settled.core
+    if core is not None and joint.dim > MANY_DIMENSIONS and found.particles is not None:
+        settled = _without_maxima(archive, settled, found, found.particles, num, stages)
     many = settled is not None and joint.dim > MANY_DIMENSIONS
     if core is not None and not many and share < bent_share:
         core, share = _ridges(archive, laplace_mixture(found.optima, inflation=1.0), num, stages)
@@ -417,6 +423,35 @@ def _from_both(
         core = wide_mixture(joint)
         archive.add(core, num, HEAVY_GUARD)
     return Beginning(core, len(found.optima.points), (search, found.source), found.optima.rare, settled)
+
+
+def _without_maxima(
+    archive: Archive, settled: Settled | None, found: Tempered, particles: Particles, num: int, stages: list[str]
+) -> Settled | None:
+    """The chains, with more in regions that tempered particles have reached and that have no maximum of their own.
+
+    Such a region is wide, with a narrow one inside or beside it that every ascent ends in. Its particles have larger
+    weights than the proposal's draws, and chains that start from them keep those.
+    """
+    joint = archive.log_joint
+    points, log_density = particles.points[:, 0], particles.log_density[:, 0]
+    for _ in range(MAX_REGIONS):
+        best = archive.best if settled is None else _serving(archive, settled)[0]
+        out = archive.weights_beyond(best, points, log_density) > OUTSIDE
+        if float(out.double().mean()) < 0.01 or int(out.sum()) < 4:
+            break
+        other = settle(joint, law_of_points(points[out]), points[out])
+        if float(archive.weights_beyond(best, other.points, other.log_density).median()) < 0.5 * OUTSIDE:
+            break
+        if settled is None:
+            settled = settle(joint, laplace_mixture(found.optima, df=math.inf, inflation=1.0))
+        settled = joined(settled, other)
+        share = archive.add(settled.core, num, LIGHT_GUARD)
+        stages.append(
+            f"{int(out.sum())} particles settled in a region without a maximum of its own: normal laws of "
+            f"{settled.core.num_components} regions, effective share {share:.3f}"
+        )
+    return settled
 
 
 def _settled(archive: Archive, start: StudentMixture, num: int, stages: list[str]) -> tuple[Settled, float]:

@@ -135,6 +135,12 @@ class Archive:
         at_states = log_evidence(own)[0] - (torch.logsumexp(theirs, 0) - math.log(len(theirs)))
         return min(effective_sample_size(own) / len(own), float(torch.exp(at_states)), 1.0)
 
+    def weights_beyond(self, index: int, points: Tensor, log_density: Tensor) -> Tensor:
+        r"""Log weights :math:`p / (Z \rho)` of given points under a proposal, Z by its own draws. ``(M,)``."""
+        rows = self.rows(index)
+        evidence = log_evidence(self.log_density[rows] - self.log_proposals[index][rows])[0]
+        return log_density - self.proposals[index].log_prob(points) - evidence
+
     def excess(self, points: Tensor, log_density: Tensor) -> float:
         """By how many nats the upper weights of given states exceed those of all draws, under the best proposal.
 

@@ -11,7 +11,7 @@ from pyro_sb.infer.moves.moves import HamiltonianMove, IndexMove, Move, Rows, ad
 from pyro_sb.ops.sampling.fisher import fisher_fit
 from pyro_sb.ops.student_mixture import StudentMixture
 
-__all__ = ["Settled", "settle", "walked"]
+__all__ = ["Settled", "joined", "settle", "walked"]
 
 CHAINS = 64
 WINDOW, MAX_WINDOWS = 20, 8
@@ -57,7 +57,7 @@ def steps_of(step_size: float, longer: int = 1) -> int:
     return longer * min(MOST_STEPS, max(1, round(LENGTH / step_size)))
 
 
-def settle(joint: LogJoint, start: StudentMixture) -> Settled:
+def settle(joint: LogJoint, start: StudentMixture, points: Tensor | None = None) -> Settled:
     r"""Chains from a normal law in each region, which is fitted anew to every window of theirs.
 
     The chains run Hamiltonian Monte Carlo in the metric of their region. A window has 20 steps, or as many as give two
@@ -66,7 +66,8 @@ def settle(joint: LogJoint, start: StudentMixture) -> Settled:
 
     Args:
         joint: Target.
-        start: Laws of the regions, such as those of Laplace's method.
+        start: Laws of the regions, such as those of Laplace's method: the first metric, and where chains start.
+        points: Where they start instead, drawn from these. Shape ``(M, d)``.
 
     References:
         The Fisher fit of `fisher_fit`.
@@ -74,7 +75,7 @@ def settle(joint: LogJoint, start: StudentMixture) -> Settled:
     num, dim = start.num_components, joint.dim
     label = torch.arange(CHAINS * math.ceil(num / 8), device=joint.device) % num
     laws = start._replace(df=torch.full_like(start.df, math.inf))
-    rows = _start(joint, laws, label)
+    rows = _start(joint, laws, label, points)
     size = max(WINDOW, math.ceil(4 / 3 * DRAWS_A_DIMENSION * dim * num / len(label)))
     step_size, before, drift = min(0.5, dim**-0.25), laws.locs, math.inf
     for window in range(1, MAX_WINDOWS + 1):
@@ -89,9 +90,12 @@ def settle(joint: LogJoint, start: StudentMixture) -> Settled:
     return Settled(laws, *kept, step_size, steps_of(step_size, longer), window, drift)
 
 
-def _start(joint: LogJoint, laws: StudentMixture, label: Tensor) -> Rows:
+def _start(joint: LogJoint, laws: StudentMixture, label: Tensor, points: Tensor | None) -> Rows:
     """A draw of its region's law for every chain; the centre, where the log joint is not finite at the draw."""
-    x = laws.sample_components(label)
+    if points is None:
+        x = laws.sample_components(label)
+    else:
+        x = points[torch.randint(len(points), label.shape, device=points.device)]
     x = torch.where(torch.isfinite(joint.log_prob(x))[:, None], x, laws.locs[label])
     return Rows(x, *joint.value_and_grad(x))
 
@@ -126,8 +130,7 @@ def walked(joint: LogJoint, settled: Settled, proposal: StudentMixture | None, n
         proposal: A mixture from which a jump is tried before each step; None for no jumps.
         num_steps: Steps, of which the first quarter does not count.
     """
-    num = CHAINS * math.ceil(settled.core.num_components / 8)
-    x, log_density = settled.points[-num:], settled.log_density[-num:]
+    x, log_density = _last(settled)
     moves: list[Move] = [] if proposal is None else [IndexMove(proposal)]
     moves.append(HamiltonianMove(settled.core, settled.num_steps, settled.step_size))
     states = []
@@ -139,3 +142,30 @@ def walked(joint: LogJoint, settled: Settled, proposal: StudentMixture | None, n
     points = torch.cat(states[num_steps // 4 :])
     log_density, grad = joint.value_and_grad(points)
     return settled._replace(points=points, log_density=log_density, grad=grad)
+
+
+def joined(one: Settled, other: Settled) -> Settled:
+    """Chains in the regions of both, as one. Their shares are half and half."""
+    parts = [
+        StudentMixture(part.log_weights - math.log(2.0), part.locs, part.scale_trils, part.df)
+        for part in (one.core, other.core)
+    ]
+    return Settled(
+        StudentMixture(*(torch.cat(values) for values in zip(*parts, strict=True))),
+        torch.cat([one.points, other.points]),
+        torch.cat([one.log_density, other.log_density]),
+        torch.cat([one.grad, other.grad]),
+        min(one.step_size, other.step_size),
+        max(one.num_steps, other.num_steps),
+        max(one.num_windows, other.num_windows),
+        max(one.drift, other.drift),
+    )
+
+
+def _last(settled: Settled) -> tuple[Tensor, Tensor]:
+    """A state of each chain, equally many in each region, and the log densities there."""
+    num = settled.core.num_components
+    label = settled.core.log_responsibilities(settled.points).argmax(-1)
+    each = CHAINS * math.ceil(num / 8) // num
+    index = torch.cat([(label == k).nonzero().squeeze(-1)[-each:] for k in range(num)])
+    return settled.points[index], settled.log_density[index]

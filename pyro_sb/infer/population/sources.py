@@ -34,7 +34,7 @@ __all__ = [
     "Source",
     "affordable",
     "laplace_mixture",
-    "law_of_particles",
+    "law_of_points",
     "pooled",
     "screened",
     "temper_and_climb",
@@ -116,11 +116,10 @@ def laplace_mixture(optima: Optima, df: float = 5.0, inflation: float = 2.25) ->
     return StudentMixture((share / share.sum()).log(), optima.points, scales, torch.full_like(share, df))
 
 
-def law_of_particles(particles: Particles) -> StudentMixture:
-    """A normal law with the mean and the variances of the particles at the last temperature they reached."""
-    x = particles.points[:, 0]
+def law_of_points(x: Tensor) -> StudentMixture:
+    """A normal law with the mean and the variances of points ``(M, d)``."""
     one = x.new_ones(1)
-    scale = torch.diag(x.std(0).clamp_min(1e-12))
+    scale = torch.diag(x.std(0, correction=0).clamp_min(1e-12))
     return StudentMixture(one.log(), x.mean(0, keepdim=True), scale[None], math.inf * one)
 
 
