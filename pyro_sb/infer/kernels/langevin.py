@@ -17,6 +17,7 @@ from pyro_sb.infer.moves.moves import BridgeMove, HamiltonianMove, IndexMove, Mo
 from pyro_sb.infer.moves.tuning import ChainStates, Tuned, share_moves, trajectory_range, tune, tune_from, tune_local
 from pyro_sb.infer.population.population import Population
 from pyro_sb.infer.population.rounds import temper_weights
+from pyro_sb.infer.population.settle import steps_of
 from pyro_sb.infer.population.thrift import thrifty
 from pyro_sb.ops.student_mixture import StudentMixture, weighted_covariance, within_covariance
 from pyro_sb.warn import warn
@@ -219,9 +220,8 @@ def freeze(
         tuned["index"], batch = tune(move, log_joint, batch, scale)
     if "local" in roles and local == "hmc" and population.settled is not None:
         settled = population.settled
-        first = HamiltonianMove(settled.core, settled.num_steps, settled.step_size)
-        limit = max(settled.num_steps, LONGEST)
-        tuned["local"], batch = tune_from(first, log_joint, batch, scale, max_steps=limit)
+        first = HamiltonianMove(settled.core, steps_of(settled.step_size), settled.step_size)
+        tuned["local"], batch = tune_from(first, log_joint, batch, scale, max_steps=LONGEST)
     elif "local" in roles:
         fit = tuned["index"].acceptance if "index" in tuned else 0.0
         limit, spread = (1, 1.5) if local == "mala" else trajectory_range(fit)

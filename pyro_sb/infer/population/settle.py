@@ -11,7 +11,7 @@ from pyro_sb.infer.moves.moves import HamiltonianMove, IndexMove, Move, Rows, ad
 from pyro_sb.ops.sampling.fisher import fisher_fit
 from pyro_sb.ops.student_mixture import StudentMixture
 
-__all__ = ["Settled", "joined", "settle", "walked"]
+__all__ = ["Settled", "joined", "settle", "steps_of", "walked"]
 
 CHAINS = 64
 WINDOW, MAX_WINDOWS = 20, 8
