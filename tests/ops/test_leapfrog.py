@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_sb.ops.leapfrog import PhasePoint, leapfrog, matvec
+from pyro_sb.ops.leapfrog import PhasePoint, SharedFactors, leapfrog, matvec
 
 F64 = {"dtype": torch.float64}
 
@@ -121,3 +121,13 @@ def test_one_matrix_for_all_rows_is_that_matrix_for_each():
     matrix, vector = torch.randn(3, 3, **F64), torch.randn(5, 3, **F64)
     torch.testing.assert_close(matvec(matrix, vector), matvec(matrix.expand(5, 3, 3), vector))
     torch.testing.assert_close(matvec(matrix, vector), torch.stack([matrix @ row for row in vector]))
+
+
+def test_factors_that_rows_share_are_those_factors_for_each():
+    factors, which = factor(3, 4), torch.tensor([2, 0, 2, 1, 1, 0, 2])
+    shared, vector = SharedFactors(factors, which), torch.randn(7, 4, **F64)
+    torch.testing.assert_close(matvec(shared, vector), matvec(factors[which], vector), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(matvec(shared.mT, vector), matvec(factors[which].mT, vector), rtol=1e-13, atol=1e-13)
+    start = phase_point(torch.randn(7, 4, **F64), torch.randn(7, 4, **F64), quartic)
+    ends = [leapfrog(start, quartic, scale, torch.tensor(0.1, **F64), 5) for scale in (shared, factors[which])]
+    torch.testing.assert_close(ends[0].x, ends[1].x, rtol=1e-12, atol=1e-12)
