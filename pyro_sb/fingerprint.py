@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["differences", "fingerprint", "named"]
+__all__ = ["OURS", "differences", "fingerprint", "named", "names_of"]
 
 OURS = ("torch.", "pyro.", "numpy.", "pyro_sb.", "builtins.", "math.")  # whose code a version tells, not its source
 
@@ -153,7 +153,7 @@ class _Walk:
         self.each([cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)])
         if f"{value.__module__}.".startswith(OURS):
             return
-        names = _names(value.__code__)
+        names = names_of(value.__code__)
         self.pairs("globals", {n: value.__globals__[n] for n in names & value.__globals__.keys()})
 
     def source(self, value: Any) -> None:
@@ -179,10 +179,10 @@ class _Walk:
             self.bytecode(constant) if isinstance(constant, types.CodeType) else self.take(constant)
 
 
-def _names(code: types.CodeType) -> set[str]:
+def names_of(code: types.CodeType) -> set[str]:
     """Names that a function and those inside it look up in the module."""
     inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return set(code.co_names).union(*map(_names, inner))
+    return set(code.co_names).union(*map(names_of, inner))
 
 
 def _is_filled(cell: Any) -> bool:

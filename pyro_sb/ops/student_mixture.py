@@ -6,6 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FEW_DIMENSIONS = 16  # up to which an EM step reads stored products of coordinates
+NUMBERS = 2**20  # that an EM step holds for the components that it does at a time
+
 
 class StudentMixture(NamedTuple):
     r"""Mixture of multivariate Student-t laws with full scale matrices.
@@ -132,7 +135,12 @@ def tail_weight(squared: Tensor, df: Tensor, dim: int) -> Tensor:
 
 
 def em_step(
-    mixture: StudentMixture, points: Tensor, squares: Tensor, weights: Tensor, prior_scales: Tensor, prior_count: float
+    mixture: StudentMixture,
+    points: Tensor,
+    weights: Tensor,
+    prior_scales: Tensor,
+    prior_count: float,
+    squares: Tensor | None = None,
 ) -> tuple[StudentMixture, float]:
     r"""One EM step for a weighted sample at fixed degrees of freedom, scale matrices shrunk.
 
@@ -141,16 +149,16 @@ def em_step(
               r_{ik} + \kappa}
 
     with :math:`u_{ik} = (\nu_k + d)/(\nu_k + q_{ik})`, n the effective sample size and :math:`\Lambda_k` =
-    ``prior_scales``. Squared radii and scatters are matrix products with the ``squares``, so no ``(K, M, d)`` array
-    is formed.
+    ``prior_scales``. In few dimensions squared radii and scatters are matrix products with the ``squares``; in many
+    each component's own, a few components at a time, so that neither ``(K, M, d)`` nor ``(M, d, d)`` numbers are held.
 
     Args:
         mixture: Current mixture of K components.
         points: Sample, centred. Shape ``(M, d)``.
-        squares: Outer products of the points with themselves. Shape ``(M, d * d)``.
         weights: Non-negative weights that sum to one. Shape ``(M,)``.
         prior_scales: Scale matrices towards which small components shrink. Shape ``(K, d, d)``.
         prior_count: Strength :math:`\kappa > 0` of the shrinkage, in draws.
+        squares: The points' `products`, ``(M, d * d)``, or None.
 
     Returns:
         The new mixture, and the weighted mean log density of the old one.
@@ -159,10 +167,15 @@ def em_step(
         Robust mixture modelling using the t distribution (Peel and McLachlan, 2000), section 3.
     """
     dim, effective = points.shape[-1], 1.0 / weights.square().sum()
-    precision = torch.cholesky_inverse(mixture.scale_trils)
-    pulled_locs = torch.einsum("kij,kj->ki", precision, mixture.locs)
-    squared = squares @ precision.flatten(1).T - 2 * points @ pulled_locs.T + (mixture.locs * pulled_locs).sum(-1)
-    squared = squared.clamp_min(0.0)
+    few = max(1, NUMBERS // points.numel())
+    if squares is None:
+        parts = zip(mixture.locs.split(few), mixture.scale_trils.split(few))
+        squared = torch.cat([squared_radii(points, *part) for part in parts], 1)
+    else:
+        precision = torch.cholesky_inverse(mixture.scale_trils)
+        pulled_locs = torch.einsum("kij,kj->ki", precision, mixture.locs)
+        squared = squares @ precision.flatten(1).T - 2 * points @ pulled_locs.T + (mixture.locs * pulled_locs).sum(-1)
+        squared = squared.clamp_min(0.0)
     joint = mixture.log_weights + student_log_density(squared, mixture.df, dim) - mixture._half_log_det
     total = torch.logsumexp(joint, -1)
     mass = weights[:, None] * torch.exp(joint - total[:, None])
@@ -170,7 +183,10 @@ def em_step(
     tiny = torch.finfo(points.dtype).tiny
     share, pull = mass.sum(0).clamp_min(tiny), pulled.sum(0).clamp_min(tiny)
     locs = (pulled.T @ points) / pull[:, None]
-    second = (pulled.T @ squares).view(-1, dim, dim)
+    if squares is None:
+        second = torch.cat([second_moments(points, part) for part in pulled.T.split(few)])
+    else:
+        second = (pulled.T @ squares).view(-1, dim, dim)
     scatter = second - pull[:, None, None] * locs[:, :, None] * locs[:, None, :]
     scales = (effective * scatter + prior_count * prior_scales) / (effective * share + prior_count)[:, None, None]
     trils, failed = torch.linalg.cholesky_ex(scales)
@@ -179,6 +195,25 @@ def em_step(
     )  # thinner than rounding: keep the old shape
     updated = StudentMixture((share / share.sum()).log(), locs, trils, mixture.df)
     return updated, float(weights @ total)
+
+
+def squared_radii(points: Tensor, locs: Tensor, trils: Tensor) -> Tensor:
+    r"""Squared radii :math:`|L_k^{-1}(x_i - b_k)|^2` of points ``(M, d)`` about each of K components. ``(M, K)``."""
+    eye = torch.eye(points.shape[-1], dtype=points.dtype, device=points.device)
+    inverse = torch.linalg.solve_triangular(trils, eye.expand(trils.shape), upper=False)
+    offset = torch.einsum("kij,kj->ki", inverse, locs)
+    white = torch.addmm(-offset.flatten(), points, inverse.flatten(0, 1).T)
+    return white.square_().view(len(points), *locs.shape).sum(-1)
+
+
+def second_moments(points: Tensor, pulls: Tensor) -> Tensor:
+    r"""Sums :math:`\sum_i p_{ki} x_i x_i^\top`, with pulls ``(K, M)``. ``(K, d, d)``."""
+    return ((pulls[:, None, :] * points.T).flatten(0, 1) @ points).view(len(pulls), *2 * points.shape[-1:])
+
+
+def products(points: Tensor) -> Tensor:
+    """Products of the coordinates of points ``(M, d)``, ``(M, d * d)``: they serve all components at once."""
+    return (points[:, :, None] * points[:, None, :]).flatten(1)
 
 
 def kernel_start(locs: Tensor, covariances: Tensor) -> StudentMixture:
@@ -218,10 +253,10 @@ def em_fit(
     prior_scales, previous = start.scale_trils @ start.scale_trils.mT, -math.inf
     centre = weights @ points
     points = points - centre
-    squares = (points[:, :, None] * points[:, None, :]).flatten(1)
+    squares = products(points) if points.shape[-1] <= FEW_DIMENSIONS else None
     mixture = start._replace(locs=start.locs - centre, df=torch.full_like(start.df, df))
     for _ in range(max_iter):
-        mixture, value = em_step(mixture, points, squares, weights, prior_scales, prior_count)
+        mixture, value = em_step(mixture, points, weights, prior_scales, prior_count, squares)
         if value - previous < tol:
             break
         previous = value

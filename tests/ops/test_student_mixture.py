@@ -11,6 +11,7 @@ from pyro_sb.ops.student_mixture import (
     em_fit,
     em_step,
     kernel_start,
+    products,
     student_log_density,
     tail_weight,
     weighted_covariance,
@@ -195,10 +196,9 @@ def start_of(points, num, df, seed=0):
 
 
 def climb(law, points, weights, prior_scales, prior_count, num_steps):
-    squares = (points[:, :, None] * points[:, None, :]).flatten(1)
     path = [law]
     for _ in range(num_steps):
-        path.append(em_step(path[-1], points, squares, weights, prior_scales, prior_count)[0])
+        path.append(em_step(path[-1], points, weights, prior_scales, prior_count)[0])
     return path
 
 
@@ -222,13 +222,42 @@ def test_em_never_lowers_its_objective_and_ends_where_it_is_stationary(df, num_c
         assert slope.tril().abs().max() < 1e-4 if slope.ndim == 3 else slope.abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("num, dim", [(1, 3), (7, 3), (5, 20)])
+def test_an_em_step_is_the_same_with_stored_products_and_a_few_components_at_a_time(num, dim, monkeypatch):
+    points, weights = sample_and_weights(90, dim)
+    step = start_of(points, num, 4.0), points, weights, 2 * torch.eye(dim, **F64).repeat(num, 1, 1), 3.0
+    fits = [em_step(*step, products(points))]
+    for numbers in (1, 2 * points.numel(), 2**20):
+        monkeypatch.setattr("pyro_sb.ops.student_mixture.NUMBERS", numbers)
+        fits.append(em_step(*step))
+    for fit, value in fits[1:]:
+        assert value == pytest.approx(fits[0][1], abs=1e-11)
+        for part, other in zip(fit, fits[0][0]):
+            torch.testing.assert_close(part, other, rtol=1e-10, atol=1e-10)
+
+
+def test_em_in_many_dimensions_stores_no_outer_products():
+    points, weights = sample_and_weights(2000, 60)
+    largest = 0
+
+    class Largest(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            largest = max(largest, result.numel()) if isinstance(result, torch.Tensor) else largest
+            return result
+
+    with Largest():
+        em_fit(points, weights, start_of(points, 40, 4.0), 4.0, 5.0, max_iter=2)
+    assert largest <= 2**20 < points.numel() * 40 < points.numel() * 60
+
+
 def test_em_reports_the_old_mixtures_mean_log_density():
     points, weights = sample_and_weights(60, 3)
     start = start_of(points, 3, 4.0)
     _, value = em_step(
         start,
         points,
-        (points[:, :, None] * points[:, None, :]).flatten(1),
         weights,
         torch.eye(3, **F64).repeat(3, 1, 1),
         1.0,

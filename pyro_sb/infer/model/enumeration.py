@@ -89,6 +89,7 @@ class EnumeratedPlate:
 
     def __init__(self, prototype: Prototype) -> None:
         self.prototype = prototype
+        self.looks_at = prototype.runs.looks_at
 
     def __call__(self, z: Tensor) -> Tensor:
         """``(C, dim)`` to ``(C,)``."""
@@ -125,6 +126,7 @@ class EnumeratedVmap:
 
     def __init__(self, prototype: Prototype) -> None:
         self.prototype = prototype
+        self.looks_at = prototype.runs.looks_at
 
     def __call__(self, z: Tensor) -> Tensor:
         """``(C, dim)`` to ``(C,)``."""

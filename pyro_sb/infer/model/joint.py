@@ -38,6 +38,7 @@ from pyro_sb.infer.model.routes import (
 )
 from pyro_sb.infer.model.sites import quiet_draws
 from pyro_sb.infer.model.starts import candidate_starts, explain_no_start, finite_starts
+from pyro_sb.infer.model.traces import Traces
 
 __all__ = ["CheckedDensity", "Known", "Oracle", "find_oracle", "routes_of_model", "routes_of_potential", "with_twins"]
 
@@ -206,6 +207,7 @@ class CheckedDensity:
 
     def __init__(self, routes: Sequence[Route], oracle: Oracle | None) -> None:
         self.routes, self.oracle = {route.name: route for route in routes}, oracle
+        self.traces = Traces()
         self.runner = Runner(list(self.routes), self._admission, advice=ADVICE)
 
     @property
@@ -217,16 +219,15 @@ class CheckedDensity:
         """Values ``(C,)`` and, if asked, gradients ``(C, dim)``, as the route in use gives them, NaN included."""
         if not len(z):
             return z.new_zeros(0), torch.zeros_like(z)
-        found = None
+        found: tuple[Tensor, Tensor] | None = None
+        z = z.contiguous()
         while found is None:
+            batch = self.traces.batch(self.routes[self.route], z, gradient)
+            kind = gradient, batch.tape is not None
             found = self.runner.attempt(
-                lambda name: evaluate(self.routes[name], z, gradient),
-                len(z),
-                lambda name, _: self._objection(name, z),
-                kind=gradient,
-                device=z.device,
+                batch.figures, len(z), lambda name, _: self._objection(name, z), kind=kind, device=z.device
             )
-        return found
+        return self.traces.follow(batch, found)
 
     def single(self, z: Tensor) -> Tensor:
         """The density of one row ``(1, dim)`` by itself."""
@@ -238,6 +239,7 @@ class CheckedDensity:
     def recheck(self, z: Tensor) -> str | None:
         """Compare values and gradients at states ``(C, dim)``; why routes were dropped there, None if none was."""
         before = len(self.runner.reasons)
+        wrong = self.traces.compare(self.routes[self.route], z.contiguous())
         while self.oracle is not None:
             states = z[:NUM_STATES] if self.route == "loop" else z
             reason = self.oracle.objection_at(self.routes[self.route], states, NUM_STATES, gradient=True)
@@ -249,7 +251,7 @@ class CheckedDensity:
                     "random number of the model a sample site."
                 )
             self.runner.drop(reason)
-        return "; ".join(self.runner.reasons[before:]) or None
+        return "; ".join([*([wrong] if wrong else []), *self.runner.reasons[before:]]) or None
 
     def _admission(self, name: str) -> str | None:
         return None if self.oracle is None else self.oracle.objection(self.routes[name])

@@ -10,7 +10,6 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_sb.infer.model.enumeration import discrete_sites
@@ -20,11 +19,15 @@ from pyro_sb.infer.model.routes import Batched, as_density, constrain
 from pyro_sb.infer.model.runs import MAX_NUMBERS, Row, Wanted
 from pyro_sb.infer.model.sites import is_deterministic, quiet_draws
 from pyro_sb.infer.model.starts import gather_starts, given_starts
+from pyro_sb.infer.model.tape import UndecoratedMode
 
 __all__ = ["Evaluations", "LogJoint", "log_joint"]
 
 Sites = dict[str, Tensor]
-LEAST_ROWS = 16  # of a batch, however long a run of the model is
+LEAST_ROWS = 2  # of a batch, however long a run of the model is
+PART = 2**16  # numbers that an operation of a batch writes at a time, 512 KB in float64: more fall out of the cache
+EAGER_PART = 2**18  # where the model's own code runs every time, whose cost no number of rows changes
+DEVICE_PART = 2**25  # on a GPU
 OPERATIONS = 10  # of a model on each of its numbers
 ENUMERATION_COST = 64  # numbers held by an enumerated run for each number in its sites, a guess on the high side
 
@@ -75,7 +78,7 @@ class LogJoint:
         self.transforms = transforms or {}
         self.evaluations = Evaluations()
         self._density = CheckedDensity(routes, oracle)
-        self._size = 0
+        self._size, self._width = 0, 1
         self._known = None if oracle is None else oracle.known.points  # finite, whatever other starts are
         self._log_copies = 0.0 if prototype is None else prototype.gaps.log_copies
 
@@ -116,7 +119,18 @@ class LogJoint:
             with ElementCount() as count, pyro.validation_enabled(False), torch.no_grad():
                 self._density.single(one)
             self._size = max(self.dim, count.total // OPERATIONS)
+            self._width = max(1, count.squares // max(1, count.total))
         return self._size
+
+    @property
+    def part_size(self) -> int:
+        """Rows that are evaluated at a time: as many as memory bears, and a processor's cache."""
+        most = MAX_NUMBERS // self.run_size
+        if self.device.type != "cpu":
+            numbers = DEVICE_PART
+        else:
+            numbers = EAGER_PART if self._density.traces.refuses(self.route) else PART
+        return max(LEAST_ROWS, min(most, numbers // self._width))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,6 +156,11 @@ class LogJoint:
     def route(self) -> str:
         """Route of a batch: ``"plate"``, ``"vmap"``, ``"loop"``, or ``"batched"`` (:meth:`from_batched`)."""
         return self._density.route
+
+    @property
+    def traced(self) -> str:
+        """Whether batches are evaluated without the model's code, or why they are not."""
+        return self._density.traces.describe(self.route)
 
     @property
     def threads(self) -> str:
@@ -193,7 +212,8 @@ class LogJoint:
 
     def _in_parts(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
         """Values and gradients of as many rows at a time as memory bears."""
-        parts = self._own(z).split(max(LEAST_ROWS, MAX_NUMBERS // self.run_size))
+        size = self.part_size
+        parts = self._own(z).split(size if len(z) > 1.5 * size else max(1, len(z)))
         found = [self._density(part, gradient) for part in parts]
         if len(found) == 1:
             return found[0]
@@ -335,16 +355,19 @@ class LogJoint:
         return z[torch.isfinite(value) & torch.isfinite(grad).all(-1)]
 
 
-class ElementCount(TorchDispatchMode):
-    """Counts the numbers that torch's operations write, whatever they are."""
+class ElementCount(UndecoratedMode):
+    """Counts the numbers that torch's operations write, whatever they are, and their squares an operation."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.total, self.squares = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.total += sum(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.total += x.numel()
+                self.squares += x.numel() ** 2
         return result
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "default_float64",
     "doubled",
     "evaluate",
+    "evaluate_all",
     "in_double",
     "in_float64",
     "value_and_grad",
@@ -79,6 +80,7 @@ class Plate:
 
     def __init__(self, runs: ModelRuns, unpack: Unpack) -> None:
         self.runs, self.unpack = runs, unpack
+        self.looks_at = runs.looks_at
 
     def __call__(self, z: Tensor) -> Tensor:
         """``(C, dim)`` to ``(C,)``."""
@@ -116,6 +118,7 @@ class SingleRow:
 
     def __init__(self, runs: ModelRuns, unpack: Unpack, enumeration: Callable[[Any], Any] | None = None) -> None:
         self.runs, self.unpack, self.enumeration = runs, unpack, enumeration
+        self.looks_at = runs.looks_at
 
     def __call__(self, z: Tensor) -> Tensor:
         """``(dim,)`` to ``()``."""
@@ -139,6 +142,8 @@ class Vmap:
 
     def __init__(self, density: Density) -> None:
         self.density = density
+        if hasattr(density, "looks_at"):
+            self.looks_at = density.looks_at
 
     def __call__(self, z: Tensor) -> Tensor:
         """``(C, dim)`` to ``(C,)``."""
@@ -192,6 +197,7 @@ class UserPotential:
 
     def __init__(self, potential: Potential, packing: Packing) -> None:
         self.potential, self.packing = potential, packing
+        self.looks_at = (potential,)
 
     def __call__(self, z: Tensor) -> Tensor:
         """``(dim,)`` to ``()``."""
@@ -252,14 +258,19 @@ def as_density(value: Tensor) -> Tensor:
     return torch.where(torch.isfinite(value), value, -torch.inf)
 
 
+def evaluate_all(density: Density, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Values and, if asked, gradients; an error where a row's matrix cannot be factored."""
+    with pyro.validation_enabled(False):
+        if gradient:
+            return value_and_grad(density, z)
+        with torch.no_grad():
+            return density(z), torch.empty_like(z)
+
+
 def evaluate(density: Density, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
     """Values and, if asked, gradients; a row whose matrix cannot be factored gets NaN and spoils no other."""
     try:
-        with pyro.validation_enabled(False):
-            if gradient:
-                return value_and_grad(density, z)
-            with torch.no_grad():
-                return density(z), torch.empty_like(z)
+        return evaluate_all(density, z, gradient)
     except torch.linalg.LinAlgError:
         if len(z) == 1:
             return z.new_full((1,), torch.nan), torch.zeros_like(z)

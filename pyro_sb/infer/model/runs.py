@@ -196,6 +196,11 @@ class ModelRuns:
             numel=sum(torch.as_tensor(site["value"]).numel() for site in nodes.values()),
         )
 
+    @property
+    def looks_at(self) -> tuple[Any, ...]:
+        """What its runs depend on."""
+        return self.model, self.args, self.kwargs
+
     def run(
         self,
         row: Row,

@@ -34,6 +34,7 @@ MAX_FAILURES = 4  # ends that are no maxima, before the search of a batch ends
 UNMET = 0.01  # share of the evidence in maxima met once, above which the search goes on
 ROWS = 500_000  # of gradients that the search may take, counted for ascents of ten steps of a model of no size
 STEPS, NUMBERS = 10, 50  # a run of the model that holds so many numbers costs twice as much
+HELD = 2**21  # coordinates of shifted starts that are held at a time
 RELEVANT = 15.0  # nats of Laplace evidence below the best at which a maximum is left out
 
 
@@ -285,16 +286,20 @@ def minus_hessian(log_joint: LogJoint, x: Tensor, units: Tensor | None = None) -
         units: Lengths over which the target varies along each axis, NaN where unknown. Shape ``(S, d)``. Differences
             are taken over a small share of them, else of 1 + abs(x).
     """
-    num, dim = x.shape
+    dim = x.shape[1]
     epsilon, size = torch.finfo(log_joint.dtype).eps, 1 + x.abs()
     step = epsilon ** (1 / 3) * size
     if units is not None:
         known = (epsilon**0.25 * units).clamp_min(64 * epsilon * x.abs())  # no less than x can resolve
         step = torch.where(torch.isnan(units), step, torch.minimum(known, size))
-    shift = torch.diag_embed(step)
-    both = torch.cat([x[:, None] + shift, x[:, None] - shift], 1)
-    grad = log_joint.value_and_grad(both.flatten(0, 1))[1].view(num, 2, dim, dim)
-    hessian = (grad[:, 0] - grad[:, 1]) / (2 * step[..., None])
+    few = max(1, HELD // (2 * dim * dim))  # starts at a time
+    rises = []
+    for point, move in zip(x.split(few), step.split(few)):
+        shift = torch.diag_embed(move)
+        both = torch.cat([point[:, None] + shift, point[:, None] - shift], 1)
+        grad = log_joint.value_and_grad(both.flatten(0, 1))[1].view(len(point), 2, dim, dim)
+        rises.append(grad[:, 0] - grad[:, 1])
+    hessian = torch.cat(rises) / (2 * step[..., None])
     return -0.5 * (hessian + hessian.mT)
 
 
