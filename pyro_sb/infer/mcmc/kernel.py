@@ -4,6 +4,7 @@ r"""Contract of kernels that learn moves in warm-up, freeze them and walk: :math
 learns from a weighted population, in the model's coordinates or non-centred ones.
 """
 
+import logging
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -14,16 +15,22 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from pyro_sb.infer.mcmc.walk import Block, Frozen, PerChain, Walk
+from pyro_sb.fingerprint import differences, fingerprint, named
+from pyro_sb.infer.mcmc.figures import PerChain
+from pyro_sb.infer.mcmc.record import Block
+from pyro_sb.infer.mcmc.walk import Frozen, Walk
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
-from pyro_sb.infer.population.coordinates import NonCentred, choose_coordinates
+from pyro_sb.infer.population.coordinates import NonCentred, choose_coordinates, non_centred
 from pyro_sb.infer.population.population import Population
+from pyro_sb.plain import from_plain, is_plain, to_plain
 from pyro_sb.threads import chosen_threads
 from pyro_sb.warn import warn
 
 __all__ = ["ModelKernel", "WalkingKernel", "check_count"]
 
+logger = logging.getLogger(__name__)
 Sites = dict[str, Tensor]
+Words = dict[str, str]
 
 
 class WalkingKernel(MCMCKernel):
@@ -33,9 +40,15 @@ class WalkingKernel(MCMCKernel):
     ``_starts``. A state of its walk is one row a chain; `ModelKernel` may walk in other coordinates than the model's,
     and chains of B posteriors side by side have B rows each, by ``_rows``, ``_sites`` and ``_by_chain``.
 
+    What warm-up learnt stays when a run ends. It serves a further run without warm-up steps, and one with the same
+    arguments after warm-up was interrupted; `words_for` tells whether arguments are the same. `learnt` and `learn_from`
+    carry it to a file and back: ``learns`` names the attributes that hold it.
+
     Attributes:
         num_chains: Set by `MCMC`; None for one chain of Pyro's runner.
         frozen: The moves, after warm-up.
+        rest: Where the chains stood after their last steps, for `go_on`; None before.
+        words: What tells the arguments that it has learnt from; None before, and where they cannot be told.
         log_joint: The target, after `setup`.
         model: The Pyro model, if there is one.
         walk_kind: The walk that carries the chains.
@@ -46,13 +59,23 @@ class WalkingKernel(MCMCKernel):
     walk_kind: type[Walk] = Walk
     divergence_cure = "a larger num_particles, or another parametrisation (non-centred)"
     model: Callable[..., Any] | None = None
+    learns: tuple[str, ...] = ("frozen",)
 
     def __init__(self) -> None:
         self.num_chains: int | None = None
         self.frozen: Frozen | None = None
+        self.words: Words | None = None
+        self.rest: dict[str, Any] | None = None
+        self._warmed = False  # whether a draw after warm-up was made
         self._initial_params: Sites | None = None
         self._report: dict[str, Any] = {"divergences": []}
         self._reset()
+
+    def _forget(self) -> None:
+        """Drop all that was learnt."""
+        for name in self.learns:
+            setattr(self, name, None)
+        self.rest, self._warmed = None, False
 
     def _reset(self) -> None:
         self._own_start: Sites | None = None
@@ -111,16 +134,116 @@ class WalkingKernel(MCMCKernel):
         """Figures of warm-up, for `diagnostics`."""
         return {}
 
-    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Bind the model's arguments; what was learnt from others is dropped.
+    @abstractmethod
+    def _words(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Words:
+        """What tells the target and the options from others, by name."""
 
-        Warm-up learns at the first draw.
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Bind the model's arguments; what was learnt before is dropped, but where it serves.
+
+        It serves where ``warmup_steps`` is 0, and where warm-up from the same arguments was interrupted. Otherwise
+        warm-up learns at the first draw.
+
+        Raises:
+            ValueError: ``warmup_steps`` is 0, and what was learnt is of another model, data or options.
         """
+        words = self.words_for(args, kwargs)
+        serves = self._serves(warmup_steps, words)
+        if not serves:
+            self._forget()
         self._reset()
-        self.frozen, self._report = None, {"divergences": []}
-        self._steps_left = warmup_steps
+        self._report, self._steps_left = {"divergences": []}, warmup_steps
         self.log_joint: Any = self._bind(args, kwargs)
         self._check_sites()
+        self.words = words
+        if serves:
+            self._bind_learnt()
+
+    def words_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Words | None:
+        """What tells arguments from others, by name; None where that cannot be told."""
+        try:
+            return {"the kernel": type(self).__name__} | self._words(args, kwargs)
+        except Exception as error:  # an object of the user's that cannot be looked through
+            logger.info("arguments cannot be told from others: %s", error)
+            return None
+
+    def _serves(self, warmup_steps: int, words: Words | None) -> bool:
+        """Whether what was learnt is for these arguments, and is to be used again."""
+        if self.words is None or words is None or not self.has_learnt:
+            return False
+        differ = differences(self.words, words)
+        if warmup_steps > 0:
+            return not differ and not self._warmed
+        if differ:
+            raise ValueError(
+                "warmup_steps=0 goes on with what the kernel has learnt, which must be of the same model, data and "
+                f"options, got others: {differ}. Write warmup_steps=None to learn again, or run it on those."
+            )
+        return True
+
+    @property
+    def has_learnt(self) -> bool:
+        """Whether warm-up has learnt anything so far."""
+        return any(getattr(self, name) is not None for name in self.learns)
+
+    def _bind_learnt(self) -> None:
+        """Let what was learnt speak of the log joint that is bound now."""
+
+    def learnt(self) -> dict[str, Any]:
+        """What warm-up has learnt so far, as tensors and plain values.
+
+        Raises:
+            ValueError: Some of it is neither, such as a network of the user's own.
+        """
+        known = self._known()
+        return {name: to_plain(getattr(self, name), known, name) for name in self.learns}
+
+    def learn_from(self, learnt: dict[str, Any], rest: dict[str, Any] | None = None) -> None:
+        """Take what a kernel of the same target has learnt, as `learnt` gave it; after `setup`.
+
+        Args:
+            learnt: What it has learnt.
+            rest: Where its chains stood.
+        """
+        known = self._known()
+        for name in self.learns:
+            setattr(self, name, from_plain(learnt[name], known))
+        self.rest, self._warmed = rest, rest is not None and rest["steps_left"] < 0
+
+    def check_saved(self) -> None:
+        """Refuse, before any work, what could not be written to a file afterwards."""
+
+    def _known(self) -> dict[str, Any]:
+        """Objects that a file names and does not hold."""
+        return {}
+
+    def config(self) -> dict[str, Any] | None:
+        """The constructor's options as plain values; None where a file needs the kernel itself."""
+        return None
+
+    def go_on(self, rest: dict[str, Any], *, counting_on: bool) -> None:
+        """Stand where chains rested, after `setup` with the same arguments.
+
+        Args:
+            rest: As `rest` was.
+            counting_on: Whether what they counted belongs to the same run.
+        """
+        assert self.frozen is not None
+        rows = self._rows(rest["sites"])
+        if rest["walk"]["x"].shape != rows.shape:
+            raise ValueError(
+                f"the chains' state must have shape {tuple(rows.shape)}, as their sites say, got "
+                f"{tuple(rest['walk']['x'].shape)}."
+            )
+        walk = self.walk_kind.resumed(self._target, self.frozen, rest["walk"])
+        if self._target.route != rest["route"]:  # it may have been wrong where chains stand
+            self._target.recheck(walk.x)
+        if counting_on:
+            self._steps_left = rest["steps_left"]
+        else:
+            walk.count_anew()
+        self._walk, self._own_start, self._standing = walk, rest["sites"], rows
+        self.rest = rest | {"walk": walk.state(), "steps_left": self._steps_left}
 
     @property
     def transforms(self) -> dict[str, Any]:
@@ -167,13 +290,15 @@ class WalkingKernel(MCMCKernel):
             walk.forget_warmup()
             walk = self._walk = self._confirmed(walk)
         states, stats = walk.run(num_transitions)
+        self._warmed = self._steps_left <= 0
         self._steps_left -= num_transitions
         draws = self._sites(states)
-        self._standing = self._rows(
-            {name: value[-1] if self.num_chains is not None else value[-1, 0] for name, value in draws.items()}
-        )
+        last = {name: value[-1] if self.num_chains is not None else value[-1, 0] for name, value in draws.items()}
+        self._standing = self._rows(last)
         stats = self._by_chain(stats)
         walk.count_divergences(stats["diverging"])
+        where = {"num_chains": self.num_chains, "steps_left": self._steps_left, "route": self._target.route}
+        self.rest = {"walk": walk.state(), "sites": last} | where
         return Block(draws, stats)
 
     def _confirmed(self, walk: Walk) -> Walk:
@@ -189,7 +314,7 @@ class WalkingKernel(MCMCKernel):
             f"wrong ({objection}). It learns again, and the draws are right but slower, by {self._target.route}. Write "
             "the model so that chains can be a leading dimension: dim=-1 in means and sums.",
         )
-        self.frozen = None
+        self._forget()
         self._prepare()
         assert self.frozen is not None
         x = self._starts(1 if self.num_chains is None else self.num_chains)
@@ -259,7 +384,7 @@ class WalkingKernel(MCMCKernel):
         return report
 
     def cleanup(self) -> None:
-        """Drop the chains' state. What warm-up learnt and `diagnostics` stay for inspection."""
+        """Drop the chains' state. What warm-up learnt, `rest` and `diagnostics` stay."""
         self._report = self.diagnostics()
         self._initial_params = None
         self._reset()
@@ -326,6 +451,8 @@ class ModelKernel(WalkingKernel):
         coordinates: The non-centred coordinates that the chains walk in; None for the model's own.
     """
 
+    learns: tuple[str, ...] = ("population", "frozen")
+
     def __init__(
         self,
         model: Callable[..., Any] | None,
@@ -371,13 +498,50 @@ class ModelKernel(WalkingKernel):
         self.population: Population | None = None
         self.coordinates: NonCentred | None = None
 
-    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Bind the model's arguments; what was learnt from others is dropped.
+    def _options(self) -> dict[str, Any]:
+        """The constructor's options but for the model."""
+        own = {"local": self.local, "num_particles": self.num_particles, "start": self.start, "reparam": self.reparam}
+        return self._joint_options | own
 
-        Warm-up learns at the first draw.
-        """
-        self.population = self.coordinates = None
-        super().setup(warmup_steps, *args, **kwargs)
+    def config(self) -> dict[str, Any] | None:
+        """The constructor's options as plain values; None where some are functions."""
+        options = self._options()
+        return options if self.potential_fn is None and is_plain(options) else None
+
+    def _words(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Words:
+        target = named(self.model if self.model is not None else self.potential_fn)
+        return {
+            "the model": target,
+            "the data": fingerprint(args, kwargs),
+            "the options": fingerprint(self._options()),
+        }
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.coordinates = None
+
+    def _bind_learnt(self) -> None:
+        if self.coordinates is not None:
+            self.coordinates = self._found_coordinates()
+
+    def _found_coordinates(self) -> NonCentred:
+        """The non-centred coordinates of the log joint that is bound now."""
+        found = non_centred(self.log_joint, self._build)
+        if found is None:
+            raise ValueError(
+                "the chains walked in the model's non-centred coordinates, but it has none now. Let warm-up learn "
+                "again: warmup_steps=None, without the file."
+            )
+        return found
+
+    def learnt(self) -> dict[str, Any]:
+        """What warm-up has learnt so far, as tensors and plain values."""
+        return super().learnt() | {"non_centred": self.coordinates is not None}
+
+    def learn_from(self, learnt: dict[str, Any], rest: dict[str, Any] | None = None) -> None:
+        """Take what a kernel of the same target has learnt, as `learnt` gave it; after `setup`."""
+        self.coordinates = self._found_coordinates() if learnt["non_centred"] else None
+        super().learn_from(learnt, rest)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogJoint:
         self._arguments = (args, kwargs)
@@ -418,7 +582,9 @@ class ModelKernel(WalkingKernel):
         return None if self._initial_params is None else self._rows(self._initial_params).to(torch.float64)
 
     def _populate(self) -> Population:
-        """Build the population, in the coordinates that serve it best."""
+        """Build the population, in the coordinates that serve it best, once."""
+        if self.population is not None:
+            return self.population
         reparam = self.reparam if self._joint_options["transforms"] is None else None
         self.coordinates, self.population = choose_coordinates(
             self.log_joint, self._build, self.num_particles, self.start, reparam, self._hints()
@@ -452,7 +618,7 @@ class ModelKernel(WalkingKernel):
     def __getstate__(self) -> dict[str, Any]:
         lost: dict[str, Any] = {"coordinates": None}
         if self.coordinates is not None:  # they are in these coordinates, and mean nothing without them
-            lost |= {"population": None, "frozen": None}
+            lost |= {"population": None, "frozen": None, "rest": None}
         return super().__getstate__() | lost
 
 

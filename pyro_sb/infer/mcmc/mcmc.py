@@ -14,43 +14,46 @@ A kernel takes part by the *batched protocol*: it is a :class:`~pyro.infer.mcmc.
 
 import dataclasses
 import logging
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.infer.mcmc import api, util
-from pyro.infer.mcmc.logger import ProgressBar
 from pyro.util import optional
 from torch import Tensor
 
-from pyro_sb.infer.mcmc.walk import (
+from pyro_sb.bridges.checkpoint import on_device
+from pyro_sb.files import checkpoint_path
+from pyro_sb.fingerprint import differences, fingerprint
+from pyro_sb.infer.mcmc.drawing import Drawing, Hook, RunPlan
+from pyro_sb.infer.mcmc.figures import (
     SAME,
-    Block,
-    Record,
-    blocks,
     figures_of,
     floating,
-    in_chunks,
     moving_entries,
     per_chain,
     site_diagnostics,
-    states,
+    varying,
     worst_r_hat,
 )
+from pyro_sb.infer.mcmc.kernel import WalkingKernel
+from pyro_sb.infer.mcmc.record import Block, Record, in_chunks, states
+from pyro_sb.infer.mcmc.saved import Checkpoint, kernel_of, read_run
 from pyro_sb.infer.model.run import Run
+from pyro_sb.plain import is_plain, to_plain
 from pyro_sb.threads import chosen_threads
+from pyro_sb.training import random_state, set_random_state
 from pyro_sb.warn import warn
 
 __all__ = ["MCMC"]
 
 logger = logging.getLogger(__name__)
-Hook = Callable[[Any, dict[str, Tensor], str, int], None]
 
 
 class MCMC(api.MCMC):
@@ -59,7 +62,8 @@ class MCMC(api.MCMC):
     Pyro's class, signature and methods. What differs: ``num_chains`` chains run vectorised in this process, 64 unless
     said otherwise (Pyro: 1); ``warmup_steps=None`` is what the kernel asks for (Pyro: ``num_samples``);
     ``initial_params`` always carry a leading chain dimension (also for one chain); and :meth:`get_samples` holds the
-    ``pyro.deterministic`` sites too.
+    ``pyro.deterministic`` sites too. A run can be drawn out (:meth:`extend`), saved and loaded, and goes on from a file
+    where it was killed (``checkpoint``).
 
     Args:
         kernel: A kernel of the batched protocol (module docstring), such as ``KernelLangevin``.
@@ -75,6 +79,8 @@ class MCMC(api.MCMC):
         disable_validation: Switch Pyro's argument checks off (``True``), on (``False``) or leave them (``None``).
         transforms: ``transforms[site].inv`` maps draws to the constrained space. ``None``: the kernel's.
         save_params: The sites to keep, in any order; deterministic sites may be named too. ``None``: all.
+        checkpoint: A file in which `run` keeps what was learnt, the draws and torch's random state as it goes on, and
+            from which it goes on if it ended early. ``None``: no file.
 
     Attributes:
         sample_stats: After a run, the kernel's statistics, each of shape ``(num_chains, num_samples)``.
@@ -116,6 +122,7 @@ class MCMC(api.MCMC):
         disable_validation: bool | None = True,
         transforms: dict[str, Any] | None = None,
         save_params: Iterable[str] | None = None,
+        checkpoint: str | Path | None = None,
     ) -> None:
         _check_kernel(kernel)
         _check_count("num_samples", num_samples, least=1)
@@ -135,6 +142,7 @@ class MCMC(api.MCMC):
         self.disable_progbar = disable_progbar
         self.disable_validation = disable_validation
         self.save_params = None if save_params is None else _names(save_params)
+        self.checkpoint = checkpoint_path(checkpoint)
         self.sample_stats: dict[str, Tensor] = {}
         self.evaluations: Any = None
         self.seconds: dict[str, float] = {}
@@ -147,9 +155,19 @@ class MCMC(api.MCMC):
         self._diagnostics: list[dict[str, Any]] = []
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
+        self._words: dict[str, str] | None = None
+        self._rest: Any = None
+        self._frozen: Any = None
 
     def run(self, *args: Any, **kwargs: Any) -> None:
         r"""Warm the kernel up and draw.
+
+        With ``warmup_steps=0`` a kernel that has been warmed up for the same model, arguments and options does not
+        learn again, and as many chains as before go on from where they stood. A kernel whose warm-up from these
+        arguments was interrupted goes on from what it had learnt.
+
+        With ``checkpoint`` a run that ended early, by whatever, goes on from its file, bit for bit as if nothing had
+        happened; where the file holds the finished run, its draws are taken and a warning says so.
 
         Ctrl-C while drawing keeps the draws made so far, with a warning that counts them; only the block in progress, 8
         to 64 steps, is lost. Any other exception keeps them too, and is raised again with a note. Results of an earlier
@@ -160,29 +178,193 @@ class MCMC(api.MCMC):
             **kwargs: The model's keyword arguments.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C before the first draw.
-            ValueError: ``save_params`` names an unknown site.
+            KeyboardInterrupt: Ctrl-C before the first draw. What warm-up has learnt until then stays in the kernel.
+            ValueError: ``save_params`` names an unknown site; ``warmup_steps`` is 0 and the kernel was warmed up for
+                another model, other data or options; the checkpoint is of another run.
         """
-        record = Record(self.save_params)
         with chosen_threads(args, kwargs), self._prepared_kernel():
-            try:
-                self._draw(record, args, kwargs)
-            except KeyboardInterrupt as interrupt:
-                if record.num_draws == 0:
-                    raise KeyboardInterrupt("interrupted in warm-up: no draws were made.") from interrupt
-                self._adopt(record, args, kwargs)
-                made = f"{record.num_draws} of {self._num_requested} draws a chain"
-                warn(f"interrupted: {made} were made and are kept.", UserWarning)
-            except Exception as error:
-                if record.num_draws > 0:
-                    self._adopt(record, args, kwargs)
-                    _add_note(error, f"The first {record.num_draws} draws of each chain are kept: see get_samples().")
+            checkpoint, saved = self._found_checkpoint(args, kwargs)
+            if saved is not None and saved["going"] is None:
+                self._take_up(saved, args, kwargs)
+                warn(
+                    f"{self.checkpoint} holds this run, finished: its {self.num_samples} draws a chain are taken. "
+                    "Delete it to draw again, or write extend(n) for more.",
+                    UserWarning,
+                )
+                return
+            record = Record(self.save_params)
+            plan = self._plan(self.warmup_steps, self._num_requested)
+            drawing = Drawing(self.kernel, plan, record, checkpoint, partial(self._contents, args, kwargs))
+            with self._kept(record, args, kwargs):
+                if saved is None:
+                    self._setup_kernel(self.warmup_steps, args, kwargs)
+                    record.open(self.kernel.log_joint)
+                    drawing.params = self._stand_where_chains_rested()
                 else:
-                    _add_note(error, "No draws were made.")
-                raise
-            else:
-                self._adopt(record, args, kwargs)
+                    self._resume(saved, drawing, args, kwargs)
+                drawing.run()
+            if record.num_draws == self._num_requested:  # else it was interrupted
+                if checkpoint is not None:
+                    checkpoint.write(self._contents(args, kwargs) | self._finished())
                 self._warn_of_r_hat()
+
+    def extend(self, num_samples: int) -> None:
+        r"""Draw further from where the chains stand, without learning again.
+
+        The new draws follow those that are there: `get_samples`, ``sample_stats``, `diagnostics`, ``evaluations`` and
+        ``seconds`` speak of all. Model and arguments are those of the run. With ``checkpoint`` its file then holds all.
+
+        Args:
+            num_samples: Further draws of a chain, at least 1.
+
+        Raises:
+            RuntimeError: There was no run.
+            ValueError: The model, its arguments or the kernel's options have changed since the run, or the kernel has
+                learnt other moves for another run.
+
+        Example:
+            >>> import torch, pyro.distributions as dist
+            >>> from pyro_sb.infer.kernels.langevin import KernelLangevin
+            >>> def model(y):
+            ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+            >>> mcmc = MCMC(KernelLangevin(model), num_samples=20, num_chains=8, disable_progbar=True)
+            >>> mcmc.run(torch.tensor(1.0))
+            >>> mcmc.extend(30)
+            >>> mcmc.get_samples(group_by_chain=True)["mu"].shape
+            torch.Size([8, 50])
+        """
+        self._results()
+        _check_count("num_samples", num_samples, least=1)
+        args, kwargs = self._args, self._kwargs
+        with chosen_threads(args, kwargs), self._prepared_kernel():
+            record = Record(self.save_params)
+            drawing = Drawing(self.kernel, self._plan(0, num_samples), record)
+            drawing.stage, drawing.params = 1, self._stand_again()
+            record.open(self.kernel.log_joint)
+            with self._kept(record, args, kwargs, further=True):
+                drawing.run()
+            if self.checkpoint is not None:
+                self._file(self.checkpoint).write(self._contents(args, kwargs) | self._finished())
+            self._warn_of_r_hat()
+
+    def save(self, path: str | Path) -> None:
+        """Write the draws, what warm-up has learnt and where the chains stand to a file, read back by `load`.
+
+        Args:
+            path: The file: tensors and plain values alone, written whole or not at all.
+
+        Raises:
+            RuntimeError: There was no run.
+            TypeError: The kernel cannot be written.
+            ValueError: ``transforms`` of the user's own, or a model that cannot be told from others.
+        """
+        self._results()
+        self._file(path).write(self._contents(self._args, self._kwargs) | self._finished())
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: Any,
+        *,
+        args: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
+        map_location: Any = None,
+    ) -> "MCMC":
+        r"""A run that `save` or ``checkpoint`` wrote: with its draws and figures, ready for `extend`.
+
+        A file of a run that did not end has the draws made so far.
+
+        Args:
+            path: The file. Read with ``weights_only=True``: no code in it is run.
+            model: The Pyro model; a kernel like that of the run, where its options were functions or it had a bridge
+                or a ``potential_fn``; a conditioned posterior for chains of
+                :meth:`~pyro_sb.infer.amortized.posterior.Posterior.mcmc`.
+            args: The model's positional arguments, where the file does not hold them: what is no tensor and no plain
+                value.
+            kwargs: Its keyword arguments, likewise.
+            map_location: As in `torch.load`.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is no whole file of a run, or one of another model, other data or options: both are named.
+
+        Example:
+            >>> import tempfile, torch, pyro.distributions as dist
+            >>> from pyro_sb.infer.kernels.langevin import KernelLangevin
+            >>> def model(y):
+            ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+            >>> mcmc = MCMC(KernelLangevin(model), num_samples=20, num_chains=8, disable_progbar=True)
+            >>> mcmc.run(torch.tensor(1.0))
+            >>> path = tempfile.mkdtemp() + "/run.pt"
+            >>> mcmc.save(path)
+            >>> MCMC.load(path, model).get_samples()["mu"].shape
+            torch.Size([160])
+        """
+        saved = read_run(path, map_location)
+        try:
+            kernel = kernel_of(model, saved, _family(WalkingKernel), path)
+            options = saved["options"]
+            mcmc = cls(
+                kernel,
+                options["num_samples"],
+                options["warmup_steps"],
+                num_chains=options["num_chains"],
+                save_params=options["save_params"],
+            )
+        except (KeyError, TypeError) as error:
+            raise _altered(path, error) from error
+        held = saved["arguments"]
+        if args is None and kwargs is None and held is None:
+            raise ValueError(
+                f"{path} does not hold the model's arguments, which were more than tensors and plain values. Write "
+                "MCMC.load(path, model, args=(y,))."
+            )
+        mine, theirs = ((), {}) if held is None else (tuple(held["args"]), held["kwargs"])
+        args, kwargs = mine if args is None else args, theirs if kwargs is None else kwargs
+        with chosen_threads(args, kwargs), mcmc._prepared_kernel():
+            mcmc._check_words(saved["words"], args, kwargs, path)
+            if saved["rest"] is not None:  # the shapes of a potential's sites
+                kernel.initial_params = saved["rest"]["sites"]
+            mcmc._take_up(saved, args, kwargs)
+        return mcmc
+
+    def _plan(self, warmup_steps: int, num_samples: int) -> RunPlan:
+        return RunPlan((warmup_steps, num_samples), self.hook_fn, self.disable_progbar)
+
+    @contextmanager
+    def _kept(
+        self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any], *, further: bool = False
+    ) -> Iterator[None]:
+        """Make a record's draws results, also where the work inside is interrupted or fails."""
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            if record.num_draws == 0:
+                raise KeyboardInterrupt(self._without_draws(further)) from interrupt
+            self._adopt(record, args, kwargs, further=further)
+            made = f"{record.num_draws} {'further ' * further}draws a chain"
+            made = made if further else f"{record.num_draws} of {self._num_requested} draws a chain"
+            warn(f"interrupted: {made} were made and are kept.", UserWarning)
+        except Exception as error:
+            if record.num_draws > 0:
+                self._adopt(record, args, kwargs, further=further)
+                _add_note(error, f"The first {record.num_draws} draws of each chain are kept: see get_samples().")
+            else:
+                _add_note(error, "No draws were made.")
+            raise
+        else:
+            self._adopt(record, args, kwargs, further=further)
+
+    def _without_draws(self, further: bool) -> str:
+        """What to say of an interrupt before the first draw."""
+        if further:
+            return f"interrupted: no further draws were made; {self.num_samples} draws a chain are there as before."
+        kept = isinstance(self.kernel, WalkingKernel) and self.kernel.has_learnt
+        more = " What was learnt is kept: run(...) with the same arguments goes on from it." if kept else ""
+        return f"interrupted in warm-up: no draws were made.{more}"
 
     @contextmanager
     def _prepared_kernel(self) -> Iterator[None]:
@@ -200,49 +382,207 @@ class MCMC(api.MCMC):
     def _setup_kernel(self, warmup_steps: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.initial_params is not None:
             self.kernel.initial_params = {name: value.clone() for name, value in self.initial_params.items()}
-        detached = {name: _detached(value) for name, value in kwargs.items()}
-        self.kernel.setup(warmup_steps, *map(_detached, args), **detached)
+        args, kwargs = _all_detached(args, kwargs)
+        self.kernel.setup(warmup_steps, *args, **kwargs)
 
-    def _draw(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Set the kernel up, warm it up, and collect blocks of draws."""
-        begun = time.perf_counter()
-        self._setup_kernel(self.warmup_steps, args, kwargs)
-        record.open(self.kernel.log_joint)
-        progress = ProgressBar(self.warmup_steps, self._num_requested, disable=self.disable_progbar)
+    def _stand_where_chains_rested(self) -> dict[str, Tensor] | None:
+        """Let a kernel that needs no warm-up go on from its chains' last states, if they are as many; their sites."""
+        kernel = self.kernel
+        if not isinstance(kernel, WalkingKernel):
+            return None
+        rest, kernel.rest = kernel.rest, None
+        if rest is None or self.warmup_steps or self.initial_params or rest["num_chains"] != self.num_chains:
+            return None
+        kernel.go_on(rest, counting_on=False)
+        sites: dict[str, Tensor] = rest["sites"]
+        return sites
+
+    def _stand_again(self) -> dict[str, Tensor]:
+        """Let the chains of this run go on from their last states; their sites."""
+        kernel, rest, args, kwargs = self.kernel, self._rest, self._args, self._kwargs
+        sites: dict[str, Tensor] = rest["sites"]
+        if not isinstance(kernel, WalkingKernel) or "walk" not in rest:
+            kernel.initial_params = {name: value.clone() for name, value in sites.items()}
+            args, kwargs = _all_detached(args, kwargs)
+            kernel.setup(0, *args, **kwargs)
+            return sites
+        differ = differences(self._words, kernel.words_for(*_all_detached(args, kwargs)) or {})
+        if differ:
+            raise ValueError(
+                f"extend goes on with the run's own model, data and options, but they have changed since: {differ}. "
+                "Write run(...) to begin anew."
+            )
+        if kernel.frozen is None or kernel.frozen is not self._frozen:
+            raise ValueError(
+                "extend goes on with the moves that made the draws, but the kernel has learnt others since, for "
+                "another run. Extend that run, or give each MCMC a kernel of its own."
+            )
+        if kernel.log_joint is not self._log_joint:
+            random = random_state()
+            self._setup_kernel(0, args, kwargs)
+            set_random_state(random)  # checks of a log joint draw points; the draws are those of the same seed
+            self._count_before(kernel.log_joint)
+        kernel.go_on(rest, counting_on=True)
+        return sites
+
+    def _count_before(self, log_joint: Any) -> None:
+        """Add the evaluations of the draws that are there to those of a new log joint."""
+        log_joint.evaluations.density += self.evaluations.density
+        log_joint.evaluations.gradient += self.evaluations.gradient
+
+    def _found_checkpoint(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Checkpoint | None, dict[str, Any] | None]:
+        """The file to keep this run in, and what lies there of it."""
+        if self.checkpoint is None:
+            return None, None
+        checkpoint = self._file(self.checkpoint, args, kwargs)
+        saved = checkpoint.found()
+        return checkpoint, saved
+
+    def _file(self, path: Any, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None) -> Checkpoint:
+        """A file of this run; refused where the run could not be written."""
+        if not isinstance(self.kernel, WalkingKernel):
+            raise TypeError(
+                f"a run is written to a file with what its kernel has learnt, but {type(self.kernel).__name__} cannot "
+                "be written. Use KernelLangevin or BridgeMH, or leave the file out."
+            )
+        if self._user_transforms is not None:
+            raise ValueError(
+                "transforms are functions, which no file keeps, but a run with transforms of its own was to be "
+                "written. Leave transforms out, and map the draws afterwards."
+            )
+        self.kernel.check_saved()
+        args, kwargs = _all_detached(self._args if args is None else args, self._kwargs if kwargs is None else kwargs)
+        words = self.kernel.words_for(args, kwargs)
+        return Checkpoint.at(path, None if words is None else words | self._own_words())
+
+    def _own_words(self) -> dict[str, str]:
+        """What tells runs of one kernel and arguments from each other."""
+        return {
+            "the number of chains": str(self.num_chains),
+            "the number of warm-up steps": str(self.warmup_steps),
+            "the number of draws": str(self._num_requested),
+            "the sites kept": str(self.save_params),
+            "the start": fingerprint(self.initial_params),
+            "the default dtype": str(torch.get_default_dtype()),
+        }
+
+    def _check_words(self, words: dict[str, str], args: tuple[Any, ...], kwargs: dict[str, Any], path: Any) -> None:
+        """Refuse a file of another model, other data or options."""
+        mine = self.kernel.words_for(*_all_detached(args, kwargs)) or {}
+        theirs = {name: word for name, word in words.items() if name not in self._own_words()}
+        differ = differences(theirs, mine)
+        if differ:
+            raise ValueError(
+                f"{path} must be given the model, data and options that it was drawn with, got others: {differ}. Load "
+                "it with those, or run anew."
+            )
+
+    def _contents(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What a file of this run holds beside its place or its results."""
+        kernel = self.kernel
+        args, kwargs = _all_detached(args, kwargs)
+        arguments = {"args": list(args), "kwargs": kwargs}
+        return {
+            "options": {
+                "num_samples": self._num_requested,
+                "warmup_steps": self.warmup_steps,
+                "num_chains": self.num_chains,
+                "save_params": self.save_params,
+                "kernel": type(kernel).__name__,
+                "config": kernel.config(),
+            },
+            "arguments": arguments if is_plain(arguments) else None,
+            "kernel": kernel.learnt(),
+            "rest": kernel.rest,
+        }
+
+    def _finished(self) -> dict[str, Any]:
+        """What the file of a run that ended holds: its results."""
+        counts = self.evaluations
+        results = {
+            "samples": self._results(),
+            "unconstrained": self._unconstrained,
+            "discrete": self._discrete,
+            "sample_stats": self.sample_stats,
+            "num_samples": self.num_samples,
+            "seconds": self.seconds,
+            "evaluations": [counts.density, counts.gradient],
+            "diagnostics": to_plain(self._diagnostics, name="diagnostics"),
+        }
+        return {"going": None, "results": results, "rest": self._rest}
+
+    def _take_up(self, saved: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take what a file holds: what was learnt, and the draws with their figures."""
+        self._setup_kernel(max(1, self.warmup_steps), args, kwargs)
+        device = self.kernel.log_joint.device
         try:
-            progress.set_description("Prepare")  # what a kernel learns before its first step
-            params = self.kernel.initial_params
-            for stage, num_steps in (("Warmup", self.warmup_steps), ("Sample", self._num_requested)):
-                progress.set_description(stage, refresh=False)
-                if stage == "Sample":
-                    record.warmup_seconds = time.perf_counter() - begun
-                for start, size in blocks(num_steps, single=self.hook_fn is not None):
-                    block = self.kernel.sample_block(params, size)
-                    if stage == "Sample":
-                        record.add(block)
-                    params = {name: draws[-1] for name, draws in block.draws.items()}
-                    progress.set_postfix(_postfix(self.kernel, block, record), refresh=False)
-                    progress.update(size)
-                    if self.hook_fn is not None:
-                        self.hook_fn(self.kernel, params, stage, start)
-        finally:
-            progress.close()
-            record.seconds = time.perf_counter() - begun
+            rest, going = on_device(saved["rest"], device), on_device(saved["going"], device)
+            self.kernel.learn_from(on_device(saved["kernel"], device), rest)
+            if going is None:
+                self._take_results(on_device(saved["results"], device), rest, args, kwargs)
+                if "walk" in rest:
+                    self.kernel.go_on(rest, counting_on=True)
+                return
+            record = Record(self.save_params)
+            record.open(self.kernel.log_joint)
+            Drawing(self.kernel, self._plan(0, 1), record).resume(going, rest)
+            if record.num_draws:
+                self._adopt(record, args, kwargs)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise _altered("the file", error) from error
 
-    def _adopt(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Make a record's draws this object's results."""
-        self._args, self._kwargs = args, kwargs
-        self._log_joint = self.kernel.log_joint
-        self._discrete = record.discrete() or None
-        self.num_samples = record.num_draws
-        self.transforms = self.kernel.transforms if self._user_transforms is None else self._user_transforms
-        self._unconstrained = record.sites()
-        self._samples = dict(self._unconstrained)
-        for name in self.transforms.keys() & self._samples.keys():
-            self._samples[name] = self.transforms[name].inv(self._samples[name])
-        self._samples.update(record.deterministic())
-        self.sample_stats = record.statistics()
-        self.seconds = {"warmup": record.warmup_seconds, "sampling": record.seconds - record.warmup_seconds}
+    def _take_results(self, results: dict[str, Any], rest: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take a finished run's results."""
+        self._bound(rest, args, kwargs)
+        counts = self._log_joint.evaluations
+        counts.density, counts.gradient = results["evaluations"]
+        self.evaluations = dataclasses.replace(counts)
+        self._samples, self._unconstrained = dict(results["samples"]), dict(results["unconstrained"])
+        self._discrete, self.sample_stats = results["discrete"], dict(results["sample_stats"])
+        self.num_samples, self.seconds = results["num_samples"], dict(results["seconds"])
+        self._diagnostics = [dict(entry) for entry in results["diagnostics"]]
+
+    def _resume(self, saved: dict[str, Any], drawing: Drawing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let a run stand where its file left it, torch's random state included."""
+        self._setup_kernel(self.warmup_steps, args, kwargs)
+        log_joint = self.kernel.log_joint
+        drawing.record.open(log_joint)
+        try:
+            rest, going = on_device(saved["rest"], log_joint.device), on_device(saved["going"], log_joint.device)
+            self.kernel.learn_from(on_device(saved["kernel"], log_joint.device), rest)
+            drawing.resume(going, rest)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise _altered(self.checkpoint, error) from error
+        set_random_state(going["random"])
+
+    def _bound(self, rest: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what the draws belong to, and where the chains stand."""
+        kernel = self.kernel
+        self._args, self._kwargs, self._rest = args, kwargs, rest
+        self._log_joint = kernel.log_joint
+        self._words, self._frozen = getattr(kernel, "words", None), getattr(kernel, "frozen", None)
+        self.transforms = kernel.transforms if self._user_transforms is None else self._user_transforms
+
+    def _adopt(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any], *, further: bool = False) -> None:
+        """Make a record's draws this object's results, or let them follow those that are there."""
+        self._bound(record.rest, args, kwargs)
+        unconstrained, stats, discrete = record.sites(), record.statistics(), record.discrete() or None
+        samples = dict(unconstrained)
+        for name in self.transforms.keys() & samples.keys():
+            samples[name] = self.transforms[name].inv(samples[name])
+        samples.update(record.deterministic())
+        seconds = {"warmup": record.warmup_seconds, "sampling": record.seconds - record.warmup_seconds}
+        if further:
+            if discrete is None and self._discrete is not None:
+                discrete = self._drawn_discrete(unconstrained, stats)
+            discrete = None if self._discrete is None or discrete is None else _after(self._discrete, discrete)
+            unconstrained, stats = _after(self._unconstrained, unconstrained), _after(self.sample_stats, stats)
+            samples = _after(self._results(), samples)
+            seconds = {name: value + seconds[name] for name, value in self.seconds.items()}
+        self._unconstrained, self._samples, self._discrete, self.sample_stats = unconstrained, samples, discrete, stats
+        self.num_samples, self.seconds = record.num_draws + (self.num_samples if further else 0), seconds
         self.evaluations = dataclasses.replace(self._log_joint.evaluations)
         self._diagnostics = per_chain(self.kernel.diagnostics(), self.sample_stats.get("diverging"), self.num_chains)
 
@@ -298,9 +638,15 @@ class MCMC(api.MCMC):
             dropped = sorted(set(log_joint.site_shapes) - set(self._unconstrained))
             if dropped:
                 raise RuntimeError(f"enumerated sites need every continuous site, but save_params dropped {dropped}.")
-            z = states(Block(self._unconstrained, self.sample_stats), log_joint)
-            self._discrete = in_chunks(log_joint.discrete, z)
+            self._discrete = self._drawn_discrete(self._unconstrained, self.sample_stats, log_joint)
         return dict(util.select_samples(self._discrete, None, group_by_chain))
+
+    def _drawn_discrete(
+        self, unconstrained: dict[str, Tensor], stats: dict[str, Tensor], log_joint: Any = None
+    ) -> dict[str, Tensor]:
+        """Draws of the enumerated sites given those of the others."""
+        log_joint = self._log_joint if log_joint is None else log_joint
+        return in_chunks(log_joint.discrete, states(Block(unconstrained, stats), log_joint))
 
     def _rebuilt_log_joint(self) -> Any:
         """The log joint of an unpickled object: it does not travel, the model and its arguments do."""
@@ -330,6 +676,8 @@ class MCMC(api.MCMC):
     def summary(self, prob: float = 0.9) -> None:
         r"""Print Pyro's table (mean, sd, median, credible interval, n_eff, r_hat) and the number of divergences.
 
+        Entries that cannot vary, such as the zeros of a Cholesky factor, are left out; sites of nothing else are named.
+
         Args:
             prob: Mass of the credible interval, in (0, 1).
 
@@ -340,9 +688,13 @@ class MCMC(api.MCMC):
         samples: dict[str, Tensor] = {}
         for name, value in self._results().items():
             samples |= moving_entries(name, floating(value))
+        still = [name for name, value in self._results().items() if not bool(varying(floating(value)).any())]
         if samples and self.num_samples < 4:
             raise ValueError(f"summary needs at least 4 draws a chain, got {self.num_samples}. See get_samples().")
-        util.print_summary(samples, prob=prob)
+        if samples:
+            util.print_summary(samples, prob=prob)
+        if still:
+            print(f"Constant: {', '.join(still)}")
         print(f"Number of divergences: {sum(len(entry['divergences']) for entry in self._diagnostics)}")
 
     def __repr__(self) -> str:
@@ -401,17 +753,28 @@ class MCMC(api.MCMC):
         return {**self.__dict__, "_log_joint": None}  # it may hold closures; rebuilt on demand
 
 
-def _postfix(kernel: Any, block: Block, record: Record) -> OrderedDict[str, str]:
-    """Words of the progress bar: the kernel's, and always acceptance and divergences."""
-    words = OrderedDict(kernel.logging() or {})
-    if "acceptance_rate" in block.stats and not any(word.startswith("acc") for word in words):
-        words["acc. prob"] = f"{block.stats['acceptance_rate'].double().mean().item():.3f}"
-    words["divergences"] = str(record.num_diverging)
-    return words
-
-
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _all_detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return tuple(map(_detached, args)), {name: _detached(value) for name, value in kwargs.items()}
+
+
+def _after(before: dict[str, Tensor], further: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Draws ``(chains, draws, ...)``, and further ones after them."""
+    return {name: torch.cat([value, further[name].to(value)], 1) for name, value in before.items()}
+
+
+def _family(kind: Any) -> list[Any]:
+    """A class and those derived from it."""
+    return [kind, *(each for child in kind.__subclasses__() for each in _family(child))]
+
+
+def _altered(path: Any, error: Exception) -> ValueError:
+    """What to say of a file whose parts do not fit together."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(f"{path} must hold a run as this version writes it, got one that differs ({line}). Run anew.")
 
 
 def _names(save_params: Iterable[str]) -> list[str]:

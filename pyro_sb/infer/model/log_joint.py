@@ -20,6 +20,7 @@ from pyro_sb.infer.model.routes import Batched, as_density, constrain
 from pyro_sb.infer.model.runs import MAX_NUMBERS, Row, Wanted
 from pyro_sb.infer.model.sites import is_deterministic, quiet_draws
 from pyro_sb.infer.model.starts import gather_starts, given_starts
+from pyro_sb.stages import working
 
 __all__ = ["Evaluations", "LogJoint", "log_joint"]
 
@@ -193,6 +194,7 @@ class LogJoint:
 
     def _in_parts(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
         """Values and gradients of as many rows at a time as memory bears."""
+        working()
         parts = self._own(z).split(max(LEAST_ROWS, MAX_NUMBERS // self.run_size))
         found = [self._density(part, gradient) for part in parts]
         if len(found) == 1:

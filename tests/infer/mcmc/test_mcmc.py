@@ -14,8 +14,8 @@ from pyro.infer import Predictive
 from pyro.infer.mcmc import util
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
+from pyro_sb.infer.mcmc.figures import PerChain
 from pyro_sb.infer.mcmc.mcmc import MCMC
-from pyro_sb.infer.mcmc.walk import PerChain
 from pyro_sb.infer.model.log_joint import log_joint
 
 F64 = torch.float64
