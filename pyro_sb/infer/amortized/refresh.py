@@ -9,8 +9,8 @@ from torch import Tensor
 from pyro_sb.distributions import Draws
 from pyro_sb.fingerprint import fingerprint
 from pyro_sb.infer.amortized.latent_law import LatentLaw
-from pyro_sb.infer.mcmc.kernel import Sites, WalkingKernel
 from pyro_sb.infer.mcmc.walk import TUNING_CHAINS, Frozen
+from pyro_sb.infer.mcmc.walking import Sites, WalkingKernel
 from pyro_sb.infer.moves.moves import Transition, hmc_step, jittered, start_rows
 from pyro_sb.infer.moves.proposals import ProposalMove
 from pyro_sb.infer.moves.tuning import ChainStates, fit_step

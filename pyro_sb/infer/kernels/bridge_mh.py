@@ -238,7 +238,8 @@ class BridgeMH(ModelKernel):
     def learn_from(self, learnt: dict[str, Any], rest: dict[str, Any] | None = None) -> None:
         """Take what a kernel of the same target has learnt, as `learnt` gave it; after `setup`."""
         if learnt["bridge"] is not None:
-            self.proposals = BridgeProposals(Bridge.rebuilt(learnt["bridge"], "the file"), None, self.num_paths)
+            bridge = Bridge.rebuilt(learnt["bridge"], "the file").to(self.log_joint.device)
+            self.proposals = BridgeProposals(bridge, None, self.num_paths)
         elif learnt["proposes"]:
             self.proposals = self._own_proposals()
         super().learn_from(learnt, rest)

@@ -37,16 +37,18 @@ from pyro_sb.infer.mcmc.figures import (
     figures_of,
     floating,
     moving_entries,
-    per_chain,
     site_diagnostics,
     varying,
     worst_r_hat,
 )
-from pyro_sb.infer.mcmc.kernel import WalkingKernel
-from pyro_sb.infer.mcmc.record import Block, Record, in_chunks, states
+from pyro_sb.infer.mcmc.options import check_kernel, check_starts, check_steps, detached, site_names
+from pyro_sb.infer.mcmc.record import Record
+from pyro_sb.infer.mcmc.results import Results
 from pyro_sb.infer.mcmc.saved import Checkpoint, kernel_of, read_run
+from pyro_sb.infer.mcmc.walking import WalkingKernel
+from pyro_sb.infer.model.log_joint import Evaluations
 from pyro_sb.infer.model.run import Run
-from pyro_sb.plain import is_plain, to_plain
+from pyro_sb.plain import is_plain
 from pyro_sb.threads import chosen_threads
 from pyro_sb.training import random_state, set_random_state
 from pyro_sb.warn import warn
@@ -83,10 +85,7 @@ class MCMC(api.MCMC):
             from which it goes on if it ended early. ``None``: no file.
 
     Attributes:
-        sample_stats: After a run, the kernel's statistics, each of shape ``(num_chains, num_samples)``.
-        evaluations: After a run, what the kernel evaluated, counted in rows (one row: one chain, once).
-        seconds: After a run, wall time of ``"warmup"``, what the kernel learns before its first step included, and of
-            ``"sampling"``.
+        checkpoint: The file's path, or None.
 
     Raises:
         TypeError: The kernel has no ``sample_block``.
@@ -124,10 +123,10 @@ class MCMC(api.MCMC):
         save_params: Iterable[str] | None = None,
         checkpoint: str | Path | None = None,
     ) -> None:
-        _check_kernel(kernel)
-        _check_count("num_samples", num_samples, least=1)
-        _check_count("num_chains", num_chains, least=1)
-        _check_starts(initial_params, num_chains)
+        check_kernel(kernel)
+        check_steps("num_samples", num_samples, least=1)
+        check_steps("num_chains", num_chains, least=1)
+        check_starts(initial_params, num_chains)
         if mp_context is not None:
             raise ValueError(
                 f"mp_context must be None, got {mp_context!r}: chains are a tensor dimension of one process here. "
@@ -135,24 +134,18 @@ class MCMC(api.MCMC):
             )
         api.AbstractMCMC.__init__(self, kernel, num_chains, transforms)  # api.MCMC.__init__ would start processes
         self.warmup_steps = kernel.default_warmup_steps if warmup_steps is None else warmup_steps
-        _check_count("warmup_steps", self.warmup_steps, least=0)
+        check_steps("warmup_steps", self.warmup_steps, least=0)
         self.num_samples = num_samples
         self.initial_params = initial_params
         self.hook_fn = hook_fn
         self.disable_progbar = disable_progbar
         self.disable_validation = disable_validation
-        self.save_params = None if save_params is None else _names(save_params)
+        self.save_params = None if save_params is None else site_names(save_params)
         self.checkpoint = checkpoint_path(checkpoint)
-        self.sample_stats: dict[str, Tensor] = {}
-        self.evaluations: Any = None
-        self.seconds: dict[str, float] = {}
         self._num_requested = num_samples
         self._user_transforms = transforms
-        self._samples: dict[str, Tensor] | None = None
-        self._unconstrained: dict[str, Tensor] = {}
-        self._discrete: dict[str, Tensor] | None = None
+        self._drawn: Results | None = None
         self._log_joint: Any = None
-        self._diagnostics: list[dict[str, Any]] = []
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
         self._words: dict[str, str] | None = None
@@ -212,7 +205,8 @@ class MCMC(api.MCMC):
         r"""Draw further from where the chains stand, without learning again.
 
         The new draws follow those that are there: `get_samples`, ``sample_stats``, `diagnostics`, ``evaluations`` and
-        ``seconds`` speak of all. Model and arguments are those of the run. With ``checkpoint`` its file then holds all.
+        ``seconds`` speak of all. Model and arguments are those of the run. With ``checkpoint`` its file holds all when
+        this ends, and until then the run as it was.
 
         Args:
             num_samples: Further draws of a chain, at least 1.
@@ -235,7 +229,7 @@ class MCMC(api.MCMC):
             torch.Size([8, 50])
         """
         self._results()
-        _check_count("num_samples", num_samples, least=1)
+        check_steps("num_samples", num_samples, least=1)
         args, kwargs = self._args, self._kwargs
         with chosen_threads(args, kwargs), self._prepared_kernel():
             record = Record(self.save_params)
@@ -257,10 +251,13 @@ class MCMC(api.MCMC):
         Raises:
             RuntimeError: There was no run.
             TypeError: The kernel cannot be written.
-            ValueError: ``transforms`` of the user's own, or a model that cannot be told from others.
+            ValueError: ``transforms`` of the user's own, a model that cannot be told from others, or one that has
+                changed since the run, as its data or the kernel's moves may have.
         """
         self._results()
-        self._file(path).write(self._contents(self._args, self._kwargs) | self._finished())
+        file = self._file(path)
+        self._check_unchanged()
+        file.write(self._contents(self._args, self._kwargs) | self._finished())
 
     @classmethod
     def load(
@@ -382,7 +379,7 @@ class MCMC(api.MCMC):
     def _setup_kernel(self, warmup_steps: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.initial_params is not None:
             self.kernel.initial_params = {name: value.clone() for name, value in self.initial_params.items()}
-        args, kwargs = _all_detached(args, kwargs)
+        args, kwargs = detached(args, kwargs)
         self.kernel.setup(warmup_steps, *args, **kwargs)
 
     def _stand_where_chains_rested(self) -> dict[str, Tensor] | None:
@@ -403,20 +400,10 @@ class MCMC(api.MCMC):
         sites: dict[str, Tensor] = rest["sites"]
         if not isinstance(kernel, WalkingKernel) or "walk" not in rest:
             kernel.initial_params = {name: value.clone() for name, value in sites.items()}
-            args, kwargs = _all_detached(args, kwargs)
+            args, kwargs = detached(args, kwargs)
             kernel.setup(0, *args, **kwargs)
             return sites
-        differ = differences(self._words, kernel.words_for(*_all_detached(args, kwargs)) or {})
-        if differ:
-            raise ValueError(
-                f"extend goes on with the run's own model, data and options, but they have changed since: {differ}. "
-                "Write run(...) to begin anew."
-            )
-        if kernel.frozen is None or kernel.frozen is not self._frozen:
-            raise ValueError(
-                "extend goes on with the moves that made the draws, but the kernel has learnt others since, for "
-                "another run. Extend that run, or give each MCMC a kernel of its own."
-            )
+        self._check_unchanged()
         if kernel.log_joint is not self._log_joint:
             random = random_state()
             self._setup_kernel(0, args, kwargs)
@@ -425,10 +412,25 @@ class MCMC(api.MCMC):
         kernel.go_on(rest, counting_on=True)
         return sites
 
+    def _check_unchanged(self) -> None:
+        """Refuse to speak of a run whose model, data, options or moves are others by now."""
+        differ = differences(self._words, self.kernel.words_for(*detached(self._args, self._kwargs)) or {})
+        if differ:
+            raise ValueError(
+                f"extend and save are of the run's own model, data and options, but they have changed since: {differ}. "
+                "Write run(...) to begin anew."
+            )
+        if self.kernel.frozen is not self._frozen:
+            raise ValueError(
+                "extend and save need the moves that made the draws, but the kernel has learnt others since, for "
+                "another run. Extend or save that run, or give each MCMC a kernel of its own."
+            )
+
     def _count_before(self, log_joint: Any) -> None:
         """Add the evaluations of the draws that are there to those of a new log joint."""
-        log_joint.evaluations.density += self.evaluations.density
-        log_joint.evaluations.gradient += self.evaluations.gradient
+        counts = self._results().evaluations
+        log_joint.evaluations.density += counts.density
+        log_joint.evaluations.gradient += counts.gradient
 
     def _found_checkpoint(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -453,7 +455,7 @@ class MCMC(api.MCMC):
                 "written. Leave transforms out, and map the draws afterwards."
             )
         self.kernel.check_saved()
-        args, kwargs = _all_detached(self._args if args is None else args, self._kwargs if kwargs is None else kwargs)
+        args, kwargs = detached(self._args if args is None else args, self._kwargs if kwargs is None else kwargs)
         words = self.kernel.words_for(args, kwargs)
         return Checkpoint.at(path, None if words is None else words | self._own_words())
 
@@ -470,7 +472,7 @@ class MCMC(api.MCMC):
 
     def _check_words(self, words: dict[str, str], args: tuple[Any, ...], kwargs: dict[str, Any], path: Any) -> None:
         """Refuse a file of another model, other data or options."""
-        mine = self.kernel.words_for(*_all_detached(args, kwargs)) or {}
+        mine = self.kernel.words_for(*detached(args, kwargs)) or {}
         theirs = {name: word for name, word in words.items() if name not in self._own_words()}
         differ = differences(theirs, mine)
         if differ:
@@ -482,7 +484,7 @@ class MCMC(api.MCMC):
     def _contents(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """What a file of this run holds beside its place or its results."""
         kernel = self.kernel
-        args, kwargs = _all_detached(args, kwargs)
+        args, kwargs = detached(args, kwargs)
         arguments = {"args": list(args), "kwargs": kwargs}
         return {
             "options": {
@@ -500,18 +502,7 @@ class MCMC(api.MCMC):
 
     def _finished(self) -> dict[str, Any]:
         """What the file of a run that ended holds: its results."""
-        counts = self.evaluations
-        results = {
-            "samples": self._results(),
-            "unconstrained": self._unconstrained,
-            "discrete": self._discrete,
-            "sample_stats": self.sample_stats,
-            "num_samples": self.num_samples,
-            "seconds": self.seconds,
-            "evaluations": [counts.density, counts.gradient],
-            "diagnostics": to_plain(self._diagnostics, name="diagnostics"),
-        }
-        return {"going": None, "results": results, "rest": self._rest}
+        return {"going": None, "results": self._results().packed(), "rest": self._rest}
 
     def _take_up(self, saved: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take what a file holds: what was learnt, and the draws with their figures."""
@@ -521,7 +512,10 @@ class MCMC(api.MCMC):
             rest, going = on_device(saved["rest"], device), on_device(saved["going"], device)
             self.kernel.learn_from(on_device(saved["kernel"], device), rest)
             if going is None:
-                self._take_results(on_device(saved["results"], device), rest, args, kwargs)
+                self._bound(rest, args, kwargs)
+                self._draw(Results.unpacked(on_device(saved["results"], device)))
+                counts, drawn = self.kernel.log_joint.evaluations, self._results().evaluations
+                counts.density, counts.gradient = drawn.density, drawn.gradient
                 if "walk" in rest:
                     self.kernel.go_on(rest, counting_on=True)
                 return
@@ -532,17 +526,6 @@ class MCMC(api.MCMC):
                 self._adopt(record, args, kwargs)
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise _altered("the file", error) from error
-
-    def _take_results(self, results: dict[str, Any], rest: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take a finished run's results."""
-        self._bound(rest, args, kwargs)
-        counts = self._log_joint.evaluations
-        counts.density, counts.gradient = results["evaluations"]
-        self.evaluations = dataclasses.replace(counts)
-        self._samples, self._unconstrained = dict(results["samples"]), dict(results["unconstrained"])
-        self._discrete, self.sample_stats = results["discrete"], dict(results["sample_stats"])
-        self.num_samples, self.seconds = results["num_samples"], dict(results["seconds"])
-        self._diagnostics = [dict(entry) for entry in results["diagnostics"]]
 
     def _resume(self, saved: dict[str, Any], drawing: Drawing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Let a run stand where its file left it, torch's random state included."""
@@ -568,29 +551,32 @@ class MCMC(api.MCMC):
     def _adopt(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any], *, further: bool = False) -> None:
         """Make a record's draws this object's results, or let them follow those that are there."""
         self._bound(record.rest, args, kwargs)
-        unconstrained, stats, discrete = record.sites(), record.statistics(), record.discrete() or None
-        samples = dict(unconstrained)
-        for name in self.transforms.keys() & samples.keys():
-            samples[name] = self.transforms[name].inv(samples[name])
-        samples.update(record.deterministic())
-        seconds = {"warmup": record.warmup_seconds, "sampling": record.seconds - record.warmup_seconds}
-        if further:
-            if discrete is None and self._discrete is not None:
-                discrete = self._drawn_discrete(unconstrained, stats)
-            discrete = None if self._discrete is None or discrete is None else _after(self._discrete, discrete)
-            unconstrained, stats = _after(self._unconstrained, unconstrained), _after(self.sample_stats, stats)
-            samples = _after(self._results(), samples)
-            seconds = {name: value + seconds[name] for name, value in self.seconds.items()}
-        self._unconstrained, self._samples, self._discrete, self.sample_stats = unconstrained, samples, discrete, stats
-        self.num_samples, self.seconds = record.num_draws + (self.num_samples if further else 0), seconds
-        self.evaluations = dataclasses.replace(self._log_joint.evaluations)
-        self._diagnostics = per_chain(self.kernel.diagnostics(), self.sample_stats.get("diverging"), self.num_chains)
+        drawn = Results.of(record, self.kernel, self.transforms, self.num_chains)
+        self._draw(drawn.after(self._results(), self._log_joint) if further else drawn)
+
+    def _draw(self, drawn: Results) -> None:
+        self._drawn, self.num_samples = drawn, drawn.num_samples
+
+    @property
+    def sample_stats(self) -> dict[str, Tensor]:
+        """The kernel's statistics after a run, each of shape ``(num_chains, num_samples)``."""
+        return {} if self._drawn is None else self._drawn.stats
+
+    @property
+    def evaluations(self) -> Evaluations | None:
+        """What the kernel evaluated until the end of a run, in rows: one row is one chain, once."""
+        return None if self._drawn is None else self._drawn.evaluations
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time of ``"warmup"``, what the kernel learns before its first step included, and of ``"sampling"``."""
+        return {} if self._drawn is None else self._drawn.seconds
 
     def _warn_of_r_hat(self) -> None:
         """Say so where chains disagree; of one chain, or under four draws, nothing is known."""
         if self.num_chains == 1 or self.num_samples < 4:
             return
-        name, r_hat = worst_r_hat(self._results())
+        name, r_hat = worst_r_hat(self._results().samples)
         if r_hat > SAME:
             shown = f"{r_hat:.3f}" if r_hat < 100 else "over 99"
             warn(
@@ -598,10 +584,10 @@ class MCMC(api.MCMC):
                 f"shares of modes may be off. Raise num_samples (now {self.num_samples})."
             )
 
-    def _results(self) -> dict[str, Tensor]:
-        if self._samples is None:
+    def _results(self) -> Results:
+        if self._drawn is None:
             raise RuntimeError("there are no draws yet. Call run(*model_args, **model_kwargs) first.")
-        return self._samples
+        return self._drawn
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
         r"""Draws of the latent and deterministic sites, in the constrained space.
@@ -616,7 +602,7 @@ class MCMC(api.MCMC):
         Raises:
             RuntimeError: There was no run.
         """
-        return dict(util.select_samples(self._results(), num_samples, group_by_chain))
+        return dict(util.select_samples(self._results().samples, num_samples, group_by_chain))
 
     def get_discrete_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
         r"""Draws of the enumerated sites given each draw of the others: those behind the deterministic sites, if any.
@@ -632,21 +618,15 @@ class MCMC(api.MCMC):
         Raises:
             RuntimeError: There was no run, or ``save_params`` dropped a site that the enumerated ones need.
         """
-        self._results()
-        if self._discrete is None:
+        drawn = self._results()
+        if drawn.discrete is None:
             log_joint = self._log_joint if self._log_joint is not None else self._rebuilt_log_joint()
-            dropped = sorted(set(log_joint.site_shapes) - set(self._unconstrained))
+            dropped = sorted(set(log_joint.site_shapes) - set(drawn.unconstrained))
             if dropped:
                 raise RuntimeError(f"enumerated sites need every continuous site, but save_params dropped {dropped}.")
-            self._discrete = self._drawn_discrete(self._unconstrained, self.sample_stats, log_joint)
-        return dict(util.select_samples(self._discrete, None, group_by_chain))
-
-    def _drawn_discrete(
-        self, unconstrained: dict[str, Tensor], stats: dict[str, Tensor], log_joint: Any = None
-    ) -> dict[str, Tensor]:
-        """Draws of the enumerated sites given those of the others."""
-        log_joint = self._log_joint if log_joint is None else log_joint
-        return in_chunks(log_joint.discrete, states(Block(unconstrained, stats), log_joint))
+            drawn = self._drawn = dataclasses.replace(drawn, discrete=drawn.drawn_discrete(log_joint))
+        assert drawn.discrete is not None
+        return dict(util.select_samples(drawn.discrete, None, group_by_chain))
 
     def _rebuilt_log_joint(self) -> Any:
         """The log joint of an unpickled object: it does not travel, the model and its arguments do."""
@@ -665,13 +645,13 @@ class MCMC(api.MCMC):
         Raises:
             RuntimeError: There was no run.
         """
-        return {name: site_diagnostics(value) for name, value in self._results().items()} | self._kernel_figures()
+        sites = self._results().samples
+        return {name: site_diagnostics(value) for name, value in sites.items()} | self._kernel_figures()
 
     def _kernel_figures(self) -> dict[str, Any]:
         """The kernel's own figures of every chain."""
-        return {
-            key: {f"chain {i}": entry[key] for i, entry in enumerate(self._diagnostics)} for key in self._diagnostics[0]
-        }
+        figures = self._results().figures
+        return {key: {f"chain {i}": chain[key] for i, chain in enumerate(figures)} for key in figures[0]}
 
     def summary(self, prob: float = 0.9) -> None:
         r"""Print Pyro's table (mean, sd, median, credible interval, n_eff, r_hat) and the number of divergences.
@@ -686,16 +666,17 @@ class MCMC(api.MCMC):
             ValueError: A chain has fewer than 4 draws.
         """
         samples: dict[str, Tensor] = {}
-        for name, value in self._results().items():
+        drawn = self._results()
+        for name, value in drawn.samples.items():
             samples |= moving_entries(name, floating(value))
-        still = [name for name, value in self._results().items() if not bool(varying(floating(value)).any())]
+        still = [name for name, value in drawn.samples.items() if not bool(varying(floating(value)).any())]
         if samples and self.num_samples < 4:
             raise ValueError(f"summary needs at least 4 draws a chain, got {self.num_samples}. See get_samples().")
         if samples:
             util.print_summary(samples, prob=prob)
         if still:
             print(f"Constant: {', '.join(still)}")
-        print(f"Number of divergences: {sum(len(entry['divergences']) for entry in self._diagnostics)}")
+        print(f"Number of divergences: {drawn.num_divergences}")
 
     def __repr__(self) -> str:
         kernel = repr(self.kernel).splitlines()
@@ -703,27 +684,28 @@ class MCMC(api.MCMC):
             f"MCMC of {self.num_chains} chain{'s' * (self.num_chains > 1)} x {self.num_samples} draws",
             *kernel[:1],
         ]
-        if self._samples is None:
+        drawn = self._drawn
+        if drawn is None:
             return "\n  ".join([*lines, f"not run: {self.warmup_steps} warm-up steps first; call run(*model_args)"])
-        sites = [f"{name} {tuple(x.shape[2:])}" if x.dim() > 2 else name for name, x in self._samples.items()]
+        sites = [f"{name} {tuple(x.shape[2:])}" if x.dim() > 2 else name for name, x in drawn.samples.items()]
         shown = sites if len(sites) <= 8 else [*sites[:7], f"and {len(sites) - 7} more"]
-        divergences = sum(len(entry["divergences"]) for entry in self._diagnostics)
-        share = divergences / (self.num_chains * self.num_samples)
-        figures = [f"sites: {', '.join(shown)}", f"divergences: {divergences} ({share:.1%})"]
-        if self.evaluations is not None:
-            counts = self.evaluations
-            figures.append(f"evaluations: {counts.density} of the density, {counts.gradient} with gradient")
+        share = drawn.num_divergences / (self.num_chains * self.num_samples)
+        counts = drawn.evaluations
+        figures = [
+            f"sites: {', '.join(shown)}",
+            f"divergences: {drawn.num_divergences} ({share:.1%})",
+            f"evaluations: {counts.density} of the density, {counts.gradient} with gradient",
+        ]
         return "\n  ".join([*lines, *figures])
 
     def _repr_html_(self) -> str:
         """Table of the first 20 numbers: mean, sd, 5 % and 95 % quantiles, n_eff and r_hat."""
         text = "<br>".join(escape(line) for line in repr(self).splitlines())
-        if self._samples is None:
+        if self._drawn is None:
             return f"<p>{text}</p>"
         columns = ("", "mean", "sd", "5 %", "95 %", "n_eff", "r_hat")
-        rows = [
-            (name, *(f"{figure:.4g}" for figure in figures)) for name, figures in figures_of(self._results(), most=20)
-        ]
+        numbers = figures_of(self._drawn.samples, most=20)
+        rows = [(name, *(f"{figure:.4g}" for figure in figures)) for name, figures in numbers]
         cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
         return f"<p>{text}</p><table><tr>{''.join(f'<th>{name}</th>' for name in columns)}</tr>{cells}</table>"
 
@@ -753,19 +735,6 @@ class MCMC(api.MCMC):
         return {**self.__dict__, "_log_joint": None}  # it may hold closures; rebuilt on demand
 
 
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _all_detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return tuple(map(_detached, args)), {name: _detached(value) for name, value in kwargs.items()}
-
-
-def _after(before: dict[str, Tensor], further: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Draws ``(chains, draws, ...)``, and further ones after them."""
-    return {name: torch.cat([value, further[name].to(value)], 1) for name, value in before.items()}
-
-
 def _family(kind: Any) -> list[Any]:
     """A class and those derived from it."""
     return [kind, *(each for child in kind.__subclasses__() for each in _family(child))]
@@ -777,39 +746,8 @@ def _altered(path: Any, error: Exception) -> ValueError:
     return ValueError(f"{path} must hold a run as this version writes it, got one that differs ({line}). Run anew.")
 
 
-def _names(save_params: Iterable[str]) -> list[str]:
-    if isinstance(save_params, str):
-        raise TypeError(f"save_params must be a list of sites, got a string. Write save_params=[{save_params!r}].")
-    return sorted(set(save_params))
-
-
 def _add_note(error: Exception, note: str) -> None:
     if hasattr(error, "add_note"):  # Python 3.11
         error.add_note(note)
     else:
         logger.warning(note)
-
-
-def _check_kernel(kernel: Any) -> None:
-    if not callable(getattr(kernel, "sample_block", None)):
-        raise TypeError(
-            f"kernel must move all chains at once (have sample_block), got {type(kernel).__name__}. "
-            "Use pyro.infer.MCMC for it, or a kernel of pyro_sb.infer such as KernelLangevin."
-        )
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"{name} must be a whole number of at least {least}, got {value!r}. Write {name}={max(least, 64)}."
-        )
-
-
-def _check_starts(initial_params: dict[str, Tensor] | None, num_chains: int) -> None:
-    for name, value in (initial_params or {}).items():
-        if value.dim() == 0 or value.shape[0] != num_chains:
-            raise ValueError(
-                f"initial_params must have the chains as leading dimension: {name!r} must have shape "
-                f"({num_chains}, *site), got {tuple(value.shape)}. For one common start write "
-                f"value.expand({num_chains}, *value.shape)."
-            )

@@ -13,8 +13,8 @@ from pyro_sb.bridges import KernelLangevinBridge, LightSB
 from pyro_sb.diagnostics import report
 from pyro_sb.infer import MCMC, AmortizedPosterior, BridgeMH, KernelLangevin
 from pyro_sb.infer.mcmc import saved
-from pyro_sb.infer.mcmc.kernel import WalkingKernel
 from pyro_sb.infer.mcmc.walk import ROLES
+from pyro_sb.infer.mcmc.walking import WalkingKernel
 from pyro_sb.infer.moves.proposals import ProposalMove
 from pyro_sb.stages import listening
 

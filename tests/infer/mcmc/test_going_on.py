@@ -301,20 +301,24 @@ def test_two_runs_of_one_kernel_are_drawn_out_each_from_its_own_states(monkeypat
     assert (first.num_samples, second.num_samples) == (30, 25)
 
 
-def test_data_that_changed_since_are_refused():
+def test_data_that_changed_since_are_refused(tmp_path):
     y = Y.clone()
     mcmc = finished(y=y)
     y += 1
     with pytest.raises(ValueError, match=f"have changed since: the data is {fingerprint((Y,), {})} there and"):
         mcmc.extend(10)
-    assert mcmc.num_samples == 20
+    with pytest.raises(ValueError, match="have changed since"):
+        mcmc.save(tmp_path / "run.pt")
+    assert mcmc.num_samples == 20 and not list(tmp_path.iterdir())
 
 
-def test_a_kernel_that_has_learnt_anew_draws_no_other_run_out():
+def test_a_kernel_that_has_learnt_anew_draws_no_other_run_out(tmp_path):
     first = finished()
     finished(first.kernel)
     with pytest.raises(ValueError, match="the kernel has learnt others since"):
         first.extend(10)
+    with pytest.raises(ValueError, match="the kernel has learnt others since"):
+        first.save(tmp_path / "run.pt")
     finished(first.kernel, y=Y + 1)
     with pytest.raises(ValueError, match="the kernel has learnt others since"):
         first.extend(10)
