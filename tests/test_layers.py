@@ -8,7 +8,19 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pyro_sb"
 LAYERS = [
     {"ops"},
-    {"nn", "training", "threads", "weights", "distributions", "files", "warn", "checks", "fingerprint"},
+    {
+        "nn",
+        "training",
+        "threads",
+        "weights",
+        "distributions",
+        "files",
+        "warn",
+        "checks",
+        "fingerprint",
+        "plain",
+        "stages",
+    },
     {"bridges"},
     {"infer"},
     {"metrics", "plots", "datasets"},

@@ -1,6 +1,6 @@
 """Laws that chains propose from: a bridge with its shared random numbers held, or carried through a bijection."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -71,3 +71,10 @@ class MappedLaw:
         """The inner law's at the inverse of points, less the log determinant."""
         z = self.transform.inv(x)
         return self.law.redraw_rows(z, context) - self.transform.log_abs_det_jacobian(z, x)
+
+
+def held_sources(law: Any) -> HeldSources | None:
+    """The law inside others that holds source points; None where there is none."""
+    while isinstance(law, MappedLaw):
+        law = law.law
+    return law if isinstance(law, HeldSources) else None

@@ -10,7 +10,7 @@ from pyro_sb.diagnostics.calibration.calibration import Calibration, Regions, co
 from pyro_sb.diagnostics.calibration.local_classifier import LocalC2ST, local_c2st
 from pyro_sb.diagnostics.calibration.simulated import JointDraws, calibration_draws
 from pyro_sb.diagnostics.export.container import to_container
-from pyro_sb.diagnostics.export.groups import to_groups
+from pyro_sb.diagnostics.export.groups import combined, to_groups
 from pyro_sb.diagnostics.modes.mode_audit import ModeAudit, mode_audit
 from pyro_sb.diagnostics.reports.bridge_report import bridge_report
 from pyro_sb.diagnostics.reports.lines import Line, Report
@@ -55,6 +55,7 @@ def to_arviz(
     log_likelihood: bool = False,
     prior: int | Mapping[str, Tensor] | None = None,
     posterior_predictive: bool | int | Mapping[str, Tensor] | None = None,
+    combine: int | None = None,
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[Hashable]] | None = None,
 ) -> Any:
@@ -74,6 +75,10 @@ def to_arviz(
         prior: Number of draws to make of the prior, at least 1, or draws of shape ``(num, *site)`` by site.
         posterior_predictive: ``True``: replicated data for each draw. A number: for so many evenly spaced draws of each
             chain. A dict: replicates from elsewhere, such as ``Predictive(model, mcmc.get_samples())(...)``.
+        combine: About how many chains to lay the run's end to end into, for plots alone: ``az.plot_trace`` of hundreds
+            of chains cannot be read, of ``combine=8`` it can. The number is the divisor of the run's chains that is
+            nearest by ratio. R-hat and effective sizes want the chains as they are: leave it out for those, as
+            `report` does.
         coords: Labels by dimension. A plate's labels may be given: ``coords={"schools": names}``.
         dims: Dimension names by variable, instead of the plates'.
 
@@ -84,7 +89,8 @@ def to_arviz(
         ImportError: ArviZ is not installed.
         RuntimeError: ``x`` has not run.
         TypeError: ``x`` is no run.
-        ValueError: A group cannot be made: no model, latents dropped by ``save_params``, an improper prior.
+        ValueError: A group cannot be made: no model, latents dropped by ``save_params``, an improper prior; or
+            ``combine`` is no whole number of at least 1.
 
     Example:
         >>> import pyro, torch
@@ -99,4 +105,5 @@ def to_arviz(
         ('chain', 'draw', 'rows')
     """
     made = to_groups(x, log_likelihood=log_likelihood, prior=prior, posterior_predictive=posterior_predictive)
+    made = made if combine is None else combined(made, combine)
     return to_container(made.arrays, coords, {**made.dims, **(dims or {})})

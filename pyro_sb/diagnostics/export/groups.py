@@ -1,5 +1,6 @@
 """ArviZ's groups of a finished run, as a nested dict of numpy arrays."""
 
+import math
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,13 +9,14 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_sb.checks import whole
 from pyro_sb.diagnostics.export.draws_of import run_of
 from pyro_sb.infer.model.prototype import Start, closed, first_float
 from pyro_sb.infer.model.run import Run
 from pyro_sb.infer.model.runs import Found, ModelRuns, Row, Wanted
 from pyro_sb.infer.model.sites import Site, can_sample, is_deterministic
 
-__all__ = ["Groups", "to_groups"]
+__all__ = ["Groups", "combined", "to_groups"]
 
 Draws = dict[str, Tensor]
 Arrays = dict[str, np.ndarray]
@@ -70,6 +72,33 @@ def to_groups(
         arrays["posterior_predictive"] = _posterior_predictive(made, runs, posterior_predictive)
     arrays = {name: variables for name, variables in arrays.items() if variables}
     return Groups(arrays, {} if runs is None else _plate_dims(runs))
+
+
+def combined(groups: Groups, num_chains: int) -> Groups:
+    """The same draws with about so many chains: neighbouring chains follow each other, in groups of one size.
+
+    Args:
+        groups: Of a run of C chains.
+        num_chains: As many are aimed at; there are as many as the divisor of C that is nearest by ratio.
+
+    Example:
+        >>> arrays = {"posterior": {"mu": np.arange(6.0).reshape(6, 1)}}
+        >>> combined(Groups(arrays, {}), 2).arrays["posterior"]["mu"].tolist()
+        [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    """
+    aim = whole("combine", num_chains, cure="Write combine=8.")
+
+    def laid(array: np.ndarray) -> np.ndarray:
+        total = len(array)
+        num = min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(math.log(n / aim)))
+        return array.reshape(num, -1, *array.shape[2:])
+
+    of_chains = {"posterior", "sample_stats", "log_likelihood", "posterior_predictive"}
+    arrays = {
+        group: {name: laid(array) if group in of_chains else array for name, array in variables.items()}
+        for group, variables in groups.arrays.items()
+    }
+    return Groups(arrays, groups.dims)
 
 
 class SiteRuns:

@@ -16,7 +16,7 @@ from pyro_sb.diagnostics.export.draws_of import target_of, unconstrained_draws
 from pyro_sb.diagnostics.modes.audited import MORE, ModeAudit, effective_size
 from pyro_sb.diagnostics.modes.clusters import Modes, find_modes
 from pyro_sb.diagnostics.reports.lines import Line
-from pyro_sb.infer.mcmc.walk import site_diagnostics
+from pyro_sb.infer.mcmc.figures import site_diagnostics
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.population.population import Population, populate
 from pyro_sb.ops.student_mixture import StudentMixture

@@ -19,7 +19,7 @@ from pyro_sb.diagnostics.reports.lines import Line, Panel, Report, graded, worst
 from pyro_sb.diagnostics.reports.population_lines import evidence_line, sources_line, warmup_line
 from pyro_sb.diagnostics.reports.tails import audit_tails
 from pyro_sb.infer.kernels.langevin import KernelLangevin
-from pyro_sb.infer.mcmc.kernel import WalkingKernel
+from pyro_sb.infer.mcmc.walking import WalkingKernel
 from pyro_sb.infer.model.log_joint import Evaluations, LogJoint
 from pyro_sb.infer.model.run import Run
 from pyro_sb.threads import chosen_threads

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_sb.diagnostics.reports.lines import Line
-from pyro_sb.infer.mcmc.walk import site_diagnostics
+from pyro_sb.infer.mcmc.figures import site_diagnostics
 from pyro_sb.infer.population.population import CUT
 from pyro_sb.weights import normalise, pareto_k
 

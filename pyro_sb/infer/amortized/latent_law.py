@@ -15,6 +15,7 @@ from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.light.laws import FixedMixture
 from pyro_sb.bridges.light.mixture import MixtureBridge
 from pyro_sb.distributions import Draws
+from pyro_sb.fingerprint import fingerprint
 from pyro_sb.ops.regression import regress
 
 __all__ = ["GuideLaw", "LatentLaw", "Residuals", "from_probit", "is_logit", "log_slope", "to_probit"]
@@ -100,6 +101,12 @@ class LatentLaw:
     residuals: Residuals
     context: Tensor
     features: Tensor
+
+    def word(self) -> str:
+        """What tells it from other laws: a fingerprint of its bridge, coordinates, contexts and features."""
+        residuals = self.residuals
+        given = [self.context, self.features, residuals.bounded, residuals.weights, residuals.factor]
+        return fingerprint(type(self.bridge).__name__, self.bridge.state_dict(), given)
 
     @property
     def marginal(self) -> bool:

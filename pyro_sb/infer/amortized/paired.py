@@ -24,6 +24,7 @@ from pyro_sb.infer.model.routes import (
     in_float64,
 )
 from pyro_sb.infer.model.runs import Row
+from pyro_sb.stages import working
 
 __all__ = ["BatchJoint", "ObservedJoint", "PairedJoint", "paired_joint"]
 
@@ -86,6 +87,7 @@ class PairedJoint:
         return self._density.recheck(torch.cat([z.detach(), y.to(z)], -1))
 
     def _rows(self, z: Tensor, y: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        working()
         joined = torch.cat([z.detach(), y.to(z)], -1)
         parts = [self._density(part, gradient=gradient) for part in joined.split(MAX_ROWS)]
         value, grad = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -191,7 +193,7 @@ class BatchJoint:
         shapes = {name: batch + shape for name, shape in self.single.shapes.items()}
         self.packing = Packing(shapes, self.single.dtypes, self.single.device)
         self.batch, self.evaluations = batch, Evaluations()
-        self.dtype = self.single.dtype
+        self.dtype, self.device = self.single.dtype, self.single.device
 
     @property
     def threads(self) -> str:

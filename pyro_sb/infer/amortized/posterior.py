@@ -301,11 +301,18 @@ class Posterior:
             evidence, facts["start"] = torch.as_tensor(figures.log_evidence), "weighted draws"
         facts["log evidence"] = evidence.tolist() if self.observation.batched else float(evidence[0])
         logger.info("mcmc starts from %s: %s", facts["start"], facts)
-        model = None if self.observation.batched or self.observation.missing else self._model()
-        kernel = BridgeRefresh(self.law, target, starts, factor, model=model, facts=facts)
+        kernel = self._kernel(target, starts, factor, facts)
         chains = MCMC(kernel, num_samples, warmup_steps, num_chains=num_chains, disable_progbar=not progress)
         chains.run(*self.simulator.args, **self.simulator.kwargs)
         return chains
+
+    def _kernel(self, target: Any, starts: Tensor, factor: Tensor, facts: dict[str, Any]) -> BridgeRefresh:
+        model = None if self.observation.batched or self.observation.missing else self._model()
+        return BridgeRefresh(self.law, target, starts, factor, model=model, facts=facts)
+
+    def saved_kernel(self, learnt: dict[str, Any]) -> BridgeRefresh:
+        """The kernel of `mcmc` from what it had learnt, for `MCMC.load`."""
+        return self._kernel(self._joint(), learnt["starts"], learnt["factor"], dict(learnt["facts"]))
 
     def _tempered(
         self, u: Tensor, target: Any, num: int, facts: dict[str, Any], num_poor: int

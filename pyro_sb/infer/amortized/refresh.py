@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 from pyro_sb.distributions import Draws
-from pyro_sb.infer.mcmc.kernel import Sites, WalkingKernel
+from pyro_sb.fingerprint import fingerprint
+from pyro_sb.infer.amortized.latent_law import LatentLaw
 from pyro_sb.infer.mcmc.walk import TUNING_CHAINS, Frozen
+from pyro_sb.infer.mcmc.walking import Sites, WalkingKernel
 from pyro_sb.infer.moves.moves import Transition, hmc_step, jittered, start_rows
 from pyro_sb.infer.moves.proposals import ProposalMove
 from pyro_sb.infer.moves.tuning import ChainStates, fit_step
+from pyro_sb.plain import to_plain
+from pyro_sb.stages import announce
 
 __all__ = ["BridgeRefresh", "PosteriorProposals", "ProposalLaw"]
 
@@ -45,6 +49,13 @@ class PosteriorProposals:
         self.num_paths = num_paths if num_paths > 1 and not law.marginal else 1
 
     def renew(self) -> None:
+        """Nothing is shared."""
+
+    def shared(self) -> list[Tensor]:
+        """Nothing."""
+        return []
+
+    def share(self, points: list[Tensor]) -> None:
         """Nothing is shared."""
 
     @torch.no_grad()
@@ -129,19 +140,34 @@ class BridgeRefresh(WalkingKernel):
         super().__init__()
         self.law, self.joint, self.starts, self.factor = law, joint, starts, factor
         self.model, self.facts = model, facts
+        self._like = starts[0]
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.joint
+
+    def _words(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
+        """The posterior that it is of; what a run is given does not matter."""
+        law = self.law.word() if isinstance(self.law, LatentLaw) else fingerprint(self.law)
+        return {"the posterior": law, "its start": fingerprint(self.starts, self.factor)}
+
+    def _known(self) -> dict[str, Any]:
+        return {"law": self.law, "like": self._like}
+
+    def learnt(self) -> dict[str, Any]:
+        """What it was made of and has learnt so far, as tensors and plain values."""
+        start = {"starts": self.starts, "factor": self.factor, "facts": to_plain(self.facts)}
+        return super().learnt() | start
 
     def _prepare(self) -> None:
         """Tune the trajectories' steps on rows from the start, and freeze the moves, once."""
         if self.frozen is not None:
             return
+        announce("moves")
         local = SideBySideMove(self.factor.double())
         x = self._starts(TUNING_CHAINS)
         log_density = self.log_joint.log_prob(x)
         fit_step(local, self.log_joint, ChainStates(x, log_density))
-        refresh = ProposalMove(PosteriorProposals(self.law, self.starts[0]))
+        refresh = ProposalMove(PosteriorProposals(self.law, self._like))
         self.frozen = Frozen({"bridge": refresh, "local": local}, {"bridge": 1.0}, {}, then=("local",))
 
     def _starts(self, num: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_sb.bridges.base import Bridge, check_fit_options
 from pyro_sb.bridges.light.light import LightSB
+from pyro_sb.fingerprint import fingerprint
 from pyro_sb.infer.amortized.posterior import Posterior
 from pyro_sb.infer.amortized.refresh import PosteriorProposals
 from pyro_sb.infer.kernels.checks import (
@@ -29,6 +30,7 @@ from pyro_sb.infer.kernels.warmup import ChainStart, Pilot, freeze_bridge, judge
 from pyro_sb.infer.mcmc.kernel import ModelKernel, check_count
 from pyro_sb.infer.moves.proposals import BridgeProposals, Proposals
 from pyro_sb.infer.population.population import POOR_SHARE, populate
+from pyro_sb.stages import announce
 from pyro_sb.warn import warn
 
 __all__ = ["BridgeMH"]
@@ -119,6 +121,8 @@ class BridgeMH(ModelKernel):
         True
     """
 
+    learns: tuple[str, ...] = ("population", "pilot", "_begin", "frozen")
+
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
@@ -171,8 +175,10 @@ class BridgeMH(ModelKernel):
         self._made: Bridge | None = None  # by the function, in setup; a copy of it is fitted
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Bind the model's arguments; what was learnt from others is dropped, a bridge fitted in warm-up among it."""
-        self.proposals = self.pilot = self._begin = None
+        """Bind the model's arguments; what was learnt before is dropped, but where it serves, as in `KernelLangevin`.
+
+        A bridge that was fitted in warm-up is a part of what was learnt.
+        """
         super().setup(warmup_steps, *args, **kwargs)
         if isinstance(self.bridge, Posterior):
             check_posterior(self.bridge, self.log_joint)
@@ -181,6 +187,62 @@ class BridgeMH(ModelKernel):
         elif self.bridge is not None:
             self._made = made_bridge(self.bridge, self.log_joint)
             check_fit_options("fit_options", self._made, self.fit_options.keys() - SOURCE, GIVEN)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.proposals = None
+
+    def _options(self) -> dict[str, Any]:
+        return super()._options() | {
+            "bridge": self.bridge,
+            "context": self.context,
+            "num_proposals": self.num_proposals,
+            "num_paths": self.num_paths,
+            "bridge_probability": self.bridge_probability,
+            "fit_options": self.fit_options,
+        }
+
+    def _words(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
+        """As of every kernel; an amortised posterior is known by its law at its observation."""
+        options = self._options()
+        if isinstance(self.bridge, Posterior):
+            options["bridge"] = self.bridge.law.word()
+        return super()._words(args, kwargs) | {"the options": fingerprint(options)}
+
+    @property
+    def _own(self) -> bool:
+        """Whether it proposes from the bridge that it was given, as it is."""
+        return isinstance(self.bridge, Posterior) or (isinstance(self.bridge, Bridge) and self.bridge.fitted)
+
+    def _known(self) -> dict[str, Any]:
+        return {} if self.proposals is None else {"proposals": self.proposals}
+
+    def learnt(self) -> dict[str, Any]:
+        """What warm-up has learnt so far, as tensors and plain values, a bridge that it fitted among it."""
+        fitted = self.proposals if isinstance(self.proposals, BridgeProposals) and not self._own else None
+        bridge = None if fitted is None else fitted.bridge.contents()
+        return super().learnt() | {"bridge": bridge, "proposes": self.proposals is not None}
+
+    def check_saved(self) -> None:
+        """Refuse a bridge, to be fitted in warm-up, that no file keeps."""
+        if not isinstance(self.bridge, Bridge) or self._own:
+            return
+        try:
+            self.bridge.config()
+        except NotImplementedError as error:
+            raise ValueError(
+                f"a run is written to a file with the bridge that warm-up fits, but {type(self.bridge).__name__} has "
+                f"no config ({error}). Fit it before, or leave the file out."
+            ) from error
+
+    def learn_from(self, learnt: dict[str, Any], rest: dict[str, Any] | None = None) -> None:
+        """Take what a kernel of the same target has learnt, as `learnt` gave it; after `setup`."""
+        if learnt["bridge"] is not None:
+            bridge = Bridge.rebuilt(learnt["bridge"], "the file").to(self.log_joint.device)
+            self.proposals = BridgeProposals(bridge, None, self.num_paths)
+        elif learnt["proposes"]:
+            self.proposals = self._own_proposals()
+        super().learn_from(learnt, rest)
 
     def __repr__(self) -> str:
         if self.bridge is None or isinstance(self.bridge, type) or not isinstance(self.bridge, (Bridge, Posterior)):
@@ -219,9 +281,12 @@ class BridgeMH(ModelKernel):
         """Fit a bridge that is not fitted, judge it, tune and freeze the moves, once."""
         if self.frozen is not None:
             return
-        self.proposals = self._fitted_proposals()
-        self.pilot = judge(self._target, self.proposals, self.num_particles)
-        self._begin = self._found_start()
+        if self.proposals is None:
+            self.proposals = self._own_proposals() if self._own else self._fitted_proposals()
+        if self.pilot is None:
+            self.pilot = judge(self._target, self.proposals, self.num_particles)
+        if self._begin is None:
+            self._begin = self._found_start()
         self.frozen = freeze_bridge(
             self._target,
             self.proposals,
@@ -239,13 +304,18 @@ class BridgeMH(ModelKernel):
                 f"this target, or raise num_proposals (now {self.num_proposals}).",
             )
 
-    def _fitted_proposals(self) -> Proposals:
-        """Proposals of the bridge as it is, or of a copy that is fitted to the population."""
+    def _own_proposals(self) -> Proposals:
+        """Proposals of the bridge as it is."""
         if isinstance(self.bridge, Posterior):
             return PosteriorProposals(self.bridge.law, self.bridge.law.context, self.num_paths)
-        if isinstance(self.bridge, Bridge) and self.bridge.fitted:
-            return BridgeProposals(self.bridge, check_context(self.bridge, self.context), self.num_paths)
-        begin, bridge = start_of_population(self._populate()), self._template()
+        assert isinstance(self.bridge, Bridge)
+        return BridgeProposals(self.bridge, check_context(self.bridge, self.context), self.num_paths)
+
+    def _fitted_proposals(self) -> Proposals:
+        """Proposals of a copy of the bridge that is fitted to the population."""
+        population = self._populate()
+        announce("bridge")
+        begin, bridge = start_of_population(population), self._template()
         with warnings.catch_warnings():
             if self.bridge is None:  # its weights are measured next
                 warnings.filterwarnings("ignore", message=".*have not converged")

@@ -20,6 +20,7 @@ from pyro_sb.infer.population.rounds import temper_weights
 from pyro_sb.infer.population.settle import steps_of
 from pyro_sb.infer.population.thrift import thrifty
 from pyro_sb.ops.student_mixture import StudentMixture, weighted_covariance, within_covariance
+from pyro_sb.stages import announce
 from pyro_sb.warn import warn
 from pyro_sb.weights import normalise
 
@@ -134,6 +135,9 @@ class KernelLangevin(ModelKernel):
             "probabilities": _checked_probabilities(probabilities, local),
         }
 
+    def _options(self) -> dict[str, Any]:
+        return super()._options() | self.options
+
     def __repr__(self) -> str:
         lines = [f"KernelLangevin({self._subject()})"]
         if self.population is None or self.frozen is None:
@@ -198,6 +202,7 @@ def freeze(
     probabilities: dict[str, float] | None,
 ) -> Frozen:
     """Fit, tune and freeze the moves on a population; the options are KernelLangevin's."""
+    announce("moves")
     points, weights = population.distinct()
     metric = within_covariance(population.core, points, weights)
     metrics = [metric] if population.core.num_components == 1 else [metric, weighted_covariance(points, weights)]

@@ -14,6 +14,7 @@ from pyro_sb.infer.population.mixture_fit import fit_mixture
 from pyro_sb.infer.population.population import Population
 from pyro_sb.infer.population.rounds import temper_weights
 from pyro_sb.ops.student_mixture import StudentMixture, within_covariance
+from pyro_sb.stages import announce
 from pyro_sb.weights import effective_sample_size, log_evidence, normalise, pareto_k
 
 __all__ = ["Pilot", "ChainStart", "freeze_bridge", "judge", "start_of_pilot", "start_of_population"]
@@ -96,6 +97,7 @@ def freeze_bridge(
     :func:`~pyro_sb.infer.moves.tuning.local_floor`; the rest goes to the move with the larger expected squared jump per
     evaluation, and the bridge keeps at least .1.
     """
+    announce("moves")
     index = torch.multinomial(start.weights, TUNING_CHAINS, replacement=True)
     points = start.points[index]
     log_density = log_joint.log_prob(points)

@@ -1,309 +1,20 @@
-r"""Contract of kernels that learn moves in warm-up, freeze them and walk: :math:`\pi`-invariant steps for `MCMC`.
+r"""Kernels of a model or of a ``potential_fn``, which learn from a weighted population, in coordinates that serve."""
 
-`WalkingKernel` is the contract of Pyro and of `MCMC`; `ModelKernel` its form for a model or a ``potential_fn``, which
-learns from a weighted population, in the model's coordinates or non-centred ones.
-"""
-
-from abc import abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from inspect import Parameter, signature
 from typing import Any
 
 import torch
-from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from pyro_sb.infer.mcmc.walk import Block, Frozen, PerChain, Walk
+from pyro_sb.fingerprint import fingerprint, named
+from pyro_sb.infer.mcmc.walking import Sites, WalkingKernel, Words
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
-from pyro_sb.infer.population.coordinates import NonCentred, choose_coordinates
+from pyro_sb.infer.population.coordinates import NonCentred, choose_coordinates, non_centred
 from pyro_sb.infer.population.population import Population
-from pyro_sb.threads import chosen_threads
-from pyro_sb.warn import warn
+from pyro_sb.plain import is_plain
 
-__all__ = ["ModelKernel", "WalkingKernel", "check_count"]
-
-Sites = dict[str, Tensor]
-
-
-class WalkingKernel(MCMCKernel):
-    """A kernel whose moves are learnt once and frozen, for one chain or many.
-
-    A subclass supplies ``_bind``, which gives the log joint of arguments; ``_prepare``, which sets ``frozen``; and
-    ``_starts``. A state of its walk is one row a chain; `ModelKernel` may walk in other coordinates than the model's,
-    and chains of B posteriors side by side have B rows each, by ``_rows``, ``_sites`` and ``_by_chain``.
-
-    Attributes:
-        num_chains: Set by `MCMC`; None for one chain of Pyro's runner.
-        frozen: The moves, after warm-up.
-        log_joint: The target, after `setup`.
-        model: The Pyro model, if there is one.
-        walk_kind: The walk that carries the chains.
-        divergence_cure: Advice of reports where trajectories diverge.
-    """
-
-    default_warmup_steps = 32
-    walk_kind: type[Walk] = Walk
-    divergence_cure = "a larger num_particles, or another parametrisation (non-centred)"
-    model: Callable[..., Any] | None = None
-
-    def __init__(self) -> None:
-        self.num_chains: int | None = None
-        self.frozen: Frozen | None = None
-        self._initial_params: Sites | None = None
-        self._report: dict[str, Any] = {"divergences": []}
-        self._reset()
-
-    def _reset(self) -> None:
-        self._own_start: Sites | None = None
-        self._walk: Walk | None = None
-        self._standing: Tensor | None = None
-        self._steps_left = 0
-
-    @abstractmethod
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The log joint of the model's arguments."""
-
-    @abstractmethod
-    def _prepare(self) -> None:
-        """Learn and freeze the moves, once; nothing if that is done."""
-
-    @abstractmethod
-    def _starts(self, num: int) -> Tensor:
-        """States that ``num`` chains may start from, in the coordinates of the walk. Shape ``(rows, dim)``."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """Lines on the population or bridge of warm-up, the coordinates, and the moves."""
-
-    @property
-    def _target(self) -> Any:
-        """Log joint in the coordinates that the chains walk in."""
-        return self.log_joint
-
-    def _rows(self, sites: Sites) -> Tensor:
-        """Unconstrained sites of the chains, in the model's coordinates, to rows ``(rows, dim)``."""
-        flat = self.log_joint.pack(sites).detach()
-        if flat.ndim != (1 if self.num_chains is None else 2):
-            chains = "no chain dimension: one chain" if self.num_chains is None else "one leading chain dimension"
-            raise ValueError(
-                f"initial_params must have {chains}, got {tuple(flat.shape[:-1])} before the site's shape."
-            )
-        return flat if self.num_chains is not None else flat[None]
-
-    def _sites(self, states: Tensor) -> Sites:
-        """States of the walk, ``(*, rows, dim)``, to unconstrained sites ``(*, chains, *site)``."""
-        return self.log_joint.unpack(states.to(self.log_joint.dtype))
-
-    def _row_name(self, row: int) -> str:
-        """A row of the walk, for messages."""
-        return f"chain {row}"
-
-    def _into_walk(self, rows: Tensor) -> Tensor:
-        """Rows of the model's coordinates to those of the walk, in float64."""
-        return rows.to(torch.float64)
-
-    def _by_chain(self, stats: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Statistics of rows to those of chains."""
-        return stats
-
-    def _facts(self) -> dict[str, Any]:
-        """Figures of warm-up, for `diagnostics`."""
-        return {}
-
-    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Bind the model's arguments; what was learnt from others is dropped.
-
-        Warm-up learns at the first draw.
-        """
-        self._reset()
-        self.frozen, self._report = None, {"divergences": []}
-        self._steps_left = warmup_steps
-        self.log_joint: Any = self._bind(args, kwargs)
-        self._check_sites()
-
-    @property
-    def transforms(self) -> dict[str, Any]:
-        """Transforms from each site's support to the reals; their inverses constrain the draws."""
-        return self.log_joint.transforms
-
-    @property
-    def initial_params(self) -> Sites:
-        """Unconstrained start of the chains: the user's, or draws of what warm-up found, by weight."""
-        if self._initial_params is not None:
-            return self._initial_params
-        if not self.log_joint.dim:
-            return {}
-        if self._own_start is None:
-            with chosen_threads(self.log_joint):  # pyro.infer.MCMC opens no run
-                self._prepare()
-            sites = self._sites(self._starts(1 if self.num_chains is None else self.num_chains))
-            self._own_start = sites if self.num_chains is not None else {name: x[0] for name, x in sites.items()}
-        return self._own_start
-
-    @initial_params.setter
-    def initial_params(self, params: Sites) -> None:
-        self._initial_params = params
-
-    def sample(self, params: Sites) -> Sites:
-        """One transition from ``params``, for ``pyro.infer.MCMC``."""
-        if not params:  # a model without latents, as in Pyro
-            return {}
-        draws = self.sample_block(params, 1).draws
-        return {name: value[0] if self.num_chains is not None else value[0, 0] for name, value in draws.items()}
-
-    def sample_block(self, params: Sites, num_transitions: int) -> Block:
-        """``num_transitions`` of every chain from ``params``: draws and statistics, transitions first."""
-        if not self.log_joint.dim:  # nothing to move; discrete sites are drawn from their posterior
-            still = torch.zeros(num_transitions, 1 if self.num_chains is None else self.num_chains)
-            return Block({}, {"acceptance_rate": still + 1, "diverging": still.bool()})
-        with chosen_threads(self.log_joint):
-            return self._walked(params, num_transitions)
-
-    def _walked(self, params: dict[str, Tensor], num_transitions: int) -> Block:
-        self._prepare()
-        walk = self._walk = self._walk_from(self._rows(params))
-        if self._steps_left == 0:
-            walk.forget_warmup()
-            walk = self._walk = self._confirmed(walk)
-        states, stats = walk.run(num_transitions)
-        self._steps_left -= num_transitions
-        draws = self._sites(states)
-        self._standing = self._rows(
-            {name: value[-1] if self.num_chains is not None else value[-1, 0] for name, value in draws.items()}
-        )
-        stats = self._by_chain(stats)
-        walk.count_divergences(stats["diverging"])
-        return Block(draws, stats)
-
-    def _confirmed(self, walk: Walk) -> Walk:
-        """The walk after warm-up, its target compared with single chains where they stand, once.
-
-        Where another route of the target must be taken, warm-up learns again, and the chains start from what it finds.
-        """
-        objection = self._target.recheck(walk.x)
-        if objection is None:
-            return walk
-        warn(
-            "A batch of chains is not what single chains are, where they stand after warm-up: what warm-up learnt was "
-            f"wrong ({objection}). It learns again, and the draws are right but slower, by {self._target.route}. Write "
-            "the model so that chains can be a leading dimension: dim=-1 in means and sums.",
-        )
-        self.frozen = None
-        self._prepare()
-        assert self.frozen is not None
-        x = self._starts(1 if self.num_chains is None else self.num_chains)
-        return self.walk_kind(self._target, self.frozen, x, self._target.log_prob(x))
-
-    @property
-    def walk(self) -> Walk | None:
-        """The chains' running walk; None before the first step and after `cleanup`."""
-        return self._walk
-
-    @property
-    def step_size(self) -> Tensor:
-        """Leapfrog step of the local move in units of its metric, ``()`` or one an observation; warm-up tunes it.
-
-        To set it is an experiment: the target stays invariant at any step, chains may stand still.
-        """
-        return torch.as_tensor(self._local_move().step_size, dtype=torch.float64)
-
-    @step_size.setter
-    def step_size(self, value: float | Tensor) -> None:
-        move = self._local_move()
-        if isinstance(move.step_size, Tensor):
-            move.step_size = torch.as_tensor(value).to(move.step_size).expand_as(move.step_size).clone()
-        else:
-            move.step_size = float(value)
-
-    def _local_move(self) -> Any:
-        self._prepare()
-        moves = {} if self.frozen is None else self.frozen.moves
-        if "local" not in moves:
-            raise AttributeError(
-                f"step_size is that of trajectories, got a {type(self).__name__} without: its moves are {list(moves)}. "
-                'Write local="hmc".'
-            )
-        return moves["local"]
-
-    def logging(self) -> OrderedDict[str, str]:
-        """Acceptance rate and divergences, for the progress bar."""
-        walk = self._walk
-        if walk is None:
-            return OrderedDict()
-        return OrderedDict([("acc. prob", f"{walk.acceptance_rate:.3f}"), ("divergences", str(walk.num_divergences))])
-
-    def diagnostics(self) -> dict[str, Any]:
-        """Acceptance rates in all and per move, the probabilities of moves, evaluations, what warm-up found.
-
-        After `cleanup` those of the run that has ended.
-        """
-        walk, frozen = self._walk, self.frozen
-        if walk is None or frozen is None:
-            return self._report
-        evaluations = self.log_joint.evaluations
-        by_chain = self.num_chains is not None
-        by_role = {f"acceptance {role}": rate[None] for role, rate in walk.acceptance_by_role().items()}
-        rates = self._by_chain({"acceptance rate": walk.acceptance_by_chain[None]} | by_role)
-        report: dict[str, Any] = {
-            "acceptance rate": PerChain(rates["acceptance rate"][0].tolist()) if by_chain else walk.acceptance_rate,
-            "density evaluations": evaluations.density,
-            "gradient evaluations": evaluations.gradient,
-        } | self._facts()
-        for role in frozen.moves:
-            rate = rates[f"acceptance {role}"][0]
-            report[f"acceptance {role}"] = PerChain(rate.tolist()) if by_chain else float(rate)
-            report[f"probability {role}"] = frozen.probabilities.get(role, 1.0)
-        if not by_chain:
-            report["divergences"] = walk.divergent_steps
-        return report
-
-    def cleanup(self) -> None:
-        """Drop the chains' state. What warm-up learnt and `diagnostics` stay for inspection."""
-        self._report = self.diagnostics()
-        self._initial_params = None
-        self._reset()
-
-    @property
-    def save_params(self) -> list[str]:
-        """Sites to keep, sorted: Pyro unpacks draws in sorted order."""
-        return self._save_params
-
-    @save_params.setter
-    def save_params(self, names: Sequence[str]) -> None:
-        self._save_params = sorted(names)
-
-    def _check_sites(self) -> None:
-        """Refuse what the caller set before the model was known."""
-        known = sorted(self.log_joint.site_shapes)
-        unknown = sorted(set(getattr(self, "_save_params", [])) - set(known))
-        if unknown:
-            raise ValueError(f"save_params must name sites of the model, got {unknown}. Known sites: {known}.")
-        if self._initial_params is not None and not bool(torch.isfinite(self._rows(self._initial_params)).all()):
-            raise ValueError(
-                "initial_params must be finite, got NaN or infinite entries. Omit them, or drop those chains."
-            )
-
-    def _walk_from(self, z: Tensor) -> Walk:
-        """The running walk if it stands at z, else a new one from there."""
-        if self._walk is not None and self._standing is not None and torch.equal(self._standing, z):
-            return self._walk
-        state = self._into_walk(z)
-        log_density = self._target.log_prob(state)
-        finite = torch.isfinite(log_density)
-        if not bool(finite.all()):
-            bad = (~finite).nonzero().flatten().tolist()
-            shown = ", ".join(self._row_name(row) for row in bad[:8]) + f" and {len(bad) - 8} more" * (len(bad) > 8)
-            raise ValueError(
-                f"The log joint must be finite at every chain's start, but is not at {shown}. "
-                "Omit initial_params, or give points inside the support."
-            )
-        assert self.frozen is not None
-        return self.walk_kind(self._target, self.frozen, state, log_density)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the chains' state, so that a kernel travels to another process."""
-        return self.__dict__ | {"_walk": None}
+__all__ = ["ModelKernel", "check_count"]
 
 
 class ModelKernel(WalkingKernel):
@@ -325,6 +36,8 @@ class ModelKernel(WalkingKernel):
         population: The population that warm-up made, if it made one.
         coordinates: The non-centred coordinates that the chains walk in; None for the model's own.
     """
+
+    learns: tuple[str, ...] = ("population", "frozen")
 
     def __init__(
         self,
@@ -371,13 +84,50 @@ class ModelKernel(WalkingKernel):
         self.population: Population | None = None
         self.coordinates: NonCentred | None = None
 
-    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Bind the model's arguments; what was learnt from others is dropped.
+    def _options(self) -> dict[str, Any]:
+        """The constructor's options but for the model."""
+        own = {"local": self.local, "num_particles": self.num_particles, "start": self.start, "reparam": self.reparam}
+        return self._joint_options | own
 
-        Warm-up learns at the first draw.
-        """
-        self.population = self.coordinates = None
-        super().setup(warmup_steps, *args, **kwargs)
+    def config(self) -> dict[str, Any] | None:
+        """The constructor's options as plain values; None where some are functions."""
+        options = self._options()
+        return options if self.potential_fn is None and is_plain(options) else None
+
+    def _words(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Words:
+        target = named(self.model if self.model is not None else self.potential_fn)
+        return {
+            "the model": target,
+            "the data": fingerprint(args, kwargs),
+            "the options": fingerprint(self._options()),
+        }
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.coordinates = None
+
+    def _bind_learnt(self) -> None:
+        if self.coordinates is not None:
+            self.coordinates = self._found_coordinates()
+
+    def _found_coordinates(self) -> NonCentred:
+        """The non-centred coordinates of the log joint that is bound now."""
+        found = non_centred(self.log_joint, self._build)
+        if found is None:
+            raise ValueError(
+                "the chains walked in the model's non-centred coordinates, but it has none now. Let warm-up learn "
+                "again: warmup_steps=None, without the file."
+            )
+        return found
+
+    def learnt(self) -> dict[str, Any]:
+        """What warm-up has learnt so far, as tensors and plain values."""
+        return super().learnt() | {"non_centred": self.coordinates is not None}
+
+    def learn_from(self, learnt: dict[str, Any], rest: dict[str, Any] | None = None) -> None:
+        """Take what a kernel of the same target has learnt, as `learnt` gave it; after `setup`."""
+        self.coordinates = self._found_coordinates() if learnt["non_centred"] else None
+        super().learn_from(learnt, rest)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogJoint:
         self._arguments = (args, kwargs)
@@ -418,7 +168,9 @@ class ModelKernel(WalkingKernel):
         return None if self._initial_params is None else self._rows(self._initial_params).to(torch.float64)
 
     def _populate(self) -> Population:
-        """Build the population, in the coordinates that serve it best."""
+        """Build the population, in the coordinates that serve it best, once."""
+        if self.population is not None:
+            return self.population
         reparam = self.reparam if self._joint_options["transforms"] is None else None
         self.coordinates, self.population = choose_coordinates(
             self.log_joint, self._build, self.num_particles, self.start, reparam, self._hints()
@@ -452,7 +204,7 @@ class ModelKernel(WalkingKernel):
     def __getstate__(self) -> dict[str, Any]:
         lost: dict[str, Any] = {"coordinates": None}
         if self.coordinates is not None:  # they are in these coordinates, and mean nothing without them
-            lost |= {"population": None, "frozen": None}
+            lost |= {"population": None, "frozen": None, "rest": None}
         return super().__getstate__() | lost
 
 

@@ -20,6 +20,7 @@ from pyro_sb.infer.model.runs import MAX_NUMBERS, Row, Wanted
 from pyro_sb.infer.model.sites import is_deterministic, quiet_draws
 from pyro_sb.infer.model.starts import gather_starts, given_starts
 from pyro_sb.infer.model.tape import UndecoratedMode
+from pyro_sb.stages import working
 
 __all__ = ["Evaluations", "LogJoint", "log_joint"]
 
@@ -212,6 +213,7 @@ class LogJoint:
 
     def _in_parts(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
         """Values and gradients of as many rows at a time as memory bears."""
+        working()
         size = self.part_size
         parts = self._own(z).split(size if len(z) > 1.5 * size else max(1, len(z)))
         found = [self._density(part, gradient) for part in parts]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_sb.bridges.base import Bridge
+from pyro_sb.bridges.proposals import held_sources
 from pyro_sb.distributions import Draws
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.moves.moves import ROWS_A_CALL, Proposed, Transition, metropolis
@@ -27,6 +28,14 @@ class Proposals(Protocol):
 
     def renew(self) -> None:
         """Draw what proposals share; log densities of states must then be redrawn too."""
+        ...
+
+    def shared(self) -> list[Tensor]:
+        """What proposals share at present."""
+        ...
+
+    def share(self, points: list[Tensor]) -> None:
+        """Share these, which `shared` gave."""
         ...
 
     def draws(self, num: int) -> Draws:
@@ -61,6 +70,17 @@ class BridgeProposals:
     def renew(self) -> None:
         """Draw the source points of a light bridge; other bridges share nothing."""
         self.law = self.bridge.proposal_law()
+
+    def shared(self) -> list[Tensor]:
+        """Source points that the law holds at present."""
+        law = held_sources(self.law)
+        return [] if law is None else [law.points]
+
+    def share(self, points: list[Tensor]) -> None:
+        """Hold these source points."""
+        law = held_sources(self.law)
+        if law is not None and points:
+            law.points = points[0]
 
     @torch.no_grad()
     def draws(self, num: int) -> Draws:
@@ -150,6 +170,14 @@ class ProposalMove:
     def renew(self) -> None:
         """Draw what proposals share."""
         self.proposals.renew()
+
+    def shared(self) -> list[Tensor]:
+        """What proposals share at present, such as source points."""
+        return self.proposals.shared()
+
+    def share(self, points: list[Tensor]) -> None:
+        """Share these."""
+        self.proposals.share(points)
 
     def ahead(self, log_joint: LogJoint, num_steps: int, num_chains: int) -> list[Proposed]:
         """Proposals for many steps, which do not depend on the states: drawn and scored in few calls.

@@ -8,11 +8,14 @@ import logging
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_sb.bridges.base import check_format
+from pyro_sb.files import read_file, write_file
 from pyro_sb.infer.model.log_joint import Evaluations, LogJoint
 from pyro_sb.infer.model.run import html_table
 from pyro_sb.infer.moves.mode_jumps import ModeJump, fit_jump
@@ -46,6 +49,7 @@ from pyro_sb.infer.population.sources import (
 from pyro_sb.infer.population.subspace import bent, mixture_along
 from pyro_sb.infer.population.tempering import MixtureLaw, Particles, temper, within_factor
 from pyro_sb.ops.student_mixture import StudentMixture
+from pyro_sb.plain import from_plain, to_plain
 from pyro_sb.threads import run_by_arguments
 from pyro_sb.warn import warn
 from pyro_sb.weights import log_evidence, normalise, pareto_k, systematic_resample
@@ -65,6 +69,7 @@ OUTSIDE, MAX_REGIONS = 6.0, 4  # nats of weight by which a particle lies outside
 
 LONG_WINDOW = 120  # steps that chains walk before shapes of regions are fitted once more
 
+FORMAT = 1  # of a saved population
 CUT = 4.0
 """Nats by which the weights of walking chains exceed those of the draws where tails may be cut."""
 
@@ -143,6 +148,54 @@ class Population:
         weights = normalise(temper_weights(self.log_weights, enough))
         index, counts = systematic_resample(weights, num).unique(return_counts=True)
         return self.points[index], counts.to(self.points.dtype) / num
+
+    def save(self, path: str | Path) -> None:
+        """Write one file of tensors and plain values, whole or not at all, read back by `load`."""
+        write_file({"format": FORMAT, "kind": "Population", "population": to_plain(self)}, path)
+
+    @classmethod
+    def load(cls, path: str | Path, map_location: Any = None) -> "Population":
+        """A saved population, as ``KernelLangevin(model, start=population.points)`` may start from it.
+
+        Args:
+            path: What `save` wrote. Read with ``weights_only=True``: no code in the file is run.
+            map_location: As in `torch.load`.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is no whole file of a population.
+
+        Example:
+            >>> import tempfile
+            >>> joint = LogJoint.from_batched(lambda z: -z.square().sum(-1) / 2, dim=2)
+            >>> path = tempfile.mkdtemp() + "/population.pt"
+            >>> population = populate(joint, 100)
+            >>> population.save(path)
+            >>> Population.load(path).log_evidence == population.log_evidence
+            True
+        """
+        saved = read_file(path, map_location)
+        if not isinstance(saved, dict) or saved.get("kind") != "Population":
+            raise ValueError(f"{path} must hold what Population.save wrote, got other contents.")
+        check_format(str(path), saved.get("format"), FORMAT)
+        try:
+            made = from_plain(saved["population"])
+            rows, dim = made.points.shape
+            sizes = [
+                len(made.log_weights),
+                len(made.log_density),
+                *(m.locs.shape[1] for m in (made.core, made.proposal)),
+            ]
+            fits = isinstance(made, cls) and sizes == [rows, rows, dim, dim]
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} must hold a population as this version writes it, got another ({error})."
+            ) from error
+        if not fits:
+            raise ValueError(
+                f"{path} must hold a population whose parts are of one size, got {sizes} for {rows} x {dim}."
+            )
+        return made
 
     def __repr__(self) -> str:
         evaluations = self.evaluations

@@ -12,6 +12,7 @@ from pyro_sb.infer.moves.tuning import ChainStates
 from pyro_sb.infer.population.mixture_fit import fit_mixture
 from pyro_sb.infer.population.thrift import thrifty
 from pyro_sb.ops.student_mixture import StudentMixture
+from pyro_sb.stages import announce
 from pyro_sb.weights import effective_sample_size, log_evidence, normalise
 
 __all__ = [
@@ -185,6 +186,7 @@ def refit(
     A round under half the good share doubles the draws of the next, up to four times the first. From the second refit
     on the guard is heavier: a target that the first does not fit has tails that its components miss.
     """
+    announce("mixture rounds")
     num, best, share, stale = archive.counts[0], max(archive.shares()), 0.0, 0
     for first in (True, *[False] * (max_rounds - 1)):
         enough = max(20.0 * core.locs.shape[-1], 0.05 * len(archive.points))
@@ -231,6 +233,7 @@ def explore(
     Returns:
         The last mixture, and by how many nats the states of the last round exceeded the weights of the draws.
     """
+    announce("walk")
     weights, joint = normalise(archive.log_weights), archive.log_joint
     walk = walk._replace(num_chains=thrifty(joint, walk.num_chains, 32), num_steps=thrifty(joint, walk.num_steps, 12))
     index = torch.multinomial(weights, walk.num_chains, replacement=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.population.ascent import quasi_newton_ascent
 from pyro_sb.infer.population.thrift import thrifty
+from pyro_sb.stages import announce
 
 __all__ = [
     "MANY_DIMENSIONS",
@@ -88,6 +89,7 @@ def find_optima(log_joint: LogJoint, *, hints: Tensor | None = None, max_iter: i
     References:
         The population frequencies of species and the estimation of population parameters (Good, 1953).
     """
+    announce("search")
     found, fewest = empty_optima(log_joint), thrifty(log_joint, FIRST_BATCH, STARTS_A_MODE)
     cost = (1 + log_joint.run_size / NUMBERS) * STEPS * (2 * log_joint.dim + 3)
     affordable = max(2 * fewest, min(MANY_STARTS, round(ROWS / cost)))

@@ -28,6 +28,7 @@ from pyro_sb.infer.population.search import (
 from pyro_sb.infer.population.tempering import MixtureLaw, Particles, PointLaw, neighbour_factor, temper
 from pyro_sb.infer.population.thrift import thrifty
 from pyro_sb.ops.student_mixture import StudentMixture
+from pyro_sb.stages import announce
 
 __all__ = [
     "Effort",
@@ -200,6 +201,7 @@ def temper_and_climb(joint: LogJoint, optima: Optima | None, effort: Effort) -> 
         optima: Maxima that are known; None for particles alone, without ascents.
         effort: How many.
     """
+    announce("tempering")
     known = empty_optima(joint) if optima is None else optima
     last = MixtureLaw(widest(joint, known))
     laws: list[tuple[str, PointLaw | None]] = [("prior", prior_law(joint)), ("wide law", last)]

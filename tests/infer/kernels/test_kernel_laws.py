@@ -12,9 +12,11 @@ import torch
 from pyro_sb.bridges import KernelLangevinBridge, LightSB
 from pyro_sb.diagnostics import report
 from pyro_sb.infer import MCMC, AmortizedPosterior, BridgeMH, KernelLangevin
-from pyro_sb.infer.mcmc.kernel import WalkingKernel
+from pyro_sb.infer.mcmc import saved
 from pyro_sb.infer.mcmc.walk import ROLES
+from pyro_sb.infer.mcmc.walking import WalkingKernel
 from pyro_sb.infer.moves.proposals import ProposalMove
+from pyro_sb.stages import listening
 
 Y = torch.tensor([0.9, 0.2, 0.7], dtype=torch.float64)
 NUM_CHAINS, NUM_SAMPLES = 8, 20
@@ -54,6 +56,13 @@ def marginal() -> LightSB:
     return bridge
 
 
+def sourced() -> LightSB:
+    bridge = LightSB(1, num_components=1)
+    source = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+    bridge.fit(0.5 + 0.4 * torch.randn(200, 1), source, solver="moments", progress=False)
+    return bridge
+
+
 def path() -> KernelLangevinBridge:
     bridge = KernelLangevinBridge(1, scheme="plain", num_steps=3)
     bridge.fit(0.5 + 0.4 * torch.randn(60, 1), progress=False)
@@ -70,6 +79,7 @@ KERNELS: dict[str, Callable[[], WalkingKernel]] = {
     "KernelLangevin, no local": lambda: KernelLangevin(model, num_particles=100, local=None),
     "BridgeMH, marginal": bridge_mh(marginal),
     "BridgeMH, paths": bridge_mh(path),
+    "BridgeMH, shared sources": bridge_mh(sourced),
     "BridgeMH, no local": bridge_mh(marginal, local=None),
     "BridgeMH, fitted in warm-up": bridge_mh(lambda: None),
     "BridgeMH, a posterior": lambda: BridgeMH(bridge=amortized().condition(Y), num_particles=100),
@@ -186,6 +196,89 @@ def test_a_state_keeps_the_log_density_of_its_own_path_until_another_move(name, 
     )
     if kernel.frozen.then:  # each refresh follows a trajectory: the state's path is drawn again
         assert all(log_q is None for _, log_q, _, _ in accepted)
+
+
+def like(kernel: WalkingKernel) -> object:
+    """What a run of this kernel is loaded into, in a process that has its model and its bridge."""
+    if isinstance(kernel, KernelLangevin) or (isinstance(kernel, BridgeMH) and kernel.bridge is None):
+        return kernel.model
+    if isinstance(kernel, BridgeMH):
+        own = kernel.model if isinstance(kernel.bridge, LightSB | KernelLangevinBridge) else None
+        return BridgeMH(own, kernel.bridge, num_particles=100, local=kernel.local)
+    return amortized().condition(Y if kernel.starts.shape[1] == 1 else torch.stack([Y, Y + 1, Y - 2]))
+
+
+def same_draws(a: MCMC, b: MCMC) -> None:
+    torch.testing.assert_close(a.get_samples(), b.get_samples(), rtol=0, atol=0)
+    torch.testing.assert_close(a.sample_stats, b.sample_stats, rtol=0, atol=0)
+    assert a.evaluations == b.evaluations
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_run_from_a_file_goes_on_bit_for_bit_as_the_run_itself(name, tmp_path):
+    mcmc = run(KERNELS[name]())
+    mcmc.save(tmp_path / "run.pt")
+    there = MCMC.load(tmp_path / "run.pt", like(mcmc.kernel))
+    same_draws(there, mcmc)
+    assert there.diagnostics().keys() == mcmc.diagnostics().keys()
+    for one in (mcmc, there):
+        pyro.set_rng_seed(3)
+        one.extend(30)
+    same_draws(there, mcmc)
+    assert there.num_samples == NUM_SAMPLES + 30
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if not name.startswith("BridgeRefresh")])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(saved, "SHARE", 1e9)  # written after every block
+    pyro.set_rng_seed(1)
+    whole, first = (KERNELS[name]() for _ in range(2))
+    second = like(first)
+    second = KernelLangevin(model, num_particles=100, local=first.local) if second is model else second
+    if isinstance(first, BridgeMH):
+        second = BridgeMH(first.model, first.bridge, num_particles=100, local=first.local)
+        whole = BridgeMH(first.model, first.bridge, num_particles=100, local=first.local)
+    pyro.set_rng_seed(2)
+    expected = run(whole)
+    real, calls = first.sample_block, []
+
+    def sample_block(params, num):
+        calls.append(num)
+        if len(calls) == 3:
+            raise SystemExit
+        return real(params, num)
+
+    first.sample_block = sample_block
+    pyro.set_rng_seed(2)
+    with pytest.raises(SystemExit):
+        run(first, checkpoint=tmp_path / "run.pt")
+    pyro.set_rng_seed(4)
+    same_draws(run(second, checkpoint=tmp_path / "run.pt"), expected)
+
+
+def test_a_run_of_another_posterior_is_refused(tmp_path):
+    mcmc = amortized().condition(Y).mcmc(4, num_chains=4, num_proposals=64)
+    mcmc.save(tmp_path / "run.pt")
+    with pytest.raises(ValueError, match=r"the posterior is [0-9a-f]{16} there and [0-9a-f]{16} here"):
+        MCMC.load(tmp_path / "run.pt", amortized().condition(Y + 1))
+    with pytest.raises(ValueError, match=r"MCMC.load\(path, amortized.condition\(y\)\)"):
+        MCMC.load(tmp_path / "run.pt", model)
+
+
+def test_a_bridge_that_was_fitted_in_an_interrupted_warm_up_is_not_fitted_again():
+    kernel, fits = BridgeMH(model, num_particles=100), []
+
+    def begin(stage):
+        fits.append(stage)
+        if fits.count("moves") == 1 and stage == "moves":
+            raise KeyboardInterrupt
+
+    with listening(begin):
+        with pytest.raises(KeyboardInterrupt, match="goes on from it"):
+            run(kernel)
+        bridge = kernel.proposals.bridge
+        run(kernel)
+    assert fits.count("bridge") == fits.count("search") == 1 and kernel.proposals.bridge is bridge
 
 
 @pytest.mark.parametrize("name", KERNELS)

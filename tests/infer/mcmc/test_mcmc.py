@@ -1,5 +1,6 @@
 """MCMC: a counting kernel makes every draw known beforehand, so that order, shapes and bookkeeping are exact truths."""
 
+import dataclasses
 import pickle
 import signal
 import sys
@@ -14,8 +15,8 @@ from pyro.infer import Predictive
 from pyro.infer.mcmc import util
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
+from pyro_sb.infer.mcmc.figures import PerChain
 from pyro_sb.infer.mcmc.mcmc import MCMC
-from pyro_sb.infer.mcmc.walk import PerChain
 from pyro_sb.infer.model.log_joint import log_joint
 
 F64 = torch.float64
@@ -365,7 +366,7 @@ def test_enumerated_sites_are_drawn_given_the_others():
     assert side.shape == (3, 5, 2)
     assert (side == torch.tensor([0.0, 1.0])).all()  # 100 sd apart: certain
     again = pickle.loads(pickle.dumps(mcmc))
-    again._discrete = None
+    again._drawn = dataclasses.replace(again._drawn, discrete=None)
     assert (again.get_discrete_samples()["side"] == torch.tensor([0.0, 1.0])).all()
 
 
