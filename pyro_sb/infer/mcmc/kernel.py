@@ -108,11 +108,11 @@ class ModelKernel(WalkingKernel):
 
     def _bind_learnt(self) -> None:
         if self.coordinates is not None:
-            self.coordinates = self._found_coordinates()
+            self.coordinates = self._found_coordinates(self.coordinates.degrees)
 
-    def _found_coordinates(self) -> NonCentred:
-        """The non-centred coordinates of the log joint that is bound now."""
-        found = non_centred(self.log_joint, self._build)
+    def _found_coordinates(self, degrees: dict[str, Tensor]) -> NonCentred:
+        """The coordinates of these degrees of centring, of the log joint that is bound now."""
+        found = non_centred(self.log_joint, self._build, degrees)
         if found is None:
             raise ValueError(
                 "the chains walked in the model's non-centred coordinates, but it has none now. Let warm-up learn "
@@ -122,11 +122,12 @@ class ModelKernel(WalkingKernel):
 
     def learnt(self) -> dict[str, Any]:
         """What warm-up has learnt so far, as tensors and plain values."""
-        return super().learnt() | {"non_centred": self.coordinates is not None}
+        return super().learnt() | {"centring": None if self.coordinates is None else self.coordinates.degrees}
 
     def learn_from(self, learnt: dict[str, Any], rest: dict[str, Any] | None = None) -> None:
         """Take what a kernel of the same target has learnt, as `learnt` gave it; after `setup`."""
-        self.coordinates = self._found_coordinates() if learnt["non_centred"] else None
+        degrees = learnt["centring"]
+        self.coordinates = None if degrees is None else self._found_coordinates(degrees)
         super().learn_from(learnt, rest)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogJoint:
@@ -191,7 +192,7 @@ class ModelKernel(WalkingKernel):
 
     def _where(self) -> str:
         """The coordinates, for `describe`."""
-        return "the model's own" if self.coordinates is None else f"non-centred in {self.coordinates.sites}"
+        return "the model's own" if self.coordinates is None else self.coordinates.describe()
 
     def _subject(self) -> str:
         """The model's name, and whether arguments are bound, for `__repr__`."""

@@ -22,6 +22,7 @@ from pyro_sb.infer.population.settle import settle
 from pyro_sb.infer.population.sources import laplace_mixture
 from pyro_sb.ops.sampling.fisher import fisher_fit
 from pyro_sb.ops.student_mixture import StudentMixture
+from pyro_sb.stages import announce
 
 logger = logging.getLogger(__name__)
 
@@ -62,19 +63,32 @@ class NonCentred:
     Neal's funnel turns into independent coordinates. Densities in u are those of the reparametrised model, so chains
     in u, mapped to z, target the model itself.
 
+    With a degree of centring it is what `LocScaleReparam` makes of it.
+
     Args:
         centred: Log joint of the model.
         log_joint: Log joint of the reparametrised model.
+        degrees: Degrees of centring in [0, 1] by site; 0 where there is none.
 
     References:
         Automatic reparameterisation of probabilistic programs (Gorinova, Moore and Hoffman, 2019),
         https://arxiv.org/abs/1906.03028
     """
 
-    def __init__(self, centred: LogJoint, log_joint: LogJoint) -> None:
-        self.centred, self.log_joint = centred, log_joint
+    def __init__(self, centred: LogJoint, log_joint: LogJoint, degrees: dict[str, Tensor] | None = None) -> None:
+        self.centred, self.log_joint, self.degrees = centred, log_joint, degrees or {}
         self.sites = [name for name in centred.site_shapes if name + SUFFIX in log_joint.site_shapes]
         log_joint.evaluations = centred.evaluations
+
+    def describe(self) -> str:
+        """Which sites are how far from centred, for reports."""
+        degrees = {name: float(self.degrees[name].mean()) if name in self.degrees else 0.0 for name in self.sites}
+        free = [name for name in self.sites if degrees[name] == 0.0]
+        partly = [
+            f"{name} (degree of centring {degrees[name]:.2f})" for name in self.sites if 0.0 < degrees[name] < 1.0
+        ]
+        parts = [f"non-centred in {free}"] if free else []
+        return "; ".join(parts + ([f"partly centred in {', '.join(partly)}"] if partly else []))
 
     @property
     def curved(self) -> bool:
@@ -150,7 +164,7 @@ def non_centred(
     if centred.model is None:
         return None
     try:
-        coordinates = NonCentred(centred, build(NonCentre(degrees)(centred.model)))
+        coordinates = NonCentred(centred, build(NonCentre(degrees)(centred.model)), degrees)
         return coordinates if coordinates.sites and coordinates.curved and coordinates.exact else None
     except Exception as error:  # an optional rebuild of a user's model: without it the model's own coordinates serve
         logger.info("no non-centred coordinates: %s", error)
@@ -217,6 +231,7 @@ def learnt_coordinates(
     Returns:
         The coordinates, and normal laws of the regions in them that short chains settled in.
     """
+    announce("coordinates")
     settled = settle(free.log_joint, _regions(free.log_joint))
     share = settled.core.log_responsibilities(settled.points)
     label, z = share.argmax(-1), free.forward(settled.points)

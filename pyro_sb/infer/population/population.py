@@ -50,6 +50,7 @@ from pyro_sb.infer.population.subspace import bent, mixture_along
 from pyro_sb.infer.population.tempering import MixtureLaw, Particles, temper, within_factor
 from pyro_sb.ops.student_mixture import StudentMixture
 from pyro_sb.plain import from_plain, to_plain
+from pyro_sb.stages import announce
 from pyro_sb.threads import run_by_arguments
 from pyro_sb.warn import warn
 from pyro_sb.weights import log_evidence, normalise, pareto_k, systematic_resample
@@ -509,6 +510,7 @@ def _without_maxima(
 
 def _settled(archive: Archive, start: StudentMixture, num: int, stages: list[str]) -> tuple[Settled, float]:
     """Chains that settle in the regions of these laws, and the effective share of the normal laws fitted to them."""
+    announce("chains")
     settled = settle(archive.log_joint, start)
     share = archive.add(settled.core, num, LIGHT_GUARD)
     stages += [settled.describe(), f"normal laws of draws and gradients: effective share {share:.3f}"]
