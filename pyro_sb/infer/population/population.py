@@ -34,7 +34,7 @@ from pyro_sb.infer.population.rounds import (
     temper_weights,
 )
 from pyro_sb.infer.population.search import MANY_DIMENSIONS, UNMET, Optima, find_optima
-from pyro_sb.infer.population.settle import Settled, joined, settle, walked
+from pyro_sb.infer.population.settle import Settled, joined, settle, walked, widened
 from pyro_sb.infer.population.sources import (
     Source,
     Tempered,
@@ -47,7 +47,7 @@ from pyro_sb.infer.population.sources import (
     wide_mixture,
 )
 from pyro_sb.infer.population.subspace import bent, mixture_along
-from pyro_sb.infer.population.tempering import MixtureLaw, Particles, temper, within_factor
+from pyro_sb.infer.population.tempering import MixtureLaw, temper, within_factor
 from pyro_sb.ops.student_mixture import StudentMixture
 from pyro_sb.plain import from_plain, to_plain
 from pyro_sb.stages import announce
@@ -453,8 +453,8 @@ def _from_both(
             settled, share = _settled(archive, law, num, stages)
     if settled is not None:
         core = settled.core
-    if core is not None and joint.dim > MANY_DIMENSIONS and found.particles is not None:
-        settled = _without_maxima(archive, settled, found, found.particles, num, stages)
+    if core is not None and joint.dim > MANY_DIMENSIONS:
+        settled = _without_maxima(archive, settled, found, num, stages)
     many = settled is not None and joint.dim > MANY_DIMENSIONS
     if core is not None and not many and share < bent_share:
         core, share = _ridges(archive, laplace_mixture(found.optima, inflation=1.0), num, stages)
@@ -480,32 +480,48 @@ def _from_both(
 
 
 def _without_maxima(
-    archive: Archive, settled: Settled | None, found: Tempered, particles: Particles, num: int, stages: list[str]
+    archive: Archive, settled: Settled | None, found: Tempered, num: int, stages: list[str]
 ) -> Settled | None:
-    """The chains, with more in regions that tempered particles have reached and that have no maximum of their own.
+    """The chains, with more in regions that have no maximum of their own.
 
-    Such a region is wide, with a narrow one inside or beside it that every ascent ends in. Its particles have larger
-    weights than the proposal's draws, and chains that start from them keep those.
+    Such a region is wide, with a narrow one inside or beside it that every ascent ends in. What reaches it, particles
+    or chains from wide starts, has larger weights than the proposal's draws, and chains that start there keep those.
     """
     joint = archive.log_joint
-    points, log_density = particles.points[:, 0], particles.log_density[:, 0]
-    for _ in range(MAX_REGIONS):
-        best = archive.best if settled is None else _serving(archive, settled)[0]
-        out = archive.weights_beyond(best, points, log_density) > OUTSIDE
-        if float(out.double().mean()) < 0.01 or int(out.sum()) < 4:
-            break
-        other = settle(joint, law_of_points(points[out]), points[out])
-        if float(archive.weights_beyond(best, other.points, other.log_density).median()) < 0.5 * OUTSIDE:
-            break
-        if settled is None:
-            settled = settle(joint, laplace_mixture(found.optima, df=math.inf, inflation=1.0))
-        settled = joined(settled, other)
-        share = archive.add(settled.core, num, LIGHT_GUARD)
-        stages.append(
-            f"{int(out.sum())} particles settled in a region without a maximum of its own: normal laws of "
-            f"{settled.core.num_components} regions, effective share {share:.3f}"
-        )
+    for name in ("particles", "chains from wide starts"):
+        best = _best_for(archive, settled)
+        if name == "particles" and found.particles is not None:
+            points, log_density = found.particles.points[:, 0], found.particles.log_density[:, 0]
+        else:
+            wide = settle(joint, widened(archive.cores[best]), max_windows=1)
+            points, log_density = wide.points, wide.log_density
+        for _ in range(MAX_REGIONS):
+            other = _elsewhere(archive, _best_for(archive, settled), points, log_density)
+            if other is None:
+                break
+            if settled is None:
+                settled = settle(joint, laplace_mixture(found.optima, df=math.inf, inflation=1.0))
+            settled = joined(settled, other)
+            share = archive.add(settled.core, num, LIGHT_GUARD)
+            stages.append(
+                f"{name} settled in a region without a maximum of its own: normal laws of "
+                f"{settled.core.num_components} regions, effective share {share:.3f}"
+            )
     return settled
+
+
+def _elsewhere(archive: Archive, best: int, points: Tensor, log_density: Tensor) -> Settled | None:
+    """Chains that settle where points lie outside a proposal, if they stay there; None if there are few, or they do."""
+    out = archive.weights_beyond(best, points, log_density) > OUTSIDE
+    if float(out.double().mean()) < 0.01 or int(out.sum()) < 4:
+        return None
+    other = settle(archive.log_joint, law_of_points(points[out]), points[out])
+    home = float(archive.weights_beyond(best, other.points, other.log_density).median()) < 0.5 * OUTSIDE
+    return None if home else other
+
+
+def _best_for(archive: Archive, settled: Settled | None) -> int:
+    return archive.best if settled is None else _serving(archive, settled)[0]
 
 
 def _settled(archive: Archive, start: StudentMixture, num: int, stages: list[str]) -> tuple[Settled, float]:

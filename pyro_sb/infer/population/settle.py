@@ -11,7 +11,7 @@ from pyro_sb.infer.moves.moves import HamiltonianMove, IndexMove, Move, Rows, ad
 from pyro_sb.ops.sampling.fisher import fisher_fit
 from pyro_sb.ops.student_mixture import StudentMixture
 
-__all__ = ["Settled", "joined", "settle", "steps_of", "walked"]
+__all__ = ["Settled", "joined", "settle", "steps_of", "walked", "widened"]
 
 CHAINS = 64
 WINDOW, MAX_WINDOWS = 20, 8
@@ -57,7 +57,9 @@ def steps_of(step_size: float, longer: int = 1) -> int:
     return longer * min(MOST_STEPS, max(1, round(LENGTH / step_size)))
 
 
-def settle(joint: LogJoint, start: StudentMixture, points: Tensor | None = None) -> Settled:
+def settle(
+    joint: LogJoint, start: StudentMixture, points: Tensor | None = None, max_windows: int = MAX_WINDOWS
+) -> Settled:
     r"""Chains from a normal law in each region, which is fitted anew to every window of theirs.
 
     The chains run Hamiltonian Monte Carlo in the metric of their region. A window has 20 steps, or as many as give two
@@ -68,6 +70,7 @@ def settle(joint: LogJoint, start: StudentMixture, points: Tensor | None = None)
         joint: Target.
         start: Laws of the regions, such as those of Laplace's method: the first metric, and where chains start.
         points: Where they start instead, drawn from these. Shape ``(M, d)``.
+        max_windows: Largest number of windows.
 
     References:
         The Fisher fit of `fisher_fit`.
@@ -78,7 +81,7 @@ def settle(joint: LogJoint, start: StudentMixture, points: Tensor | None = None)
     rows = _start(joint, laws, label, points)
     size = max(WINDOW, math.ceil(4 / 3 * DRAWS_A_DIMENSION * dim * num / len(label)))
     step_size, before, drift = min(0.5, dim**-0.25), laws.locs, math.inf
-    for window in range(1, MAX_WINDOWS + 1):
+    for window in range(1, max_windows + 1):
         longer = min(LONGER, 2 ** ((window - 1) // 2))
         rows, kept, step_size = _window(joint, laws, label, rows, size, step_size, longer)
         laws = _fitted(laws, kept)
@@ -142,6 +145,11 @@ def walked(joint: LogJoint, settled: Settled, proposal: StudentMixture | None, n
     points = torch.cat(states[num_steps // 4 :])
     log_density, grad = joint.value_and_grad(points)
     return settled._replace(points=points, log_density=log_density, grad=grad)
+
+
+def widened(laws: StudentMixture) -> StudentMixture:
+    """The same laws three times as wide: chains that start there come home, or settle in what is wider."""
+    return laws._replace(scale_trils=3.0 * laws.scale_trils)
 
 
 def joined(one: Settled, other: Settled) -> Settled:
