@@ -20,7 +20,11 @@ from pyro_sb.infer.model.runs import MAX_NUMBERS, Row, Wanted
 from pyro_sb.infer.model.sites import is_deterministic, quiet_draws
 from pyro_sb.infer.model.starts import gather_starts, given_starts
 from pyro_sb.infer.model.tape import UndecoratedMode
+<<<<<<< HEAD
 from pyro_sb.stages import working
+=======
+from pyro_sb.infer.model.traces import PATIENCE
+>>>>>>> model
 
 __all__ = ["Evaluations", "LogJoint", "log_joint"]
 
@@ -28,6 +32,7 @@ Sites = dict[str, Tensor]
 LEAST_ROWS = 2  # of a batch, however long a run of the model is
 PART = 2**16  # numbers that an operation of a batch writes at a time, 512 KB in float64: more fall out of the cache
 EAGER_PART = 2**18  # where the model's own code runs every time, whose cost no number of rows changes
+LONG, LONG_PATIENCE = 3_000, 40  # operations of a run above which so many batches of a size come before one is recorded
 DEVICE_PART = 2**25  # on a GPU
 OPERATIONS = 10  # of a model on each of its numbers
 ENUMERATION_COST = 64  # numbers held by an enumerated run for each number in its sites, a guess on the high side
@@ -121,6 +126,7 @@ class LogJoint:
                 self._density.single(one)
             self._size = max(self.dim, count.total // OPERATIONS)
             self._width = max(1, count.squares // max(1, count.total))
+            self._density.traces.patience = LONG_PATIENCE if count.operations > LONG else PATIENCE
         return self._size
 
     @property
@@ -362,10 +368,11 @@ class ElementCount(UndecoratedMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.total, self.squares = 0, 0
+        self.operations, self.total, self.squares = 0, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.operations += 1
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
                 self.total += x.numel()

@@ -8,19 +8,19 @@ are all that changes; whatever else the function looks at must be watched (`pyro
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["RefusalError", "Tape", "UndecoratedMode", "record"]
+__all__ = ["TOO_MANY", "RefusalError", "Tape", "UndecoratedMode", "record"]
 
-MOST_STEPS = 5_000  # of a tape that is handed to torch's interpreter, whose passes take long for many more
+PART = 1_000  # steps that torch's interpreter is given at once: its passes take long for many more
 MOST_NUMBERS = 2**25  # that are kept while a tape is recorded, 256 MB in float64
+TOO_MANY = "its operations hold too many numbers"
 SAME = {"detach", "alias"}  # operations that give their argument back
 LIFT = torch.ops.aten.lift_fresh.default  # of a tensor that was just made of numbers
 CHECKS = torch.ops.aten._linalg_check_errors.default  # raises where a matrix could not be factored
@@ -75,6 +75,7 @@ class Recorder(UndecoratedMode):
         self.reason = ""
         self._numbers = 0
         self._slots: dict[int, int] = {}
+        self._homes: list[int] = []  # storages of the tensors
         self.slot(z)
         self.moving = {storage(z)}  # storages whose numbers depend on z
         self.written = set[int]()  # storages that an operation wrote into, after they were made
@@ -86,10 +87,12 @@ class Recorder(UndecoratedMode):
             if x.layout != torch.strided:
                 self.refuse(f"it has tensors of layout {x.layout}")
             self._slots[id(x)] = len(self.tensors)
+            home = storage(x)
             if not made and self.tensors:
                 self.given.append(len(self.tensors))
-                self._own.add(storage(x))
+                self._own.add(home)
             self.tensors.append(x)
+            self._homes.append(home)
         return self._slots[id(x)]
 
     def refuse(self, reason: str) -> None:
@@ -103,10 +106,8 @@ class Recorder(UndecoratedMode):
 
     def read(self, x: Tensor) -> None:
         """Numbers of a tensor are looked at by other code than torch's."""
-        if id(x) in self._slots or self.moves(x):
-            if self.moves(x):
-                self.refuse("it looks at values")
-            return
+        if self.moves(x):
+            self.refuse("it looks at values")
         self.slot(x)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -120,15 +121,22 @@ class Recorder(UndecoratedMode):
             place, made = Slot(self.slot(numbers)), self.slot(result, made=True)
             self.steps.append(Step(torch.ops.aten.clone.default, (place,), {}, (made,), True, ()))
             return result
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        moving = [x for x in inputs if self.moves(x)]
-        self._check(func, args, bool(moving))
-        written = list(written_by(func, args, kwargs))
-        placed = tree_map(lambda x: Slot(self.slot(x)) if isinstance(x, Tensor) else x, (args, kwargs))
-        for x in written:
-            if storage(x) in self._own:
+        inputs = list[int]()
+
+        def placed(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            inputs.append(self.slot(value))
+            return Slot(inputs[-1])
+
+        places = mapped(placed, args), mapped(placed, kwargs)
+        moving = any(self._homes[i] in self.moving for i in inputs)
+        self._check(func, args, moving)
+        written = [self.slot(x) for x in written_by(func, args, kwargs)]
+        for i in written:
+            if self._homes[i] in self._own:
                 self.refuse("it writes into a tensor that it did not make")
-            self.written.add(storage(x))
+            self.written.add(self._homes[i])
         if func is CHECKS and moving:  # not here: the tape says where a matrix could not be factored
             self.checked.append(args[0])
             return None
@@ -141,13 +149,18 @@ class Recorder(UndecoratedMode):
             if moving:
                 self.refuse("it looks at values")
             return result
-        self._numbers += sum(x.numel() for x in results if x is not None and id(x) not in self._slots)
+        outputs = list[int | None]()
+        for x in results:
+            if x is None:
+                outputs.append(None)
+                continue
+            self._numbers += 0 if id(x) in self._slots else x.numel()
+            outputs.append(self.slot(x, made=True))
         if self._numbers > MOST_NUMBERS:
-            self.refuse("its operations hold too many numbers")
+            self.refuse(TOO_MANY)
         if moving:
-            self.moving.update(storage(x) for x in (*results, *written) if x is not None)
-        outputs = tuple(None if x is None else self.slot(x, made=True) for x in results)
-        self.steps.append(Step(func, placed[0], placed[1], outputs, single, tuple(self.slot(x) for x in written)))
+            self.moving.update(self._homes[i] for i in (*outputs, *written) if i is not None)
+        self.steps.append(Step(func, *places, tuple(outputs), single, tuple(written)))
         return result
 
     def _check(self, func: Any, args: Any, moving: bool) -> None:
@@ -166,25 +179,24 @@ class Recorder(UndecoratedMode):
             self.refuse("a result comes from elsewhere")
         slots = [self._slots[id(x)] for x in (*results, *self.checked)]
         fresh = self.moving | self.written
-        live = [step for step in self.steps if any(storage(x) in fresh for x in self._tensors_of(step))]
+        live = [step for step in self.steps if not fresh.isdisjoint(self._homes_of(step))]
         steps, slots = self._merged(self._needed(live, slots), slots)
         given = [self.tensors[i] for i in self.given]
         return Tape(steps, slots, len(results), self.tensors, given)
 
-    def _tensors_of(self, step: Step) -> Iterator[Tensor]:
-        for place in (*tree_leaves_of(step), *(Slot(i) for i in step.outputs if i is not None)):
-            yield self.tensors[place.place]
+    def _homes_of(self, step: Step) -> list[int]:
+        """Storages of a step's tensors."""
+        return [self._homes[i] for i in (*slots_of(step), *step.outputs) if i is not None]
 
-    def _needed(self, steps: list[Step], results: list[Any]) -> list[Step]:
+    def _needed(self, steps: list[Step], results: list[int]) -> list[Step]:
         """Steps without those that no result needs."""
-        needed, storages = set(results), {storage(self.tensors[i]) for i in results}
+        needed, storages = set[int | None](results), {self._homes[i] for i in results}
         kept = []
         for step in reversed(steps):
-            writes = any(storage(self.tensors[i]) in storages for i in step.writes)
-            if writes or needed.intersection(step.outputs):
+            if not needed.isdisjoint(step.outputs) or any(self._homes[i] in storages for i in step.writes):
                 kept.append(step)
-                needed.update(place.place for place in tree_leaves_of(step))
-                storages.update(storage(x) for x in self._tensors_of(step))
+                needed.update(slots_of(step))
+                storages.update(self._homes_of(step))
         return kept[::-1]
 
     def _merged(self, steps: list[Step], results: list[Any]) -> tuple[list[Step], list[Any]]:
@@ -197,7 +209,7 @@ class Recorder(UndecoratedMode):
         for step in steps:
             args, kwargs = mapped(moved, step.args), mapped(moved, step.kwargs)
             step = step._replace(args=args, kwargs=kwargs)
-            plain = not any(storage(x) in self.written for x in self._tensors_of(step))
+            plain = self.written.isdisjoint(self._homes_of(step))
             if plain and gives_back(step, self.tensors):
                 same[step.outputs[0]] = args[0].place  # type: ignore[index]
                 continue
@@ -231,6 +243,7 @@ class Tape:
     Attributes:
         num_steps: Operations that are carried out at every call.
         given: Tensors that the function took from elsewhere: data, parameters, constants.
+        interpreted: Whether torch's own interpreter carries them out, which is faster than Python.
     """
 
     def __init__(
@@ -240,8 +253,13 @@ class Tape:
         self._num = num  # of results; the others are 0 where matrices were factored
         self._versions = [x._version for x in given]
         made = {0, *(i for step in steps for i in step.outputs if i is not None)}
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                steps, self.interpreted = by_torch(steps, results, tensors), True
+        except Exception:  # whatever torch's interpreter does not take: Python carries the operations out
+            self.interpreted = False
         self._run = written_out(steps, results, tensors, made)
-        self._interpreted = False
 
     def __call__(self, z: Tensor) -> tuple[Tensor, ...]:
         """What the function gives at z, a contiguous tensor of the recorded shape and dtype.
@@ -256,34 +274,19 @@ class Tape:
 
     def attempt(self, z: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """What the function gives at z, and where matrices could not be factored: not 0 there, one tensor a check."""
-        with torch.no_grad():
-            if not self._interpreted:
+        before = torch._C._get_graph_executor_optimize()
+        torch._C._set_graph_executor_optimize(False)  # the same operations, one for one; no time goes to passes
+        try:
+            with torch.no_grad():
                 found = self._run(z)
-                return found[: self._num], found[self._num :]
-            before = torch._C._get_graph_executor_optimize()
-            torch._C._set_graph_executor_optimize(False)  # the same operations, one for one; no time goes to passes
-            try:
-                found = self._run(z)
-            finally:
-                torch._C._set_graph_executor_optimize(before)
-            return found[: self._num], found[self._num :]
+        finally:
+            torch._C._set_graph_executor_optimize(before)
+        return found[: self._num], found[self._num :]
 
     @property
     def fresh(self) -> bool:
         """Whether nobody wrote into the tensors that the function took from elsewhere."""
         return all(x._version == version for x, version in zip(self.given, self._versions))
-
-    def interpret(self, z: Tensor) -> None:
-        """Hand the operations to torch's own interpreter, faster than Python's, where it takes them."""
-        if self.num_steps > MOST_STEPS:
-            return
-        try:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")
-                self._run = torch.jit.trace(self._run, (z,), check_trace=False)
-        except Exception:  # whatever it does not take: Python carries the operations out
-            return
-        self._interpreted = True
 
 
 def record(function: Callable[[Tensor], tuple[Tensor, ...]], z: Tensor) -> Tape:
@@ -326,7 +329,7 @@ def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
-            yield from (x for x in tree_leaves(value) if isinstance(x, Tensor))
+            yield from (x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, Tensor))
 
 
 def mapped(fn: Callable[[Any], Any], value: Any) -> Any:
@@ -340,10 +343,10 @@ def mapped(fn: Callable[[Any], Any], value: Any) -> Any:
     return fn(value)
 
 
-def tree_leaves_of(step: Step) -> list[Slot]:
+def slots_of(step: Step) -> list[int]:
     """The slots of a step's arguments."""
-    found: list[Slot] = []
-    mapped(lambda place: found.append(place) if isinstance(place, Slot) else None, [step.args, step.kwargs])
+    found: list[int] = []
+    mapped(lambda place: found.append(place.place) if isinstance(place, Slot) else None, [step.args, step.kwargs])
     return found
 
 
@@ -365,16 +368,34 @@ def gives_back(step: Step, tensors: list[Tensor]) -> bool:
         return True
     if name not in ("expand", "view", "_unsafe_view", "_reshape_alias"):
         return False
-    (before,), after = [tensors[place.place] for place in tree_leaves_of(step)], tensors[step.outputs[0] or 0]
+    (before,), after = [tensors[i] for i in slots_of(step)], tensors[step.outputs[0] or 0]
     return before.shape == after.shape and before.stride() == after.stride() and before.dtype == after.dtype
 
 
+def by_torch(steps: list[Step], results: list[int], tensors: list[Tensor]) -> list[Step]:
+    """Steps in parts, each as one step that torch's interpreter carries out; its passes bear no more at once."""
+    parts = [steps[i : i + PART] for i in range(0, len(steps), PART)]
+    known, borders = {0}, list[tuple[list[int], set[int]]]()  # what a part takes from those before it, and makes
+    for part in parts:
+        makes = {i for step in part for i in step.outputs if i is not None} - known  # to write in place makes nothing
+        borders.append((sorted({i for step in part for i in slots_of(step)} & known) or [0], makes))
+        known |= makes
+    later, found = set(results), list[Step]()
+    for part, (takes, makes) in zip(parts[::-1], borders[::-1]):
+        gives = sorted(makes & later) or takes[:1]
+        run = written_out(part, gives, tensors, {*takes, *makes}, takes)
+        traced = torch.jit.trace(run, tuple(tensors[i].detach() for i in takes), check_trace=False)
+        found.append(Step(traced, tuple(map(Slot, takes)), {}, tuple(gives), False, ()))
+        later.update(takes)
+    return found[::-1]
+
+
 def written_out(
-    steps: list[Step], results: list[int], tensors: list[Tensor], made: set[int]
-) -> Callable[[Tensor], Any]:
+    steps: list[Step], results: list[int], tensors: list[Tensor], made: set[int], takes: Sequence[int] = (0,)
+) -> Callable[..., Any]:
     """Steps as Python code, a line a step, which lets go of what is not needed any more."""
     scope: dict[str, Any] = {"__name__": __name__}
-    last = {place.place: i for i, step in enumerate(steps) for place in tree_leaves_of(step)}
+    last = {j: i for i, step in enumerate(steps) for j in slots_of(step)}
 
     def text(value: Any) -> str:
         if isinstance(value, Slot):
@@ -390,18 +411,18 @@ def written_out(
         scope[name] = value
         return name
 
-    lines = ["def replay(t0):"]
+    lines = [f"def replay({', '.join(f't{i}' for i in takes)}):"]
     for i, step in enumerate(steps):
         scope[f"f{i}"] = step.op
         call = [*map(text, step.args), *(f"{name}={text(value)}" for name, value in step.kwargs.items())]
         names = ["_" if j is None else f"t{j}" for j in step.outputs]
         target = names[0] if step.single else f"[{', '.join(names)}]"
         lines.append(f"    {target} = f{i}({', '.join(call)})")
-        gone = {place.place for place in tree_leaves_of(step)} | {j for j in step.outputs if j is not None}
+        gone = set(slots_of(step)) | {j for j in step.outputs if j is not None}
         gone = {j for j in gone if j in made and j not in results and last.get(j, i) == i}
         if gone:
             lines.append(f"    {' = '.join(f't{j}' for j in sorted(gone))} = None")
     lines.append(f"    return ({', '.join(text(Slot(j)) for j in results)},)")
     exec("\n".join(lines), scope)
-    run: Callable[[Tensor], Any] = scope["replay"]
+    run: Callable[..., Any] = scope["replay"]
     return run

@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_sb.infer.model.agreement import NATS, SLOPE, STILL, described, precision, same
 from pyro_sb.infer.model.routes import evaluate, evaluate_all
 from pyro_sb.infer.model.sight import Sight
-from pyro_sb.infer.model.tape import RefusalError, Tape, record
+from pyro_sb.infer.model.tape import TOO_MANY, RefusalError, Tape, record
 from pyro_sb.warn import warn
 
 __all__ = ["PATIENCE", "Traces"]
@@ -30,6 +30,8 @@ __all__ = ["PATIENCE", "Traces"]
 logger = logging.getLogger(__name__)
 PATIENCE = 12  # batches of a size before one is recorded, which costs about as much
 SELDOM = 256  # batches between two comparisons, at most
+NEVER = 2**40
+NO_FASTER = "it is no faster traced"
 FAR = 30.0  # unconstrained units: where densities overflow, and supports end
 Figures = tuple[Tensor, Tensor]
 
@@ -85,14 +87,19 @@ class Batch(NamedTuple):
 
 
 class Traces:
-    """Tapes of the routes of one log joint. A route says by ``looks_at`` what it depends on besides its rows."""
+    """Tapes of the routes of one log joint. A route says by ``looks_at`` what it depends on besides its rows.
+
+    Attributes:
+        patience: Batches of a size before one is recorded.
+    """
 
     def __init__(self) -> None:
+        self.patience = PATIENCE
         self._routes: dict[str, Recorded] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: a copy, or another process, records its own."""
-        return {"_routes": {}}
+        return {"patience": self.patience, "_routes": {}}
 
     def describe(self, route: str) -> str:
         """What of a route is recorded, or why nothing is."""
@@ -122,7 +129,7 @@ class Traces:
             return batches.tape
         logger.info("what the model looks at has changed: its batches by %s are recorded again", route.name)
         for other in recorded.batches.values():
-            other.patience = min(4 * other.patience, 2**20) if other.tape is not None else other.patience
+            other.patience = min(4 * other.patience, NEVER) if other.tape is not None else other.patience
             other.count, other.tape = 0, None
         recorded.sight = None
         return None
@@ -135,7 +142,7 @@ class Traces:
         recorded = self._routes.setdefault(route.name, Recorded())
         if recorded.refused:
             return found
-        batches = recorded.batches.setdefault(key(z, gradient), Batches())
+        batches = recorded.batches.setdefault(key(z, gradient), Batches(patience=self.patience))
         batches.count += 1
         if batch.tape is None:
             if batches.count >= batches.patience:
@@ -171,12 +178,11 @@ class Traces:
         batches.count = 0
         if torch.is_autocast_enabled() or torch._C._functorch.maybe_current_level() is not None:
             return
-        sight = recorded.sight or Sight(*route.looks_at)
         try:
+            sight = recorded.sight or Sight(*route.looks_at)
             if not sight.complete:
                 raise RefusalError("it looks at too many things to watch")
             tape = record(lambda x: evaluate_all(route, x, gradient), z)
-            tape.interpret(z)
             reason = objection(tape, route, z, gradient)
             if not sight.same:
                 reason = "it changes what it looks at"
@@ -184,6 +190,10 @@ class Traces:
             reason = str(refusal)
         except Exception as error:  # whatever a model, or a version of torch, does not take
             reason = described(error)
+        if reason in (TOO_MANY, NO_FASTER):  # with so many rows
+            logger.info("%d rows by %s are evaluated eagerly: %s.", len(z), route.name, reason)
+            batches.patience = NEVER
+            return
         if reason is not None:
             self._refuse(recorded, route, reason)
             return
@@ -223,7 +233,7 @@ def objection(tape: Tape, route: Any, z: Tensor, gradient: bool) -> str | None:
         traced.append(perf_counter() - between)
         if differs(found, known, gradient):
             return "its operations are others at other points"
-    return "it is no faster traced" if eager and min(traced) > min(eager) else None
+    return NO_FASTER if eager and min(traced) > min(eager) else None
 
 
 def by_rows(tape: Tape, z: Tensor) -> Figures:

@@ -16,6 +16,7 @@ __all__ = [
     "UNMET",
     "Optima",
     "climb",
+    "derivatives",
     "dispersed_starts",
     "empty_optima",
     "find_optima",
@@ -199,7 +200,7 @@ def newton_ascent(log_joint: LogJoint, starts: Tensor, max_iter: int) -> tuple[T
               \text{ the best of eight lengths.}
 
     So units do not matter: coefficients at -6e4 are met like those at 1. The Hessian is a central difference of the
-    batched gradient: one call of 2 d rows a start, no second derivatives.
+    batched gradient, which one call gives with it: 2 d + 1 rows a start, no second derivatives.
 
     Returns:
         Ends ``(S, d)``, log densities ``(S,)``, minus Hessians ``(S, d, d)``, and which ends are maxima ``(S,)``.
@@ -209,23 +210,23 @@ def newton_ascent(log_joint: LogJoint, starts: Tensor, max_iter: int) -> tuple[T
     """
     x = starts.clone()
     num, dim = x.shape
-    value, grad = log_joint.value_and_grad(x)
     precisions = torch.zeros(num, dim, dim, dtype=x.dtype, device=x.device)
     converged = torch.zeros(num, dtype=torch.bool, device=x.device)
-    active, units = torch.isfinite(value), torch.full_like(x, torch.nan)
+    active, units = ~converged, torch.full_like(x, torch.nan)
+    value = torch.full_like(x[:, 0], -torch.inf)
     tolerance, flattest = (1e-8, 1e-8) if log_joint.dtype == torch.float64 else (1e-4, 1e-3)
     lengths = torch.tensor(STEP_LENGTHS, dtype=x.dtype, device=x.device)
     for _ in range(max_iter):
         rows = active.nonzero().squeeze(-1)
         if rows.numel() == 0:
             break
-        precision = minus_hessian(log_joint, x[rows], units[rows])
-        usable = torch.isfinite(precision).flatten(1).all(-1)
+        value[rows], grad, precision = derivatives(log_joint, x[rows], units[rows])
+        usable = torch.isfinite(precision).flatten(1).all(-1) & torch.isfinite(value[rows])
         active[rows[~usable]] = False
-        rows, precision = rows[usable], precision[usable]
+        rows, grad, precision = rows[usable], grad[usable], precision[usable]
         unit = curvature_units(precision)
         units[rows] = unit
-        direction, decrement = newton_direction(precision, unit, grad[rows])
+        direction, decrement = newton_direction(precision, unit, grad)
         concave = strictly_concave(precision, flattest)
         done = (decrement < tolerance) & concave
         precisions[rows], converged[rows[done]], active[rows[done]] = precision, True, False
@@ -238,10 +239,7 @@ def newton_ascent(log_joint: LogJoint, starts: Tensor, max_iter: int) -> tuple[T
         active[rows[~moved]] = False
         stalled = (~moved) & (decrement[~done] < 1e4 * tolerance) & concave[~done]
         converged[rows[stalled]] = True  # rounding, not geometry, ended this ascent
-        rows = rows[moved]
-        if rows.numel():
-            x[rows] = trials[moved, index[moved]]
-            value[rows], grad[rows] = log_joint.value_and_grad(x[rows])
+        x[rows[moved]], value[rows[moved]] = trials[moved, index[moved]], best[moved]
     return x, value, precisions, converged
 
 
@@ -280,13 +278,21 @@ def strictly_concave(precision: Tensor, flattest: float) -> Tensor:
 
 
 def minus_hessian(log_joint: LogJoint, x: Tensor, units: Tensor | None = None) -> Tensor:
-    """Minus the Hessian by central differences of the gradient, symmetrised. ``(S, d)`` to ``(S, d, d)``.
+    """Minus the Hessian, as `derivatives` has it. ``(S, d)`` to ``(S, d, d)``."""
+    return derivatives(log_joint, x, units)[2]
+
+
+def derivatives(log_joint: LogJoint, x: Tensor, units: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, gradient, and minus the Hessian by central differences of the gradient, symmetrised.
 
     Args:
         log_joint: Target.
-        x: Points.
+        x: Points. Shape ``(S, d)``.
         units: Lengths over which the target varies along each axis, NaN where unknown. Shape ``(S, d)``. Differences
             are taken over a small share of them, else of 1 + abs(x).
+
+    Returns:
+        Shapes ``(S,)``, ``(S, d)`` and ``(S, d, d)``.
     """
     dim = x.shape[1]
     epsilon, size = torch.finfo(log_joint.dtype).eps, 1 + x.abs()
@@ -294,15 +300,15 @@ def minus_hessian(log_joint: LogJoint, x: Tensor, units: Tensor | None = None) -
     if units is not None:
         known = (epsilon**0.25 * units).clamp_min(64 * epsilon * x.abs())  # no less than x can resolve
         step = torch.where(torch.isnan(units), step, torch.minimum(known, size))
-    few = max(1, HELD // (2 * dim * dim))  # starts at a time
-    rises = []
+    few, parts = max(1, HELD // (2 * dim * dim)), list[tuple[Tensor, Tensor]]()
     for point, move in zip(x.split(few), step.split(few)):
         shift = torch.diag_embed(move)
-        both = torch.cat([point[:, None] + shift, point[:, None] - shift], 1)
-        grad = log_joint.value_and_grad(both.flatten(0, 1))[1].view(len(point), 2, dim, dim)
-        rises.append(grad[:, 0] - grad[:, 1])
-    hessian = torch.cat(rises) / (2 * step[..., None])
-    return -0.5 * (hessian + hessian.mT)
+        rows = torch.cat([point[:, None], point[:, None] + shift, point[:, None] - shift], 1)
+        value, grad = log_joint.value_and_grad(rows.flatten(0, 1))
+        parts.append((value.view(len(point), -1)[:, 0], grad.view(len(point), -1, dim)))
+    values, grads = (torch.cat(column) for column in zip(*parts))
+    hessian = (grads[:, 1 : 1 + dim] - grads[:, 1 + dim :]) / (2 * step[..., None])
+    return values, grads[:, 0], -0.5 * (hessian + hessian.mT)
 
 
 def empty_optima(log_joint: LogJoint) -> Optima:

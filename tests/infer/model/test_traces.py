@@ -161,7 +161,7 @@ def test_random_numbers_and_writes_into_the_models_own_tensors_are_refused():
             record(function, z)
 
 
-def test_a_function_may_write_into_what_it_made():
+def test_a_function_may_write_into_what_it_made(monkeypatch):
     def function(z):
         out, total = torch.zeros(4), torch.tensor([1.0])
         for i in range(4):
@@ -170,13 +170,13 @@ def test_a_function_may_write_into_what_it_made():
         out[1:].mul_(2.0)
         return out, total, torch.full((2,), 3.0).add_(1)
 
-    tape = record(function, torch.ones(4))
-    for _ in range(2):
-        for interpreted in (False, True):
+    for part, interpreted in ((1000, True), (3, True), (0, False)):  # steps that torch's interpreter is given at once
+        monkeypatch.setattr("pyro_sb.infer.model.tape.PART", part)
+        tape = record(function, torch.ones(4))
+        for _ in range(3):
             z = torch.randn(4)
             assert all(map(torch.equal, tape(z), function(z)))
-            if interpreted:
-                tape.interpret(z)
+        assert tape.interpreted == interpreted
 
 
 def test_what_does_not_depend_on_the_argument_is_computed_once_and_nothing_twice():
@@ -311,6 +311,36 @@ def test_a_sight_sees_closures_partials_methods_and_modules():
         change()
         assert not sight.same
     assert not Sight([float(i) for i in range(10_000)]).complete
+
+
+# ---- rows a call ----
+
+
+def test_rows_over_much_data_are_evaluated_a_few_at_a_time_and_long_runs_over_little_many_at_a_time():
+    sizes, data = [], torch.randn(30_000, **F64)
+
+    def wide():
+        mu = pyro.sample("mu", dist.Normal(0 * ONE, 1.0))
+        sizes.append(mu.numel())
+        with pyro.plate("rows", len(data)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=data)
+
+    joint, z = log_joint(wide), torch.randn(100, 1, **F64)
+    assert joint.part_size <= 2**16 / 20_000 and "no batch size" in joint.traced
+    sizes.clear()
+    value, _ = joint.value_and_grad(z)
+    assert 2 <= max(sizes) <= 3 and sum(sizes) >= 100
+    exact = dist.Normal(0 * ONE, 1.0).log_prob(z)[:, 0] + dist.Normal(z, 1.0).log_prob(data).sum(-1)
+    torch.testing.assert_close(value, exact)
+    assert "changes what it looks at" in joint.traced  # it notes its sizes
+
+    def long():
+        x = pyro.sample("x", dist.Normal(0 * ONE, 1.0))
+        for _ in range(400):
+            x = x - 0.01 * x.sin()
+        pyro.factor("end", -x.square())
+
+    assert log_joint(long).part_size > 2_000
 
 
 # ---- its surroundings ----

@@ -7,6 +7,7 @@ import torch
 
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.population.search import (
+    derivatives,
     dispersed_starts,
     find_optima,
     laplace_evidence,
@@ -181,6 +182,22 @@ def test_differences_of_the_gradient_are_the_hessian():
     got = minus_hessian(LogJoint.from_batched(log_prob, 3), x)
     torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7)
     assert torch.equal(got, got.mT)
+    value, grad, _ = derivatives(LogJoint.from_batched(log_prob, 3), x)
+    torch.testing.assert_close(value, log_prob(x))
+    torch.testing.assert_close(grad, torch.func.grad(lambda z: log_prob(z).sum())(x))
+
+
+def test_hessians_of_many_starts_are_taken_a_few_at_a_time(monkeypatch):
+    precision = torch.linspace(1, 2, 40, **F64)
+    joint, held = LogJoint.from_batched(lambda z: -(precision * z.square()).sum(-1) / 2, 40), []
+    value_and_grad = joint.value_and_grad
+    monkeypatch.setattr(joint, "value_and_grad", lambda z: held.append(z.numel()) or value_and_grad(z))
+    whole = minus_hessian(joint, torch.randn(9, 40, **F64))
+    monkeypatch.setattr("pyro_sb.infer.population.search.HELD", 10_000)
+    parts = minus_hessian(joint, torch.randn(9, 40, **F64))
+    for found in (whole, parts):
+        torch.testing.assert_close(found, torch.diag(precision).expand(9, 40, 40), rtol=1e-7, atol=1e-7)
+    assert held[0] == 9 * 81 * 40 and max(held[1:]) <= 10_000 and sum(held[1:]) == held[0]
 
 
 def test_starts_are_finite_and_overdispersed():
