@@ -20,11 +20,8 @@ from pyro_sb.infer.model.runs import MAX_NUMBERS, Row, Wanted
 from pyro_sb.infer.model.sites import is_deterministic, quiet_draws
 from pyro_sb.infer.model.starts import gather_starts, given_starts
 from pyro_sb.infer.model.tape import UndecoratedMode
-<<<<<<< HEAD
-from pyro_sb.stages import working
-=======
 from pyro_sb.infer.model.traces import PATIENCE
->>>>>>> model
+from pyro_sb.stages import working
 
 __all__ = ["Evaluations", "LogJoint", "log_joint"]
 
