@@ -3,6 +3,8 @@
 import math
 import pickle
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -318,3 +320,61 @@ def test_start_outside_the_support_is_named() -> None:
 def test_log_joint_that_is_nan_everywhere_is_refused() -> None:
     with pytest.raises(ValueError, match="(?i)nan"):
         run(KernelLangevin(conjugate), Y * math.nan)
+
+
+def two_plateaus(dim: int = 30) -> Callable[..., None]:
+    """Two normal modes of unlike shape, shares .3 and .7, about -3 and 3 in every coordinate."""
+    width = torch.linspace(0.5, 1.5, dim, dtype=torch.float64)
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(dim, dtype=torch.float64), 10.0).to_event(1))
+        low = math.log(0.3) - 0.5 * (x + 3).square().sum(-1)
+        high = math.log(0.7) - 0.5 * ((x - 3) / width).square().sum(-1) - width.log().sum()
+        pyro.factor("modes", torch.logaddexp(low, high) + 0.005 * x.square().sum(-1))
+
+    return model
+
+
+def test_modes_of_many_dimensions_get_their_shares_and_stay_with_a_saved_run(tmp_path: Path) -> None:
+    pyro.set_rng_seed(0)
+    model = two_plateaus()
+    mcmc = MCMC(KernelLangevin(model), num_samples=100, num_chains=32, disable_progbar=True)
+    mcmc.run()
+    assert mcmc.kernel.frozen.then == ("jump",)
+    high = (mcmc.get_samples(group_by_chain=True)["x"].mean(-1) > 0).double()
+    error = float(high.mean(1).std()) / math.sqrt(32)
+    assert abs(float(high.mean()) - 0.7) < 4 * error and error < 0.03
+    mcmc.save(tmp_path / "run.pt")
+    loaded = MCMC.load(tmp_path / "run.pt", model)
+    state = torch.get_rng_state()
+    mcmc.extend(5)
+    torch.set_rng_state(state)
+    loaded.extend(5)
+    assert torch.equal(loaded.get_samples()["x"], mcmc.get_samples()["x"])
+
+
+def correlated_regression(X: Tensor, y: Tensor) -> None:
+    b = pyro.sample("b", dist.Normal(torch.zeros(40, dtype=torch.float64), 1.0).to_event(1))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal((X @ b[..., None])[..., 0], 0.5), obs=y)
+
+
+def test_an_ordinary_model_of_forty_unknowns_is_right_and_warmed_up_in_less_than_it_costs_to_draw() -> None:
+    pyro.set_rng_seed(0)
+    X = torch.randn(200, 40, dtype=torch.float64).cumsum(1)
+    y = X @ torch.randn(40, dtype=torch.float64) + 0.5 * torch.randn(200, dtype=torch.float64)
+    precision = X.T @ X / 0.25 + torch.eye(40, dtype=torch.float64)
+    mean, sd = torch.linalg.solve(precision, X.T @ y / 0.25), torch.linalg.inv(precision).diagonal().sqrt()
+    mcmc = MCMC(KernelLangevin(correlated_regression), num_samples=200, num_chains=64, disable_progbar=True)
+    mcmc.run(X, y)
+    draws = mcmc.get_samples(group_by_chain=True)["b"]
+    figures = mcmc.diagnostics()["b"]
+    z = (draws.mean((0, 1)) - mean) / (sd / figures["n_eff"].sqrt())
+    assert float(z.abs().max()) < 4 and float(figures["r_hat"].max()) < 1.01
+    assert abs(float((draws.flatten(0, 1).std(0) / sd).log().abs().max())) < 0.06
+    population = mcmc.kernel.population
+    log_evidence = dist.MultivariateNormal(
+        torch.zeros(200, dtype=torch.float64), X @ X.T + 0.25 * torch.eye(200, dtype=torch.float64)
+    ).log_prob(y)
+    assert abs(population.log_evidence - float(log_evidence)) < 4 * population.log_evidence_error + 1e-6
+    assert population.evaluations.gradient < 64 * 1000

@@ -1,6 +1,7 @@
 """Non-centred coordinates: an exact change of variables, chosen for funnels and invisible in the draws."""
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -11,7 +12,7 @@ from torch import Tensor
 from pyro_sb.infer.kernels.langevin import KernelLangevin
 from pyro_sb.infer.mcmc.mcmc import MCMC
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
-from pyro_sb.infer.population.coordinates import NonCentred, non_centred
+from pyro_sb.infer.population.coordinates import NonCentred, learnt_coordinates, misfit, non_centred
 
 ZERO = torch.zeros((), dtype=torch.float64)
 
@@ -91,6 +92,65 @@ def funnel_about_a_discrete_place() -> None:
 def test_models_that_cannot_be_decentred_keep_their_coordinates(model) -> None:
     # a mask that Pyro's reparameteriser does not see through; a location that is another draw at every call
     assert coordinates_of(model) is None
+
+
+def uneven_groups(y: Tensor, noise: Tensor) -> None:
+    """Thirty groups: some whose data say all about them, some whose data say nothing."""
+    mu = pyro.sample("mu", dist.Normal(ZERO, 5.0))
+    tau = pyro.sample("tau", dist.HalfNormal(ZERO + 2.0))
+    with pyro.plate("groups", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu[..., None], tau[..., None]))
+        pyro.sample("y", dist.Normal(theta, noise), obs=y)
+
+
+def uneven_data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.tensor([0.02, 20.0], dtype=torch.float64).repeat_interleave(15)
+    theta = torch.randn(30, generator=generator, dtype=torch.float64)
+    return theta + noise * torch.randn(30, generator=generator, dtype=torch.float64), noise
+
+
+def test_partly_centred_coordinates_are_an_exact_change_of_variables() -> None:
+    y, noise = uneven_data()
+    degrees = {"theta": torch.linspace(0, 1, 30, dtype=torch.float64)}
+    build = partial(log_joint, args=(y, noise))
+    coordinates = non_centred(build(uneven_groups), build, degrees)
+    dim, h = coordinates.log_joint.dim, 1e-6
+    u = torch.randn(10, dim, dtype=torch.float64)
+    torch.testing.assert_close(coordinates.inverse(coordinates.forward(u)), u, rtol=1e-9, atol=1e-9)
+    steps = h * torch.eye(dim, dtype=torch.float64)
+    columns = [(coordinates.forward(u + step) - coordinates.forward(u - step)) / (2 * h) for step in steps]
+    log_det = torch.linalg.slogdet(torch.stack(columns, -1))[1]
+    difference = coordinates.log_joint.log_prob(u) - coordinates.centred.log_prob(coordinates.forward(u))
+    torch.testing.assert_close(difference, log_det, rtol=0, atol=1e-6)
+    assert "theta (degree of centring 0.50)" in coordinates.describe()
+
+
+def test_each_entry_is_centred_as_far_as_its_own_data_ask() -> None:
+    pyro.set_rng_seed(0)
+    y, noise = uneven_data()
+    build = partial(log_joint, args=(y, noise))
+    free = non_centred(build(uneven_groups), build)
+    coordinates, laws = learnt_coordinates(free, build)
+    degrees = coordinates.degrees["theta"]
+    assert float(degrees[:15].min()) >= 0.75 and float(degrees[15:].max()) <= 0.25
+    assert laws is not None and laws.locs.shape == (1, 32)
+
+
+def test_a_law_is_normal_up_to_a_linear_map_where_its_misfit_is_zero() -> None:
+    pyro.set_rng_seed(0)
+    factor = torch.randn(6, 6, dtype=torch.float64)
+    x = torch.randn(40_000, 6, dtype=torch.float64) @ factor.T
+    grad = -torch.linalg.solve(factor @ factor.T, x.T).T
+    one_region = torch.zeros(len(x), dtype=torch.long)
+    assert abs(misfit(x, grad, one_region)) < 0.03  # the logarithms of two sample covariances
+    # a logistic law has variance pi^2 / 3, and its score one of 1 / 3: log(pi^2 / 9) a coordinate, by any linear map
+    uniform = torch.rand(400_000, 2, dtype=torch.float64)
+    z = torch.logit(uniform)
+    mixed = z @ factor[:2, :2].T
+    slope = torch.linalg.solve(factor[:2, :2].T, (1 - 2 * uniform).T).T
+    many = torch.zeros(len(z), dtype=torch.long)
+    assert abs(misfit(mixed, slope, many) - 2 * math.log(math.pi**2 / 9)) < 0.02
 
 
 @pytest.mark.slow
