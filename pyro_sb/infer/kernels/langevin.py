@@ -226,7 +226,7 @@ def freeze(
     if "local" in roles and local == "hmc" and population.settled is not None:
         settled = population.settled
         first = HamiltonianMove(settled.core, steps_of(settled.step_size), settled.step_size)
-        tuned["local"], batch = tune_from(first, log_joint, batch, scale, max_steps=LONGEST)
+        tuned["local"], batch = tune_from(first, log_joint, batch, scale, LONGEST, settled.radius)
     elif "local" in roles:
         fit = tuned["index"].acceptance if "index" in tuned else 0.0
         limit, spread = (1, 1.5) if local == "mala" else trajectory_range(fit)

@@ -3,6 +3,7 @@ r"""Expected squared jump per evaluation, :math:`\min_i E[(L^{-1} \Delta x)_i^2]
 Step sizes, trajectory lengths and the probabilities of the moves, on states drawn from a population.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -64,31 +65,44 @@ def fit_step(move: Move, log_joint: LogJoint, batch: ChainStates) -> ChainStates
     return batch
 
 
-def tune(move: Move, log_joint: LogJoint, batch: ChainStates, metric_cholesky: Tensor) -> tuple[Tuned, ChainStates]:
+def tune(
+    move: Move,
+    log_joint: LogJoint,
+    batch: ChainStates,
+    metric_cholesky: Tensor,
+    radius: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tuned, ChainStates]:
     r"""Fit a move's step size to its target acceptance, then measure its efficiency.
 
     The step size is that of `fit_step`. The efficiency is the expected squared jump of the
     slowest coordinate in the metric, :math:`\min_i E[(L^{-1} \Delta x)_i^2]`, over the move's cost in density
-    evaluations (a gradient counts 2.5).
+    evaluations (a gradient counts 2.5). With a ``radius`` it is the expected squared jump of that, in its variances,
+    where that is smaller: trajectories of half a period carry each coordinate to its mirror image, and the radius
+    nowhere (the idea of ChEES).
 
     Args:
         move: The move; its ``step_size`` is set in place.
         log_joint: Target.
         batch: States to run on, near the target's law.
         metric_cholesky: Factor L of the metric. Shape ``(d, d)``.
+        radius: A function of points, ``(C, d)`` to ``(C,)``, such as the squared distance from a centre.
 
     Returns:
         The tuned move with its figures, and the batch that it left.
     """
     batch = fit_step(move, log_joint, batch)
-    acceptance, jump = 0.0, torch.zeros_like(batch.x[0])
+    acceptance, jump, change, spread = 0.0, torch.zeros_like(batch.x[0]), 0.0, 0.0
     for _ in range(MEASURE_STEPS):
         moved = move.step(log_joint, *batch)
         white = torch.linalg.solve_triangular(metric_cholesky, (moved.x - batch.x).T, upper=False)
         jump += white.square().mean(1) / MEASURE_STEPS
         acceptance += float(moved.accept_prob.mean()) / MEASURE_STEPS
+        if radius is not None:
+            before, after = radius(batch.x), radius(moved.x)
+            change, spread = change + float((after - before).square().mean()), spread + float(after.var())
         batch = ChainStates(moved.x, moved.log_density)
-    return Tuned(move, acceptance, float(jump.min()) / move.cost), batch
+    least = float(jump.min()) if radius is None else min(float(jump.min()), change / max(spread, 1e-300))
+    return Tuned(move, acceptance, least / move.cost), batch
 
 
 def share_moves(tuned: dict[str, Tuned], min_bridge_probability: float) -> dict[str, float]:
@@ -146,14 +160,19 @@ def tune_local(
 
 
 def tune_from(
-    first: HamiltonianMove, log_joint: LogJoint, batch: ChainStates, scale: Tensor, max_steps: int
+    first: HamiltonianMove,
+    log_joint: LogJoint,
+    batch: ChainStates,
+    scale: Tensor,
+    max_steps: int,
+    radius: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tuned, ChainStates]:
-    """The same from given trajectories on."""
+    """The same from given trajectories on, with a ``radius`` as in `tune`."""
     best: Tuned | None = None
     num_steps, step_size = first.num_steps, first.step_size
     while num_steps <= max_steps:
         move = HamiltonianMove(first.mixture, num_steps, step_size, first.spread)
-        candidate, batch = tune(move, log_joint, batch, scale)
+        candidate, batch = tune(move, log_joint, batch, scale, radius)
         if best is not None and candidate.efficiency <= best.efficiency:
             break
         best, step_size = candidate, candidate.move.step_size

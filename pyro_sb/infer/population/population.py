@@ -496,7 +496,7 @@ def _without_maxima(
             wide = settle(joint, widened(archive.cores[best]), max_windows=1)
             points, log_density = wide.points, wide.log_density
         for _ in range(MAX_REGIONS):
-            other = _elsewhere(archive, _best_for(archive, settled), points, log_density)
+            other = _elsewhere(archive, settled, points, log_density)
             if other is None:
                 break
             if settled is None:
@@ -510,14 +510,21 @@ def _without_maxima(
     return settled
 
 
-def _elsewhere(archive: Archive, best: int, points: Tensor, log_density: Tensor) -> Settled | None:
-    """Chains that settle where points lie outside a proposal, if they stay there; None if there are few, or they do."""
-    out = archive.weights_beyond(best, points, log_density) > OUTSIDE
+def _elsewhere(archive: Archive, settled: Settled | None, points: Tensor, log_density: Tensor) -> Settled | None:
+    """Chains that settle where points lie outside, if they stay there; None if there are few, or they come home.
+
+    Outside is where weights are larger than those of the known chains by far.
+    """
+    best, usual = _best_for(archive, settled), 0.0
+    if settled is not None:
+        own = archive.weights_beyond(best, settled.points, settled.log_density)
+        usual = max(0.0, float(torch.quantile(own, 0.9)))
+    out = archive.weights_beyond(best, points, log_density) > usual + OUTSIDE
     if float(out.double().mean()) < 0.01 or int(out.sum()) < 4:
         return None
     other = settle(archive.log_joint, law_of_points(points[out]), points[out])
-    home = float(archive.weights_beyond(best, other.points, other.log_density).median()) < 0.5 * OUTSIDE
-    return None if home else other
+    excess = float(archive.weights_beyond(best, other.points, other.log_density).median())
+    return None if excess < usual + 0.5 * OUTSIDE else other
 
 
 def _best_for(archive: Archive, settled: Settled | None) -> int:

@@ -44,6 +44,11 @@ class Settled(NamedTuple):
     num_windows: int
     drift: float
 
+    def radius(self, x: Tensor) -> Tensor:
+        """Squared distance from the middle of the likeliest region, in its units. ``(C, d)`` to ``(C,)``."""
+        label = self.core.log_responsibilities(x).argmax(-1)
+        return self.core.whiten(x).square().sum(-1).gather(1, label[:, None])[:, 0]
+
     def describe(self) -> str:
         """A stage: what was done, with its figures."""
         return (
