@@ -116,9 +116,12 @@ class Drawing:
             self._keep()
 
     def _keep(self) -> None:
-        if self.checkpoint is None:
-            return
-        self.record.seconds = time.perf_counter() - self._begun
+        if self.checkpoint is not None:
+            self.record.seconds = time.perf_counter() - self._begun
+            self.checkpoint.write(self._all)
+
+    def _all(self) -> dict[str, Any]:
+        """What the file holds now."""
         counts = self.kernel.log_joint.evaluations
         going = {
             "stage": self.stage,
@@ -128,7 +131,7 @@ class Drawing:
             "evaluations": [counts.density, counts.gradient],
             "random": random_state(),
         }
-        self.checkpoint.write(self.contents() | {"going": going, "results": None})
+        return self.contents() | {"going": going, "results": None}
 
     def resume(self, going: dict[str, Any], rest: dict[str, Any] | None) -> None:
         """Stand where a run stood that `_keep` wrote: the kernel has what it had learnt then."""

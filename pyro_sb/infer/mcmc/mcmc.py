@@ -198,7 +198,7 @@ class MCMC(api.MCMC):
                 drawing.run()
             if record.num_draws == self._num_requested:  # else it was interrupted
                 if checkpoint is not None:
-                    checkpoint.write(self._contents(args, kwargs) | self._finished())
+                    checkpoint.write(partial(self._finished, args, kwargs))
                 self._warn_of_r_hat()
 
     def extend(self, num_samples: int) -> None:
@@ -239,7 +239,7 @@ class MCMC(api.MCMC):
             with self._kept(record, args, kwargs, further=True):
                 drawing.run()
             if self.checkpoint is not None:
-                self._file(self.checkpoint).write(self._contents(args, kwargs) | self._finished())
+                self._file(self.checkpoint).write(partial(self._finished, args, kwargs))
             self._warn_of_r_hat()
 
     def save(self, path: str | Path) -> None:
@@ -257,7 +257,7 @@ class MCMC(api.MCMC):
         self._results()
         file = self._file(path)
         self._check_unchanged()
-        file.write(self._contents(self._args, self._kwargs) | self._finished())
+        file.write(partial(self._finished, self._args, self._kwargs))
 
     @classmethod
     def load(
@@ -500,9 +500,10 @@ class MCMC(api.MCMC):
             "rest": kernel.rest,
         }
 
-    def _finished(self) -> dict[str, Any]:
-        """What the file of a run that ended holds: its results."""
-        return {"going": None, "results": self._results().packed(), "rest": self._rest}
+    def _finished(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the file of a run that ended holds: its results among it."""
+        ended = {"going": None, "results": self._results().packed(), "rest": self._rest}
+        return self._contents(args, kwargs) | ended
 
     def _take_up(self, saved: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take what a file holds: what was learnt, and the draws with their figures."""

@@ -59,10 +59,10 @@ class Checkpoint:
         """Whether writing again would take a small share of the time since the last."""
         return time.perf_counter() - self._written >= self._cost / SHARE
 
-    def write(self, contents: dict[str, Any]) -> None:
-        """Write what a run has now; the file before it stays whole until then."""
+    def write(self, contents: Callable[[], dict[str, Any]]) -> None:
+        """Write what a run has now, which ``contents`` gives; the file before it stays whole until then."""
         begun = time.perf_counter()
-        write_file(contents | {"format": FORMAT, "kind": KIND, "words": self.words}, self.path)
+        write_file(contents() | {"format": FORMAT, "kind": KIND, "words": self.words}, self.path)
         self._written = time.perf_counter()
         self._cost = self._written - begun
 

@@ -272,6 +272,8 @@ def test_a_walk_that_is_interrupted_is_drawn_out_from_its_last_draw(monkeypatch)
     mcmc.extend(24)
     torch.testing.assert_close(seen[0]["mu"], last["mu"], rtol=0, atol=0)
     assert mcmc.kernel.rest["walk"]["num_steps"] == 40 == mcmc.num_samples  # the lost block is not counted
+    found = torch.tensor(list(mcmc.diagnostics()["acceptance rate"].values()), dtype=F64)
+    torch.testing.assert_close(found, mcmc.sample_stats["acceptance_rate"].mean(1))
 
 
 def test_ctrl_c_in_an_extension_keeps_both():
