@@ -68,7 +68,7 @@ class Recorded:
     refused: str = ""
 
 
-class Batch(NamedTuple):
+class AskedBatch(NamedTuple):
     """One batch, as it is evaluated: by a tape where there is one, else by the model."""
 
     route: Any
@@ -113,9 +113,9 @@ class Traces:
         """Whether a route is run eagerly for good."""
         return bool(self._routes.get(route, Recorded()).refused)
 
-    def batch(self, route: Any, z: Tensor, gradient: bool) -> Batch:
+    def batch(self, route: Any, z: Tensor, gradient: bool) -> AskedBatch:
         """A batch, with its tape if there is one."""
-        return Batch(route, z, gradient, self._tape(route, z, gradient))
+        return AskedBatch(route, z, gradient, self._tape(route, z, gradient))
 
     def _tape(self, route: Any, z: Tensor, gradient: bool) -> Tape | None:
         """The tape of a batch, if there is one and all that the model looks at is what it was."""
@@ -138,7 +138,7 @@ class Traces:
                 batches.count, batches.tape, batches.patience = 0, None, min(4 * batches.patience, NEVER)
         recorded.sight = None
 
-    def follow(self, batch: Batch, found: Figures) -> Figures:
+    def follow(self, batch: AskedBatch, found: Figures) -> Figures:
         """Count a batch, record one where it is time, or compare it; its figures, or better ones."""
         route, z, gradient = batch.route, batch.z, batch.gradient
         if not hasattr(route, "looks_at") or is_handled():
