@@ -239,7 +239,7 @@ class CheckedDensity:
     def recheck(self, z: Tensor) -> str | None:
         """Compare values and gradients at states ``(C, dim)``; why routes were dropped there, None if none was."""
         before = len(self.runner.reasons)
-        wrong = self.traces.compare(self.routes[self.route], z.contiguous())
+        wrong = self.traces.compare(self.routes[self.route], z)
         while self.oracle is not None:
             states = z[:NUM_STATES] if self.route == "loop" else z
             reason = self.oracle.objection_at(self.routes[self.route], states, NUM_STATES, gradient=True)

@@ -37,7 +37,7 @@ class Slot(NamedTuple):
     place: int
 
 
-class Step(NamedTuple):
+class Operation(NamedTuple):
     """One operation: its arguments, with slots for tensors, and the slots of what it gives."""
 
     op: Any
@@ -68,7 +68,7 @@ class Recorder(UndecoratedMode):
 
     def __init__(self, z: Tensor) -> None:
         super().__init__()
-        self.steps: list[Step] = []
+        self.steps: list[Operation] = []
         self.tensors: list[Tensor] = []
         self.given: list[int] = []
         self.checked: list[Tensor] = []  # 0 where a matrix was factored
@@ -119,7 +119,7 @@ class Recorder(UndecoratedMode):
         if func is LIFT and id(args[0]) not in self._slots:
             numbers, result = args[0].clone(), func(*args, **kwargs)
             place, made = Slot(self.slot(numbers)), self.slot(result, made=True)
-            self.steps.append(Step(torch.ops.aten.clone.default, (place,), {}, (made,), True, ()))
+            self.steps.append(Operation(torch.ops.aten.clone.default, (place,), {}, (made,), True, ()))
             return result
         inputs = list[int]()
 
@@ -160,7 +160,7 @@ class Recorder(UndecoratedMode):
             self.refuse(TOO_MANY)
         if moving:
             self.moving.update(self._homes[i] for i in (*outputs, *written) if i is not None)
-        self.steps.append(Step(func, *places, tuple(outputs), single, tuple(written)))
+        self.steps.append(Operation(func, *places, tuple(outputs), single, tuple(written)))
         return result
 
     def _check(self, func: Any, args: Any, moving: bool) -> None:
@@ -184,11 +184,11 @@ class Recorder(UndecoratedMode):
         given = [self.tensors[i] for i in self.given]
         return Tape(steps, slots, len(results), self.tensors, given)
 
-    def _homes_of(self, step: Step) -> list[int]:
+    def _homes_of(self, step: Operation) -> list[int]:
         """Storages of a step's tensors."""
         return [self._homes[i] for i in (*slots_of(step), *step.outputs) if i is not None]
 
-    def _needed(self, steps: list[Step], results: list[int]) -> list[Step]:
+    def _needed(self, steps: list[Operation], results: list[int]) -> list[Operation]:
         """Steps without those that no result needs."""
         needed, storages = set[int | None](results), {self._homes[i] for i in results}
         kept = []
@@ -199,9 +199,9 @@ class Recorder(UndecoratedMode):
                 storages.update(self._homes_of(step))
         return kept[::-1]
 
-    def _merged(self, steps: list[Step], results: list[Any]) -> tuple[list[Step], list[Any]]:
+    def _merged(self, steps: list[Operation], results: list[Any]) -> tuple[list[Operation], list[Any]]:
         """Steps without those that give their argument back, or what another step has given."""
-        same, known, kept = dict[int, int](), dict[Any, Step](), list[Step]()
+        same, known, kept = dict[int, int](), dict[Any, Operation](), list[Operation]()
 
         def moved(place: Any) -> Any:
             return Slot(same.get(place.place, place.place)) if isinstance(place, Slot) else place
@@ -247,7 +247,7 @@ class Tape:
     """
 
     def __init__(
-        self, steps: list[Step], results: list[int], num: int, tensors: list[Tensor], given: list[Tensor]
+        self, steps: list[Operation], results: list[int], num: int, tensors: list[Tensor], given: list[Tensor]
     ) -> None:
         self.num_steps, self.given = len(steps), given
         self._num = num  # of results; the others are 0 where matrices were factored
@@ -274,13 +274,8 @@ class Tape:
 
     def attempt(self, z: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """What the function gives at z, and where matrices could not be factored: not 0 there, one tensor a check."""
-        before = torch._C._get_graph_executor_optimize()
-        torch._C._set_graph_executor_optimize(False)  # the same operations, one for one; no time goes to passes
-        try:
-            with torch.no_grad():
-                found = self._run(z)
-        finally:
-            torch._C._set_graph_executor_optimize(before)
+        with torch.no_grad(), torch.jit.optimized_execution(False):  # one for one; no time goes to passes
+            found = self._run(z)
         return found[: self._num], found[self._num :]
 
     @property
@@ -343,7 +338,7 @@ def mapped(fn: Callable[[Any], Any], value: Any) -> Any:
     return fn(value)
 
 
-def slots_of(step: Step) -> list[int]:
+def slots_of(step: Operation) -> list[int]:
     """The slots of a step's arguments."""
     found: list[int] = []
     mapped(lambda place: found.append(place.place) if isinstance(place, Slot) else None, [step.args, step.kwargs])
@@ -361,7 +356,7 @@ def hashable(value: Any) -> Any:
     return type(value), str(value) if isinstance(value, float) else value
 
 
-def gives_back(step: Step, tensors: list[Tensor]) -> bool:
+def gives_back(step: Operation, tensors: list[Tensor]) -> bool:
     """Whether a step gives its argument as it is: the same numbers in the same places."""
     name = step.op._schema.name.split("::")[-1]
     if name in SAME:
@@ -372,7 +367,7 @@ def gives_back(step: Step, tensors: list[Tensor]) -> bool:
     return before.shape == after.shape and before.stride() == after.stride() and before.dtype == after.dtype
 
 
-def by_torch(steps: list[Step], results: list[int], tensors: list[Tensor]) -> list[Step]:
+def by_torch(steps: list[Operation], results: list[int], tensors: list[Tensor]) -> list[Operation]:
     """Steps in parts, each as one step that torch's interpreter carries out; its passes bear no more at once."""
     parts = [steps[i : i + PART] for i in range(0, len(steps), PART)]
     known, borders = {0}, list[tuple[list[int], set[int]]]()  # what a part takes from those before it, and makes
@@ -380,18 +375,18 @@ def by_torch(steps: list[Step], results: list[int], tensors: list[Tensor]) -> li
         makes = {i for step in part for i in step.outputs if i is not None} - known  # to write in place makes nothing
         borders.append((sorted({i for step in part for i in slots_of(step)} & known) or [0], makes))
         known |= makes
-    later, found = set(results), list[Step]()
+    later, found = set(results), list[Operation]()
     for part, (takes, makes) in zip(parts[::-1], borders[::-1]):
         gives = sorted(makes & later) or takes[:1]
         run = written_out(part, gives, tensors, {*takes, *makes}, takes)
         traced = torch.jit.trace(run, tuple(tensors[i].detach() for i in takes), check_trace=False)
-        found.append(Step(traced, tuple(map(Slot, takes)), {}, tuple(gives), False, ()))
+        found.append(Operation(traced, tuple(map(Slot, takes)), {}, tuple(gives), False, ()))
         later.update(takes)
     return found[::-1]
 
 
 def written_out(
-    steps: list[Step], results: list[int], tensors: list[Tensor], made: set[int], takes: Sequence[int] = (0,)
+    steps: list[Operation], results: list[int], tensors: list[Tensor], made: set[int], takes: Sequence[int] = (0,)
 ) -> Callable[..., Any]:
     """Steps as Python code, a line a step, which lets go of what is not needed any more."""
     scope: dict[str, Any] = {"__name__": __name__}

@@ -68,7 +68,7 @@ class Recorded:
     refused: str = ""
 
 
-class Batch(NamedTuple):
+class AskedBatch(NamedTuple):
     """One batch, as it is evaluated: by a tape where there is one, else by the model."""
 
     route: Any
@@ -113,9 +113,9 @@ class Traces:
         """Whether a route is run eagerly for good."""
         return bool(self._routes.get(route, Recorded()).refused)
 
-    def batch(self, route: Any, z: Tensor, gradient: bool) -> Batch:
+    def batch(self, route: Any, z: Tensor, gradient: bool) -> AskedBatch:
         """A batch, with its tape if there is one."""
-        return Batch(route, z, gradient, self._tape(route, z, gradient))
+        return AskedBatch(route, z, gradient, self._tape(route, z, gradient))
 
     def _tape(self, route: Any, z: Tensor, gradient: bool) -> Tape | None:
         """The tape of a batch, if there is one and all that the model looks at is what it was."""
@@ -127,14 +127,18 @@ class Traces:
             return None
         if batches.tape.fresh and recorded.sight is not None and recorded.sight.same:
             return batches.tape
-        logger.info("what the model looks at has changed: its batches by %s are recorded again", route.name)
-        for other in recorded.batches.values():
-            other.patience = min(4 * other.patience, NEVER) if other.tape is not None else other.patience
-            other.count, other.tape = 0, None
-        recorded.sight = None
+        self._forget(recorded, route)
         return None
 
-    def follow(self, batch: Batch, found: Figures) -> Figures:
+    def _forget(self, recorded: Recorded, route: Any) -> None:
+        """Drop the tapes of a model that is not what it was; each comes again later than before."""
+        logger.info("what the model looks at has changed: its batches by %s are recorded again", route.name)
+        for batches in recorded.batches.values():
+            if batches.tape is not None:
+                batches.count, batches.tape, batches.patience = 0, None, min(4 * batches.patience, NEVER)
+        recorded.sight = None
+
+    def follow(self, batch: AskedBatch, found: Figures) -> Figures:
         """Count a batch, record one where it is time, or compare it; its figures, or better ones."""
         route, z, gradient = batch.route, batch.z, batch.gradient
         if not hasattr(route, "looks_at") or is_handled():
@@ -163,13 +167,14 @@ class Traces:
 
     def compare(self, route: Any, z: Tensor) -> str | None:
         """What speaks against the tapes of a route at states ``(C, dim)``; they are dropped then."""
-        for gradient in (False, True):
-            batch = self.batch(route, z, gradient)
-            if batch.tape is None:
+        recorded = self._routes.get(route.name, Recorded())
+        for gradient, shape, *_ in list(recorded.batches):
+            if shape[0] > len(z):
                 continue
-            if differs(batch.figures(), evaluate(route, z, gradient), gradient):
+            batch = self.batch(route, z[: shape[0]].contiguous(), gradient)
+            if batch.tape is not None and differs(batch.figures(), evaluate(route, batch.z, gradient), gradient):
                 reason = "wrong figures of its tape"
-                self._refuse(self._routes[route.name], route, reason)
+                self._refuse(recorded, route, reason)
                 return reason
         return None
 
@@ -178,6 +183,8 @@ class Traces:
         batches.count = 0
         if torch.is_autocast_enabled() or torch._C._functorch.maybe_current_level() is not None:
             return
+        if recorded.sight is not None and not recorded.sight.same:
+            self._forget(recorded, route)
         try:
             sight = recorded.sight or Sight(*route.looks_at)
             if not sight.complete:

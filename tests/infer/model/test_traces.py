@@ -168,7 +168,9 @@ def test_a_function_may_write_into_what_it_made(monkeypatch):
             out[i] = z[i].exp() * total[0]
             total += z[i]
         out[1:].mul_(2.0)
-        return out, total, torch.full((2,), 3.0).add_(1)
+        ramp = torch.zeros(4)
+        before = z + ramp
+        return out, total, before, z + ramp.add_(1)
 
     for part, interpreted in ((1000, True), (3, True), (0, False)):  # steps that torch's interpreter is given at once
         monkeypatch.setattr("pyro_sb.infer.model.tape.PART", part)
@@ -197,7 +199,7 @@ class Model:
     def __call__(self, y):
         p = pyro.param("p", ONE.clone())
         mu = pyro.sample("mu", dist.Normal(self.shift * ONE, SCALE))
-        pyro.factor("more", p * mu + self.parts[1] * mu.square() + y[0] * mu)
+        pyro.factor("more", p.exp() * mu + self.parts[1] * mu.square() + y.exp().sum() * mu)
 
 
 def global_scale(model, y):
@@ -233,6 +235,17 @@ def test_what_a_model_looks_at_may_change_between_calls(change, monkeypatch):
     assert_same(joint, z, monkeypatch)
     assert "traced for 2" in often(joint, z, 5 * PATIENCE)
     assert_same(joint, z, monkeypatch)
+
+
+def test_a_size_that_is_recorded_after_a_change_does_not_end_tracing():
+    model, z = Model(), torch.randn(5, 1, **F64)
+    joint = log_joint(model, args=(Y,))
+    often(joint, z)
+    for _ in range(PATIENCE + 2):
+        model.shift = 3.0
+        joint.log_prob(z[:3])
+    assert joint.traced == "traced for 1 batch size"
+    torch.testing.assert_close(joint.log_prob(z), log_joint(model, args=(Y,)).log_prob(z))
 
 
 def test_a_model_that_counts_its_runs_is_not_traced():
