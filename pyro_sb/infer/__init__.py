@@ -1,6 +1,8 @@
 """Inference under Pyro's nouns: MCMC with chains as a tensor dimension, its kernels, and amortised posteriors."""
 
 from pyro_sb.infer.amortized.amortized import AmortizedPosterior
+from pyro_sb.infer.amortized.likelihood.law import LikelihoodDistribution
+from pyro_sb.infer.amortized.likelihood.likelihood import AmortizedLikelihood, LikelihoodPairs
 from pyro_sb.infer.amortized.posterior import ImportanceDraws, Posterior
 from pyro_sb.infer.amortized.simulator import Simulations
 from pyro_sb.infer.kernels.bridge_mh import BridgeMH
@@ -10,10 +12,13 @@ from pyro_sb.infer.model.log_joint import LogJoint, log_joint
 
 __all__ = [
     "MCMC",
+    "AmortizedLikelihood",
     "AmortizedPosterior",
     "BridgeMH",
     "ImportanceDraws",
     "KernelLangevin",
+    "LikelihoodDistribution",
+    "LikelihoodPairs",
     "LogJoint",
     "Posterior",
     "Simulations",
