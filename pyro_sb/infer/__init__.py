@@ -5,6 +5,7 @@ from pyro_sb.infer.amortized.likelihood.law import LikelihoodDistribution
 from pyro_sb.infer.amortized.likelihood.likelihood import AmortizedLikelihood, LikelihoodPairs
 from pyro_sb.infer.amortized.posterior import ImportanceDraws, Posterior
 from pyro_sb.infer.amortized.simulator import Simulations
+from pyro_sb.infer.amortized.surprise import Surprise
 from pyro_sb.infer.kernels.bridge_mh import BridgeMH
 from pyro_sb.infer.kernels.langevin import KernelLangevin
 from pyro_sb.infer.mcmc.mcmc import MCMC
@@ -22,6 +23,7 @@ __all__ = [
     "LogJoint",
     "Posterior",
     "Simulations",
+    "Surprise",
     "log_joint",
 ]
 

@@ -36,6 +36,7 @@ def posterior_report(x: Posterior, audit: str | ModeAudit | None, progress: bool
         lines += weight_lines(result, batch, "use mcmc() of the posterior, or fit on more simulations")
         panels.append(Panel("weights' tail", partial(draw_weights, result)))
         details["psis"] = result
+    lines.append(_world(x))
     made, why = (None, "one observation at a time") if batch > 1 else audit_or_why(x, None, (), {}, audit, progress)
     if made is None:
         lines.append(Line("modes", "not looked for", "-", why))
@@ -45,6 +46,18 @@ def posterior_report(x: Posterior, audit: str | ModeAudit | None, progress: bool
         details["modes"] = made
     title = f"Posterior by {type(x.bridge).__name__}, {batch} observation{'s' * (batch > 1)}"
     return Report(title, lines, panels, details)
+
+
+def _world(x: Posterior) -> Line:
+    """Place of the observation among simulations."""
+    if x.observation.missing:
+        return Line("this world", "not looked at", "-", "missing entries")
+    found = x.surprise()
+    note = "the observation is like simulations" if found.verdict == "ok" else "unlike simulations: "
+    note += (
+        "" if found.verdict == "ok" else f"see surprise(y); {', '.join(list(found.standing_out)[:3]) or 'all together'}"
+    )
+    return Line("this world", f"p {found.smallest_p_value:.2g}", found.verdict, note)
 
 
 def weight_lines(result: PSIS, batch: int, cure: str) -> list[Line]:

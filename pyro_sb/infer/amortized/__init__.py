@@ -5,6 +5,7 @@ from pyro_sb.infer.amortized.likelihood.law import LikelihoodDistribution
 from pyro_sb.infer.amortized.likelihood.likelihood import AmortizedLikelihood, LikelihoodPairs
 from pyro_sb.infer.amortized.posterior import ImportanceDraws, Posterior
 from pyro_sb.infer.amortized.simulator import Simulations
+from pyro_sb.infer.amortized.surprise import Surprise
 
 __all__ = [
     "AmortizedLikelihood",
@@ -14,6 +15,7 @@ __all__ = [
     "LikelihoodPairs",
     "Posterior",
     "Simulations",
+    "Surprise",
 ]
 
 

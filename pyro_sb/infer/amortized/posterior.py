@@ -22,6 +22,7 @@ from pyro_sb.infer.amortized.paired import BatchJoint, paired_joint, refuse_spli
 from pyro_sb.infer.amortized.refresh import BridgeRefresh
 from pyro_sb.infer.amortized.rows_guide import RowsGuide
 from pyro_sb.infer.amortized.simulator import Simulations, Simulator
+from pyro_sb.infer.amortized.surprise import Surprise, surprise
 from pyro_sb.infer.mcmc.mcmc import MCMC
 from pyro_sb.infer.model.log_joint import log_joint
 from pyro_sb.infer.model.run import Run, html_table
@@ -142,6 +143,9 @@ class Posterior:
 
     It is a guide: ``Predictive(model, guide=posterior, num_samples=100)`` and
     ``pyro.infer.Importance(conditioned_model, guide=posterior)`` work, for one observation.
+
+    Attributes:
+        rounds: What each round of `AmortizedPosterior.sharpen` did; empty where there were none.
     """
 
     def __init__(
@@ -157,7 +161,9 @@ class Posterior:
         self.bridge, self.simulator, self.observation = bridge, simulator, observation
         values = observation.values
         self.law = LatentLaw(bridge, residuals, features.context(values), features.design(values))
+        self.features = features
         self._fitted_on = fitted_on
+        self.rounds: tuple[Any, ...] = ()
         self._target: Any = None
         self._cached: Sites | None = None
 
@@ -430,6 +436,10 @@ class Posterior:
         return RowsGuide(
             self.law, prototype.packing, dict(prototype.transforms), name, len(self.observation.values), dim
         )
+
+    def surprise(self) -> Surprise:
+        """Place of the observation among some simulations of the fit; among all of them: `AmortizedPosterior`'s."""
+        return surprise(self.observation, self._fitted_on.observations, self.features)
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> Sites:
         """Uncorrected draws, made once: four chains of 1000, for `to_arviz` and ``Predictive``; more are fresh."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sb.bridges.base import Bridge
 from pyro_sb.bridges.light.light import LightSB
 from pyro_sb.bridges.light.mixture import MixtureBridge
 from pyro_sb.infer.amortized.choice import build, fit_bridge
@@ -19,7 +20,8 @@ from pyro_sb.warn import warn
 __all__ = ["classes_of", "held_out_scores", "learn", "new_classifier"]
 
 MOST_CLASSES = 64  # of the discrete part
-MANY = 20_000  # pairs from which the network needs no dropout
+FEW, MANY = 2000, 20_000  # pairs up to which the network drops a fifth; from which it needs no dropout
+FULL_DIM = 50  # covariances of a mixture are full up to here
 
 
 def classes_of(flat: Tensor, discrete: tuple[int, ...] | None) -> tuple[tuple[int, ...], Tensor]:
@@ -87,15 +89,18 @@ def learn(
 
 def new_bridge(spec: Any, dim: int, context_dim: int, num: int) -> MixtureBridge:
     """An unfitted bridge whose density has gradients in its context."""
-    if spec == "light" and num >= MANY:
-        spec = LightSB(
+    bridge: Bridge
+    if spec == "light":  # smaller than a posterior's: errors of a log density add up over observations
+        bridge = LightSB(
             dim,
-            num_components=16 if dim <= 5 else 8,
+            num_components=8,
             context_dim=context_dim,
-            covariance="full" if dim <= 50 else "diagonal",
-            hidden=(128, 128),
+            covariance="full" if dim <= FULL_DIM else "diagonal",
+            hidden=(64, 64),
+            dropout=0.2 if num <= FEW else 0.1 if num < MANY else 0.0,
         )
-    bridge = build(spec, dim, context_dim, num, None)
+    else:
+        bridge = build(spec, dim, context_dim, num, None)
     if not isinstance(bridge, MixtureBridge) or not math.isinf(bridge.beta) or bridge.asked_beta is not None:
         raise NotImplementedError(
             f"a likelihood needs a light bridge, whose density of a point has gradients in the parameters, got "

@@ -342,7 +342,8 @@ def _of_class(part: Tensor, classes: Tensor, num: int) -> Tensor:
 
 def moments(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of every column; 1 where it is constant."""
-    location, scale = columns.mean(0), columns.std(0, correction=0)
+    location = columns.mean(0)
+    scale = (columns - location).square().mean(0).sqrt()
     return location, torch.where(scale > 1e-12 * (1 + location.abs()), scale, torch.ones_like(scale))
 
 
