@@ -1,4 +1,4 @@
-"""Report of a learned likelihood: what its networks gain, and whether its draws are the simulator's, on held-out runs."""
+"""Report of a learned likelihood, on held-out runs: what its networks gain, whether its draws are the simulator's."""
 
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ def likelihood_report(x: AmortizedLikelihood) -> Report:
         raise ValueError(
             f"a report needs at least 100 held-out simulations, got {num}. Write fit(held_out=0.2), or more."
         )
-    law = x({name: part for name, part in zip(columns.shapes, _split(theta, columns.shapes))})
+    law = x(dict(zip(columns.shapes, _split(theta, columns.shapes))))
     draws = law.sample((DRAWS,)).reshape(DRAWS, num, -1).double()
     data = y.reshape(num, -1).double()
     whole = list(x.parts.data.discrete)
@@ -55,9 +55,7 @@ def likelihood_report(x: AmortizedLikelihood) -> Report:
             "held-out log density",
             f"{x.scores['learnt']:.3f} nats a run",
             "ok" if gain > -0.05 else "look",
-            f"{gain:+.3f} beside an affine Gaussian regression"
-            if gain > -0.05
-            else f"{gain:+.3f} beside a line: {CURE}",
+            f"{gain:+.3f} beside an affine Gaussian regression{'' if gain > -0.05 else f': {CURE}'}",
         ),
         Line(
             "ranks of data",
@@ -78,10 +76,7 @@ def likelihood_report(x: AmortizedLikelihood) -> Report:
             "a posterior under it: sbc(model, sampler=...); its draws: likelihood.outside(...)",
         ),
     ]
-    from_names = ", ".join(columns.shapes)
-    title = (
-        f"AmortizedLikelihood p({x.observed} | {from_names}), {len(x.simulations.theta) if x.simulations else 0} runs"
-    )
+    title = f"AmortizedLikelihood p({x.observed} | {', '.join(columns.shapes)}), {num} held-out runs"
     return Report(title, lines, [Panel("ranks", partial(_draw, ranks))], {"ranks": ranks, "local": found})
 
 

@@ -36,7 +36,6 @@ def posterior_report(x: Posterior, audit: str | ModeAudit | None, progress: bool
         lines += weight_lines(result, batch, "use mcmc() of the posterior, or fit on more simulations")
         panels.append(Panel("weights' tail", partial(draw_weights, result)))
         details["psis"] = result
-    lines.append(_world(x))
     made, why = (None, "one observation at a time") if batch > 1 else audit_or_why(x, None, (), {}, audit, progress)
     if made is None:
         lines.append(Line("modes", "not looked for", "-", why))
@@ -44,19 +43,18 @@ def posterior_report(x: Posterior, audit: str | ModeAudit | None, progress: bool
         lines += lines_of_audit(made)[:2]
         panels.append(Panel("modes", made.plot))
         details["modes"] = made
+    lines.append(_world(x))
     title = f"Posterior by {type(x.bridge).__name__}, {batch} observation{'s' * (batch > 1)}"
     return Report(title, lines, panels, details)
 
 
 def _world(x: Posterior) -> Line:
     """Place of the observation among simulations."""
-    if x.observation.missing:
-        return Line("this world", "not looked at", "-", "missing entries")
-    found = x.surprise()
-    note = "the observation is like simulations" if found.verdict == "ok" else "unlike simulations: "
-    note += (
-        "" if found.verdict == "ok" else f"see surprise(y); {', '.join(list(found.standing_out)[:3]) or 'all together'}"
-    )
+    if x.observation.missing or x.num_fitted < 40:
+        return Line("this world", "not looked at", "-", "missing entries, or few simulations")
+    found, note = x.surprise(), "the observation is like simulations"
+    if found.verdict != "ok":
+        note = f"unlike simulations in {', '.join(list(found.standing_out)[:3]) or 'all together'}: see surprise(y)"
     return Line("this world", f"p {found.smallest_p_value:.2g}", found.verdict, note)
 
 

@@ -124,7 +124,8 @@ def _check_options(x: Any, **given: bool) -> None:
     unused = [name for name, is_given in given.items() if is_given and name not in used]
     if unused:
         raise ValueError(
-            f"a report of {type(x).__name__} uses {', '.join(used) or 'none of these options'}, got {', '.join(unused)} too. Leave those out."
+            f"a report of {type(x).__name__} uses {', '.join(used) or 'no option'}, got {', '.join(unused)} too. Leave "
+            "those out."
         )
     if (given["args"] or given["kwargs"]) and not given["target"]:
         raise ValueError(

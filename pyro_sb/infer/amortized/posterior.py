@@ -437,6 +437,11 @@ class Posterior:
             self.law, prototype.packing, dict(prototype.transforms), name, len(self.observation.values), dim
         )
 
+    @property
+    def num_fitted(self) -> int:
+        """How many simulations of the fit it keeps: at most 256."""
+        return len(self._fitted_on.latents)
+
     def surprise(self) -> Surprise:
         """Place of the observation among some simulations of the fit; among all of them: `AmortizedPosterior`'s."""
         return surprise(self.observation, self._fitted_on.observations, self.features)
