@@ -325,9 +325,9 @@ class AmortizedPosterior:
             ...     mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
             ...     return {"y": mu + 0.1 * torch.randn(2)}
             >>> amortized = AmortizedPosterior(simulator, bridge="light")
-            >>> history = amortized.fit(num_simulations=300, progress=False)
+            >>> history = amortized.fit(num_simulations=1000, progress=False)
             >>> y = torch.tensor([1.0, 1.1])
-            >>> posterior = amortized.sharpen(y, num_rounds=1, num_simulations=200, progress=False)
+            >>> posterior = amortized.sharpen(y, num_rounds=1, num_simulations=1000, progress=False)
             >>> 0.0 < posterior.rounds[0].prior_share < 0.5
             True
         """

@@ -12,9 +12,12 @@ from pyro_sb.infer import AmortizedPosterior, Simulations
 NUM = 200
 
 
+SCALES = torch.tensor([1.0, 0.5, 2.0, 1.0])  # of the noise: the numbers are not exchangeable
+
+
 def model():
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    pyro.sample("y", dist.Normal(mu, 1.0).expand([4]).to_event(1))
+    pyro.sample("y", dist.Normal(mu, SCALES).to_event(1))
 
 
 def items():
@@ -34,8 +37,8 @@ def fitted(model=model):
 pytestmark = pytest.mark.filterwarnings("ignore:.*has not converged")
 
 
-def own(num=NUM, size=4):
-    return torch.randn(num, 1) + torch.randn(num, size)
+def own(num=NUM):
+    return torch.randn(num, 1) + SCALES * torch.randn(num, 4)
 
 
 def test_on_the_models_own_data_p_is_uniform():
@@ -76,9 +79,9 @@ def test_the_number_that_stands_out_is_named():
 
 
 def test_a_batch_is_judged_together_too():
-    # each of thirty is unremarkable; that all lie on one side is not
-    some = fitted().surprise(0.9 + 0.1 * torch.randn(30, 4))
-    assert some.group_p_value < 0.01 and float(some.p_value.min()) > 0.05
+    # each of thirty is unremarkable; that all have one mean is not
+    some = fitted().surprise(0.9 + SCALES * torch.randn(30, 4))
+    assert some.group_p_value < 0.01 and 30 * float(some.p_value.min()) > 0.05
     assert fitted().surprise(own(30)).group_p_value > 0.01
     assert some.verdict == "bad" and some.p_value.shape == (30,) and some.column_p_values.shape == (30, 4)
 

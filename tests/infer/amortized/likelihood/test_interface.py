@@ -30,7 +30,7 @@ def sums(theta):
 
 
 def by_name(level, scale, shift=0.0):
-    return level[:, None] + shift + scale * torch.randn(len(level), 3)
+    return level[:, None] + shift + scale[:, None] * torch.randn(len(level), 3)
 
 
 def one_run(shift=0.0):
@@ -193,7 +193,7 @@ WRONG = {
     "name": (lambda: quick()(level=torch.zeros(2)), TypeError, r"has the parameters \['theta'\]"),
     "value": (lambda: quick()(torch.zeros(2)).log_prob(torch.zeros(3)), ValueError, "one run's data"),
     "NaN": (lambda: quick()(torch.zeros(2)).log_prob(torch.tensor([torch.nan])), ValueError, "no NaN"),
-    "expand": (lambda: quick()(torch.zeros(4, 2)).expand([3]), ValueError, "expands to"),
+    "expand": (lambda: quick()(torch.zeros(4, 2)).expand([3]), ValueError, "broadcast"),
 }  # fmt: skip
 
 
