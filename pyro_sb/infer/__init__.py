@@ -1,9 +1,10 @@
 """Inference under Pyro's nouns: MCMC with chains as a tensor dimension, its kernels, and amortised posteriors."""
 
 from pyro_sb.infer.amortized.amortized import AmortizedPosterior
+from pyro_sb.infer.amortized.importance import ImportanceDraws
 from pyro_sb.infer.amortized.likelihood.law import LikelihoodDistribution
 from pyro_sb.infer.amortized.likelihood.likelihood import AmortizedLikelihood, LikelihoodPairs
-from pyro_sb.infer.amortized.posterior import ImportanceDraws, Posterior
+from pyro_sb.infer.amortized.posterior import Posterior
 from pyro_sb.infer.amortized.simulator import Simulations
 from pyro_sb.infer.amortized.surprise import Surprise
 from pyro_sb.infer.kernels.bridge_mh import BridgeMH

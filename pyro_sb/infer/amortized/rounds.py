@@ -2,20 +2,20 @@ r"""Rounds that sharpen a posterior around some observations: the prior, truncat
 
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_sb.bridges.light.laws import FixedMixture
 from pyro_sb.infer.amortized.latent_law import LatentLaw
 from pyro_sb.infer.amortized.posterior import Posterior
-from pyro_sb.infer.amortized.simulator import Simulations, Simulator, joined
-from pyro_sb.infer.model.log_joint import LogJoint, log_joint
+from pyro_sb.infer.amortized.prior import log_prior
+from pyro_sb.infer.amortized.simulator import Simulations, joined
+from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.warn import warn
 
-__all__ = ["Region", "Round", "log_prior", "sharpened"]
+__all__ = ["Region", "Round", "sharpened"]
 
 logger = logging.getLogger(__name__)
 DRAWS = 10_000  # of a posterior that its region and its moves are read from
@@ -63,41 +63,6 @@ class Region(NamedTuple):
         num = len(self.log_least)
         parts = [self.law.log_prob(rows[:, None].expand(-1, num, -1)) >= self.log_least for rows in u.split(CANDIDATES)]
         return torch.cat(parts).any(1)
-
-
-class Done(Exception):  # noqa: N818
-    """All latents of a run are there."""
-
-
-class UntilLatents(Messenger):
-    """Ends a run when its last latent is there: the prior without the simulator behind it."""
-
-    def __init__(self, names: set[str]) -> None:
-        super().__init__()
-        self.names, self.left = names, set(names)
-
-    def __enter__(self) -> Any:
-        self.left = set(self.names)
-        return super().__enter__()
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        self.left.discard(msg["name"])
-        if not self.left:
-            raise Done
-
-
-def log_prior(source: Simulator) -> LogJoint:
-    """The log density of a model's unconstrained latents alone, in batches, without running what comes after them."""
-    names = set(source.prototype.transforms)
-
-    def prior(*args: Any, **kwargs: Any) -> None:
-        try:
-            with UntilLatents(names):
-                source.runs.model(*args, **kwargs)
-        except Done:
-            pass
-
-    return log_joint(prior, args=source.args, kwargs=source.kwargs)
 
 
 def sharpened(

@@ -22,9 +22,9 @@ class Surprise:
     .. math:: T(y) = -\sum_h \log \tfrac1n \sum_j k_h(s(y), s(y_j)), \qquad
         p = \frac{1 + \#\{i: T(y_i) \ge T(y)\}}{1 + m}
 
-    with Gaussian kernels of three widths (wide ones see outliers, narrow ones gaps), s whitened summaries, :math:`y_j` some simulations and :math:`y_i` m others. Where
-    y is of the model too it is exchangeable with the :math:`y_i`, so p is uniform whatever the kernels are: alarms at p < .05 are
-    false in 5 % of cases, exactly.
+    with Gaussian kernels of three widths (wide ones see outliers, narrow ones gaps), s whitened summaries, :math:`y_j`
+    some simulations and :math:`y_i` m others. Where y is of the model too it is exchangeable with the :math:`y_i`, so p
+    is uniform whatever the kernels are: alarms at p < .05 are false in 5 % of cases, exactly.
 
     Attributes:
         p_value: A number, for a batch ``(B,)``: small where the observation is unlike the simulations.

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pyro_sb.infer import AmortizedPosterior
-from pyro_sb.infer.amortized.rounds import Region, log_prior, proposals
+from pyro_sb.infer.amortized.prior import log_prior
+from pyro_sb.infer.amortized.rounds import Region, proposals
 from pyro_sb.infer.amortized.simulator import simulator
 
 NOISE, WIDTH = 0.05, 3.0
