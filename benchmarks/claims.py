@@ -71,7 +71,7 @@ CLAIMS = (
     # amortised posteriors
     Claim("amortised", "Amortised posteriors on sbibm's tasks", "amortised.sbibm", 60, "1, 3 or 5 data", "amortised"),
     Claim("peers", "sbi on the same tasks", "amortised.sbi_peers", 90, "1, 3 or 5 data", "sbi_peers", peers=True),
-    Claim("likelihood", "A learned likelihood beside the exact one", "amortised.likelihood", 8, "1", "likelihood", peers=True),
+    Claim("likelihood", "Learned likelihoods beside exact", "amortised.likelihood", 8, "1", "likelihood", peers=True),
     Claim("training", "Training time beside NPE", "amortised.training_time", 5, "3 fits", "training_time", peers=True),
     Claim("calibration", "Amortised posteriors are calibrated", "calibration.posteriors", 8, "1", "calibration"),
     # closed questions

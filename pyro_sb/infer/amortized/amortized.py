@@ -316,8 +316,8 @@ class AmortizedPosterior:
 
         References:
             Truncated proposals for scalable and hassle-free simulation-based inference (Deistler, Gonçalves and Macke,
-            2022), https://arxiv.org/abs/2210.04815, algorithm 1. We resample from the posterior made wider, and keep
-            earlier simulations.
+            2022), https://arxiv.org/abs/2210.04815, algorithm 1. We resample from the posterior made wider, keep
+            earlier simulations, and learn from the half whose data are nearest to y: the others feel R's edge.
 
         Example:
             >>> import torch, pyro, pyro.distributions as dist
@@ -343,11 +343,13 @@ class AmortizedPosterior:
             raise NotImplementedError("sharpen needs whole observations, got missing entries. Write condition(y).")
         source, spec = self._source, self.bridge if "light" not in self._candidates else "light"
 
-        def learn(pairs: Simulations) -> Posterior:
+        def learn(pairs: Simulations) -> tuple[Posterior, bool]:
             local = AmortizedPosterior(self.model, self.observed, bridge=spec, embedding=self.embedding)
             options: dict[str, Any] = {"num_copies": 0, "progress": progress, "num_updates": num_updates}
-            local.fit(*source.args, simulations=pairs, **options, **source.kwargs)
-            return local.condition(y)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*has not converged", RuntimeWarning)  # `Round` says so
+                history = local.fit(*source.args, simulations=pairs, **options, **source.kwargs)
+            return local.condition(y), history.converged
 
         return sharpened(
             posterior,

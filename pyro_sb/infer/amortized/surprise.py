@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_sb.infer.amortized.features import Features, Observation
 
-__all__ = ["Surprise", "surprise"]
+__all__ = ["Surprise", "surprise", "whitening"]
 
 MOST = 4000  # simulations that an observation is compared with
 SCALES = (1 / 256, 1 / 16, 1.0)  # of the kernels' squared widths, in median squared distances
