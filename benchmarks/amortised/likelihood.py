@@ -165,7 +165,7 @@ def mnle(num: int) -> dict[str, float] | None:
 
 def group(law: Any, y: Tensor, warmup: int, draws: int) -> dict[str, Any]:
     pyro.set_rng_seed(SEED + 1)
-    mcmc = MCMC(NUTS(hierarchy, max_tree_depth=6), draws, warmup, disable_progbar=True)
+    mcmc = MCMC(NUTS(hierarchy, max_tree_depth=5), draws, warmup, disable_progbar=True)
     begun = time.process_time()
     mcmc.run(y, law)
     found, facts = mcmc.get_samples(), mcmc.diagnostics()
@@ -179,7 +179,7 @@ def group(law: Any, y: Tensor, warmup: int, draws: int) -> dict[str, Any]:
 
 def main() -> None:
     asked = command(__doc__, cached=True, short=True)
-    sizes, warmup, draws = ((1000,), 20, 20) if asked.short else ((5000, 20_000), 200, 300)
+    sizes, warmup, draws = ((1000,), 20, 20) if asked.short else ((5000, 20_000), 150, 250)
     store, began = Store("likelihood", keep=not asked.short), time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
