@@ -93,7 +93,7 @@ def new_bridge(spec: Any, dim: int, context_dim: int, num: int) -> MixtureBridge
     if spec == "light":  # smaller than a posterior's: errors of a log density add up over observations
         bridge = LightSB(
             dim,
-            num_components=8,
+            num_components=4 if dim == 1 else 8,
             context_dim=context_dim,
             covariance="full" if dim <= FULL_DIM else "diagonal",
             hidden=(64, 64),

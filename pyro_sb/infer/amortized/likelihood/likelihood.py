@@ -76,7 +76,8 @@ class AmortizedLikelihood:
             takes these names as keyword arguments.
         discrete: Columns of one run's data, flat, that are discrete: choices, counts of few values. None: those that
             hold at most 64 whole numbers and nothing else, with a warning that names them.
-        bridge: ``"light"``; a `LightSB`, its class, or a function ``(dim, context_dim)`` that makes one.
+        bridge: ``"light"``, a `LightSB` of 4 components for one continuous number of data, 8 for more: for laws with
+            more modes give a `LightSB`, its class, or a function ``(dim, context_dim)`` that makes one.
 
     Attributes:
         simulations: What was simulated, `LikelihoodPairs`: ``fit(simulations=...)`` learns from it again.
