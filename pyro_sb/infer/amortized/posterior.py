@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import Bridge
 from pyro_sb.checks import finite, flag, floats, whole
@@ -201,8 +202,11 @@ class Posterior:
             >>> bool((weighted.expectation(weighted.sites["mu"]) - 0.2).abs() < 0.1)
             True
         """
-        if not callable(prior):
-            raise TypeError(f"prior must be a Pyro model of the latents, got {type(prior).__name__}.")
+        if not callable(prior) or isinstance(prior, Distribution):
+            raise TypeError(
+                f"prior must be a Pyro model of the latents, got {type(prior).__name__}. Write a function with a "
+                "pyro.sample site for each."
+            )
         u = self.law.sample(whole("num_samples", num_samples, 25))
         free = self.simulator.prototype.packing.unpack(u.flatten(0, 1))
         rows = {name: t.inv(free[name]) for name, t in self.simulator.prototype.transforms.items()}
