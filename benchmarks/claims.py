@@ -140,7 +140,7 @@ QUOTES = (
     Quote("| the light bridge corrected by `mcmc` |", "amortised.txt", section="Corrected"),
     Quote("10,000 draws take", "amortised.txt", until="Timed side"),
     Quote("the light bridge trains in", "training_time.txt"),
-    Quote("times learnt from 5,000", "likelihood.txt", until="One seed"),
+    Quote("times learnt from 5,000", "likelihood.txt"),
     Quote("ranks of 500 data sets", "calibration.txt"),
     Quote("at ten evaluations from the moment-matched", "stretched.txt", until="with straighter"),
     Quote("Path weights give the evidence", "linear_gaussian.txt"),

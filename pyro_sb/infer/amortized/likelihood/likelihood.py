@@ -64,8 +64,10 @@ class AmortizedLikelihood:
     learnt, and the model's own prior may be another. Beyond the simulations' region (a box) the mean goes on affinely
     and the shape stays as it is at the edge; a warning says so once, and `outside` gives the share.
 
-    **One run is one row.** Independent trials are rows of a plate of the model, not of the simulator: errors of the log
-    density then add up over them, so simulate more (some 20,000) where there are hundreds.
+    **One run is one row.** Independent trials are rows of a plate of the model, not of the simulator. **Errors of the
+    log density then add up over them**, and nothing corrects them: 10,000 simulations serve some hundred rows. With
+    2,000 rows and 20,000 simulations of a drift-diffusion one of six group parameters was 1.9 posterior deviations off.
+    Fit twice, on simulations of two seeds, and compare the posteriors.
 
     Args:
         simulator: A function of parameters ``(n, *shape)``, a row a run, to data ``(n, *event_shape)``, with
