@@ -71,6 +71,7 @@ CLAIMS = (
     # amortised posteriors
     Claim("amortised", "Amortised posteriors on sbibm's tasks", "amortised.sbibm", 60, "1, 3 or 5 data", "amortised"),
     Claim("peers", "sbi on the same tasks", "amortised.sbi_peers", 90, "1, 3 or 5 data", "sbi_peers", peers=True),
+    Claim("likelihood", "Learned likelihoods beside exact", "amortised.likelihood", 8, "1", "likelihood", peers=True),
     Claim("training", "Training time beside NPE", "amortised.training_time", 5, "3 fits", "training_time", peers=True),
     Claim("calibration", "Amortised posteriors are calibrated", "calibration.posteriors", 8, "1", "calibration"),
     # closed questions
@@ -139,6 +140,7 @@ QUOTES = (
     Quote("| the light bridge corrected by `mcmc` |", "amortised.txt", section="Corrected"),
     Quote("10,000 draws take", "amortised.txt", until="Timed side"),
     Quote("the light bridge trains in", "training_time.txt"),
+    Quote("times learnt from 5,000", "likelihood.txt"),
     Quote("ranks of 500 data sets", "calibration.txt"),
     Quote("at ten evaluations from the moment-matched", "stretched.txt", until="with straighter"),
     Quote("Path weights give the evidence", "linear_gaussian.txt"),

@@ -31,6 +31,7 @@ from pyro_sb.diagnostics import (
 )
 from pyro_sb.distributions import BridgeDistribution, Draws
 from pyro_sb.infer.amortized.amortized import AmortizedPosterior
+from pyro_sb.infer.amortized.likelihood.likelihood import AmortizedLikelihood
 from pyro_sb.infer.kernels.bridge_mh import BridgeMH
 from pyro_sb.infer.kernels.langevin import KernelLangevin
 from pyro_sb.infer.mcmc.mcmc import MCMC
@@ -38,6 +39,7 @@ from pyro_sb.infer.mcmc.mcmc import MCMC
 __version__ = "0.1.0"
 
 __all__ = [
+    "AmortizedLikelihood",
     "AmortizedPosterior",
     "AutoencoderCodec",
     "Bridge",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+Answer = TypeVar("Answer")
 
 
 class ContextNet(nn.Module):
@@ -225,16 +228,16 @@ class SetEmbedding(nn.Module):
 class Call(nn.Module):
     """A function of a module's own, such as a method, as the forward of a module that holds it."""
 
-    def __init__(self, module: nn.Module, function: Callable[..., Tensor]) -> None:
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
         super().__init__()
         self.module, self.function = module, function
 
-    def forward(self, *args: Any) -> Tensor:
+    def forward(self, *args: Any) -> Any:
         """The function's answer."""
         return self.function(*args)
 
 
-def with_constant_parameters(module: nn.Module, function: Callable[..., Tensor], *args: Any) -> Tensor:
+def with_constant_parameters(module: nn.Module, function: Callable[..., Answer], *args: Any) -> Answer:
     """Answer of a module's method, with gradients in its arguments and none in the module's parameters.
 
     Example:

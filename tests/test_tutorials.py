@@ -22,6 +22,7 @@ def outputs(path):
 
 def test_there_are_tutorials():
     names = {"00_quickstart", "10_mcmc_kernel", "20_bridge", "20_conditional_generation", "30_amortised_posterior"}
+    names |= {"35_simulator_in_a_model"}
     names |= {"40_lightsbb", "50_data_to_data", "60_latent_bridge", "70_can_i_trust_it", "75_guides"}
     names |= {"80_bridge_as_prior"}
     assert names <= {path.stem for path in TUTORIALS}

@@ -35,7 +35,9 @@ class FactorMixture(NamedTuple):
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density of a point a row. ``(*, n, d)`` to ``(*, n)``."""
         offset = x[..., None, :] - self.locs
-        white = self.log_diagonals.exp() * (offset + (self.lower @ offset[..., None])[..., 0])
+        if x.shape[-1] > 1:  # of one axis there is nothing below the diagonal
+            offset = offset + (self.lower @ offset[..., None])[..., 0]
+        white = self.log_diagonals.exp() * offset
         terms = torch.log_softmax(self.log_weights, -1) + self.log_diagonals.sum(-1) - 0.5 * white.square().sum(-1)
         return torch.logsumexp(terms, -1) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
 

@@ -93,9 +93,7 @@ class MixtureLaws(NamedTuple):
         """Log density of the ends, where `factored`; no gradient goes to parameters."""
 
         def log_prob(z: Tensor, context: Tensor) -> Tensor:
-            with torch.no_grad():
-                law = self.process.law(context)
-            return law.log_prob(z)
+            return self.process.frozen_law(context).log_prob(z)
 
         return chunked(log_prob, z, context, width=self.process.row_width)
 

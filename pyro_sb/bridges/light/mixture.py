@@ -275,12 +275,14 @@ class MixtureBridge(Bridge):
         states = [self.units(0.0).back(z), *(self.units(t).back(x) for t, x in zip(times[1:], path))]
         return times, answered("paths", torch.stack(states).reshape(num_steps + 1, *shape, self.dim))
 
-    @torch.no_grad()
     def fixed(self, context: Any) -> FixedMixture | None:
-        """The law at B contexts ``(B, context_dim)``, its network asked once; None where it has no such form."""
+        """The law at contexts ``(*B, context_dim)``, its network asked once; None where it has no such form.
+
+        Gradients go to the contexts, not to the parameters.
+        """
         rows = self._context_rows(self.check_context(context))
         process = self.process
-        return FixedMixture(process.law(rows), self.units()) if process.factored and rows is not None else None
+        return FixedMixture(process.frozen_law(rows), self.units()) if process.factored and rows is not None else None
 
     @torch.no_grad()
     def sample_rows(self, num: int, context: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_sb.bridges.data import Batch
 from pyro_sb.checks import check_memory
-from pyro_sb.nn import ContextNet, SetEmbedding, TimeNet, embedding_size
+from pyro_sb.nn import ContextNet, SetEmbedding, TimeNet, embedding_size, with_constant_parameters
 from pyro_sb.ops.bass import BassMap
 from pyro_sb.ops.factor_mixture import FactorMixture
 from pyro_sb.ops.mixture import MixturePotential, likelihood_loss, weighted_mean
@@ -256,19 +256,28 @@ class MixtureProcess(NamedTuple):
         return potential, z if context is None else z[:, None, :]
 
     def frozen(self, z: Tensor, context: Tensor | None) -> tuple[MixturePotential, Tensor]:
-        """The same without gradient to the parameters: densities of a fitted bridge pass it to points alone."""
+        """The same with constant parameters: a fitted bridge's densities pass gradients to points and contexts."""
+        if context is not None and torch.is_grad_enabled():
+            potential = with_constant_parameters(self.parameters, self.parameters.forward, context, self.epsilon)
+            return potential, z[:, None, :]
         with torch.no_grad():
             potential = self.lift(z, context)[0]
         log_weights, locs, scales, epsilon = potential
         potential = MixturePotential(log_weights.detach(), locs.detach(), scales.detach(), epsilon)
         return potential, z if context is None else z[:, None, :]
 
+    def frozen_law(self, context: Tensor) -> FactorMixture:
+        """The mixture of the ends with constant parameters: gradients go to contexts alone."""
+        if not torch.is_grad_enabled():
+            return self.law(context)
+        return with_constant_parameters(self.parameters, self.parameters.law, context, self.epsilon)
+
     def bass(self, potential: MixturePotential, t: float | Tensor) -> BassMap:
         """The map from Y to X at time t."""
         return BassMap(potential.at(t), self.epsilon, self.beta)
 
     def invert(self, potential: MixturePotential, t: float | Tensor, points: Tensor) -> Tensor:
-        """Y_t at points, exact, with its first three derivatives where points carry gradients; or the learnt one."""
+        """Y_t at points, exact, with three derivatives where points or contexts carry gradients; or the learnt one."""
         if self.learned_map is not None:
             return self.learned_map(torch.as_tensor(t), points)
         bass = self.bass(potential, t)
@@ -279,7 +288,7 @@ class MixtureProcess(NamedTuple):
                 f"the inverse of the Bass map must be found, got a residual of {inverse.residual:.2g} after "
                 f"{inverse.iterations} Newton steps. Fit in float64, or raise beta (now {self.beta:g})."
             )
-        if not (torch.is_grad_enabled() and points.requires_grad):
+        if not (torch.is_grad_enabled() and (points.requires_grad or potential.locs.requires_grad)):
             return inverse.points
         once = bass.newton_step(inverse.points, points)  # from a constant k steps have 2^k - 1 derivatives right
         return bass.newton_step(once, points)

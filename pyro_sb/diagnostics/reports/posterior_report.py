@@ -43,8 +43,19 @@ def posterior_report(x: Posterior, audit: str | ModeAudit | None, progress: bool
         lines += lines_of_audit(made)[:2]
         panels.append(Panel("modes", made.plot))
         details["modes"] = made
+    lines.append(_world(x))
     title = f"Posterior by {type(x.bridge).__name__}, {batch} observation{'s' * (batch > 1)}"
     return Report(title, lines, panels, details)
+
+
+def _world(x: Posterior) -> Line:
+    """Place of the observation among simulations."""
+    if x.observation.missing or x.num_fitted < 40:
+        return Line("this world", "not looked at", "-", "missing entries, or few simulations")
+    found, note = x.surprise(), "the observation is like simulations"
+    if found.verdict != "ok":
+        note = f"unlike simulations in {', '.join(list(found.standing_out)[:3]) or 'all together'}: see surprise(y)"
+    return Line("this world", f"p {found.smallest_p_value:.2g}", found.verdict, note)
 
 
 def weight_lines(result: PSIS, batch: int, cure: str) -> list[Line]:

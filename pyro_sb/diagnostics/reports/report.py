@@ -14,9 +14,11 @@ from pyro_sb.diagnostics.modes.mode_audit import ModeAudit
 from pyro_sb.diagnostics.reports.bridge_report import bridge_report
 from pyro_sb.diagnostics.reports.chain_report import chain_report
 from pyro_sb.diagnostics.reports.guide_report import guide_report
+from pyro_sb.diagnostics.reports.likelihood_report import likelihood_report
 from pyro_sb.diagnostics.reports.lines import Report
 from pyro_sb.diagnostics.reports.posterior_report import amortised_report, posterior_report
 from pyro_sb.infer.amortized.amortized import AmortizedPosterior
+from pyro_sb.infer.amortized.likelihood.likelihood import AmortizedLikelihood
 from pyro_sb.infer.amortized.posterior import Posterior
 from pyro_sb.infer.autoguide.guide import BridgeGuide
 
@@ -43,6 +45,7 @@ def report(
     - A conditioned `Posterior`: the importance weights' k-hat and effective size under the model, and the audit.
     - A fitted guide, `AutoLightBridge` or `AutoBridge`: the same, and its evidence.
     - A fitted `AmortizedPosterior`: calibration of each parameter and of all together (`sbc`, `tarp`).
+    - A fitted `AmortizedLikelihood`: ranks of held-out data among its draws, and a local classifier test.
     - A fitted `Bridge`: `bridge_report`.
 
     The population is the run's own, with fresh draws of its frozen proposal, where warm-up made one: then a report
@@ -106,6 +109,8 @@ def report(
         return bridge_report(x, target, source=source, context=context)
     if isinstance(x, AmortizedPosterior):
         return amortised_report(x, num_data_sets)
+    if isinstance(x, AmortizedLikelihood):
+        return likelihood_report(x)
     if isinstance(x, Posterior):
         return posterior_report(x, audit, progress)
     if isinstance(x, BridgeGuide):
@@ -119,7 +124,8 @@ def _check_options(x: Any, **given: bool) -> None:
     unused = [name for name, is_given in given.items() if is_given and name not in used]
     if unused:
         raise ValueError(
-            f"a report of {type(x).__name__} uses {', '.join(used)}, got {', '.join(unused)} too. Leave those out."
+            f"a report of {type(x).__name__} uses {', '.join(used) or 'no option'}, got {', '.join(unused)} too. Leave "
+            "those out."
         )
     if (given["args"] or given["kwargs"]) and not given["target"]:
         raise ValueError(
@@ -133,13 +139,15 @@ def _options_of(x: Any) -> tuple[str, ...]:
         return ("target", "source", "context")
     if isinstance(x, AmortizedPosterior):
         return ("num_data_sets",)
+    if isinstance(x, AmortizedLikelihood):
+        return ()
     if isinstance(x, Posterior | BridgeGuide):
         return ("audit",)
     if (is_run(x) and not hasattr(x, "log_weights")) or is_container(x):
         return ("target", "args", "kwargs", "audit")
     raise TypeError(
-        "x must be a finished MCMC, an ArviZ container, a Posterior, an AmortizedPosterior or a Bridge, got "
-        f"{type(x).__name__}. {_cure(x)}"
+        "x must be a finished MCMC, an ArviZ container, a Posterior, an AmortizedPosterior, an AmortizedLikelihood or "
+        f"a Bridge, got {type(x).__name__}. {_cure(x)}"
     )
 
 

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,8 +28,10 @@ from pyro_sb.infer.amortized.choice import (
 from pyro_sb.infer.amortized.features import Features, Observation, read_observation
 from pyro_sb.infer.amortized.paired import PairedJoint, paired_joint
 from pyro_sb.infer.amortized.posterior import Posterior
+from pyro_sb.infer.amortized.rounds import sharpened
 from pyro_sb.infer.amortized.saved import packed_posterior, unpacked_posterior, words_for
 from pyro_sb.infer.amortized.simulator import Simulations, Simulator, simulator
+from pyro_sb.infer.amortized.surprise import Surprise, surprise
 from pyro_sb.infer.amortized.training_set import Store, TrainingSet, exchangeable_sites, training_set
 from pyro_sb.threads import chosen_threads
 from pyro_sb.training import FitHistory
@@ -270,6 +273,129 @@ class AmortizedPosterior:
             observation=observation,
             fitted_on=self._fitted_on,
         )
+
+    def sharpen(
+        self,
+        y: Any,
+        *,
+        num_rounds: int = 5,
+        num_simulations: int = 2000,
+        mass: float = 0.9999,
+        tolerance: float = 0.1,
+        keep_finite: bool = False,
+        progress: bool = True,
+        num_updates: int | None = None,
+    ) -> Posterior:
+        r"""The posterior of one observation, or of some, learnt again from simulations where it has its mass.
+
+        In each round parameters are drawn from the prior within the highest-density region of the posterior so far,
+        :math:`p(	heta)\, 1_R(	heta)`, and simulated; a new bridge learns from these and from earlier ones within.
+        Truncation leaves the posterior as it is where R holds it, so nothing is to be corrected. Simulations go where
+        they count: for black boxes, for narrow posteriors, and for few observations. This amortised posterior stays as
+        it is. Where the model has a density, ``condition(y).mcmc()`` is exact and cheaper.
+
+        Args:
+            y: As for `condition`, whole; for a batch the union of the regions is simulated.
+            num_rounds: Most rounds; fewer where the posterior no longer moves.
+            num_simulations: New runs of the simulator a round.
+            mass: Share of the posterior that its region holds, in (0, 1).
+            tolerance: Rounds end where no posterior mean moves as much, in posterior deviations, nor any log deviation.
+            keep_finite: As in `fit`.
+            progress: Show bars.
+            num_updates: As in `fit`.
+
+        Returns:
+            Posterior, whose ``rounds`` say what was done; outside the regions it knows nothing.
+
+        Raises:
+            NotImplementedError: The bridge has the density of paths alone; missing entries.
+            RuntimeError: ``fit`` was not called.
+
+        Warns:
+            RuntimeWarning: The first region is nearly all of the prior; the posterior still moves in the last round.
+
+        References:
+            Truncated proposals for scalable and hassle-free simulation-based inference (Deistler, Gonçalves and Macke,
+            2022), https://arxiv.org/abs/2210.04815, algorithm 1. We resample from the posterior made wider, keep
+            earlier simulations, and learn from the half whose data are nearest to y: the others feel R's edge.
+
+        Example:
+            >>> import torch, pyro, pyro.distributions as dist
+            >>> def simulator():
+            ...     mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+            ...     return {"y": mu + 0.1 * torch.randn(2)}
+            >>> amortized = AmortizedPosterior(simulator, bridge="light")
+            >>> history = amortized.fit(num_simulations=1000, progress=False)
+            >>> y = torch.tensor([1.0, 1.1])
+            >>> posterior = amortized.sharpen(y, num_rounds=1, num_simulations=1000, progress=False)
+            >>> 0.0 < posterior.rounds[0].prior_share < 0.5
+            True
+        """
+        num_rounds, num_simulations = whole("num_rounds", num_rounds), whole("num_simulations", num_simulations, 20)
+        mass = number("mass", mass, "(0, 1)", "Write 0.9999.")
+        tolerance = number("tolerance", tolerance, "[0, inf)", "Write 0.1.")
+        num_updates = None if num_updates is None else whole("num_updates", num_updates)
+        keep_finite, progress = flag("keep_finite", keep_finite), flag("progress", progress)
+        if self.bridge is None or self.simulations is None:
+            raise RuntimeError("sharpen needs a fitted posterior: call fit(*model_args, num_simulations=...) first.")
+        posterior = self.condition(y)
+        if posterior.observation.missing:
+            raise NotImplementedError("sharpen needs whole observations, got missing entries. Write condition(y).")
+        source, spec = self._source, self.bridge if "light" not in self._candidates else "light"
+
+        def learn(pairs: Simulations) -> tuple[Posterior, bool]:
+            local = AmortizedPosterior(self.model, self.observed, bridge=spec, embedding=self.embedding)
+            options: dict[str, Any] = {"num_copies": 0, "progress": progress, "num_updates": num_updates}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*has not converged", RuntimeWarning)  # `Round` says so
+                history = local.fit(*source.args, simulations=pairs, **options, **source.kwargs)
+            return local.condition(y), history.converged
+
+        return sharpened(
+            posterior,
+            self.simulations,
+            learn,
+            num_rounds=num_rounds,
+            num_simulations=num_simulations,
+            mass=mass,
+            tolerance=tolerance,
+            keep_finite=keep_finite,
+            progress=progress,
+        )
+
+    def surprise(self, y: Any) -> Surprise:
+        r"""Is this observation of the model's world? Its place among the simulations of the fit, with a p-value.
+
+        A posterior of data that the model cannot make means nothing, and says nothing of it. The p-value is exact: on
+        data of the model it is below .05 in 5 % of cases, whatever the number of simulations.
+
+        Args:
+            y: As for `condition`, whole; of a batch each observation is judged, and all of them together.
+
+        Returns:
+            p-values, and the numbers or summaries that stand out alone.
+
+        References:
+            Misspecification by the maximum mean discrepancy of summaries: Schmitt, Bürkner, Köthe and Radev (2021),
+            https://arxiv.org/abs/2112.08866. Ranking among held-out simulations, which makes p exact, is conformal
+            prediction: Vovk, Gammerman and Shafer (2005).
+
+        Example:
+            >>> import torch, pyro, pyro.distributions as dist
+            >>> def model():
+            ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            ...     pyro.sample("y", dist.Normal(mu, 1.0).expand([3]).to_event(1))
+            >>> amortized = AmortizedPosterior(model, bridge="light")
+            >>> history = amortized.fit(num_simulations=500, num_updates=100, progress=False)
+            >>> amortized.surprise(torch.tensor([9.0, -9.0, 9.0])).p_value < 0.01
+            True
+        """
+        if self.bridge is None or self.simulations is None:
+            raise RuntimeError("surprise needs a fitted posterior: call fit(*model_args, num_simulations=...) first.")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "y lies", RuntimeWarning)  # that is what is asked
+            observation = read_observation(y, self._source, self._features)
+        return surprise(observation, self.simulations.observations, self._features)
 
     def save(self, path: str | Path) -> None:
         """Write one file of tensors and plain values, whole or not at all, read back by `load` with the model.

@@ -109,6 +109,18 @@ class Features:
             parts.append(values)
         return torch.cat(parts, -1)
 
+    def names(self) -> tuple[str, ...]:
+        """What each of `columns` is: ``y[i]``, or ``summary i of y``."""
+        found: list[str] = []
+        for name, shape in self.data.shapes.items():
+            num = shape.numel()
+            if name in self.sets:
+                items = torch.zeros(1, self.sets[name], num // self.sets[name])
+                found += [f"summary {i} of {name}" for i in range(summary(items, self.levels[name]).shape[1])]
+            else:
+                found += [f"{name}[{i}]" for i in range(num)] if num > 1 else [name]
+        return tuple(found)
+
     def _slices(self) -> dict[str, slice]:
         """Columns of each site."""
         ends = np.cumsum([shape.numel() for shape in self.data.shapes.values()]).tolist()

@@ -71,15 +71,24 @@ class Residuals:
     def encode(self, u: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         r"""Residuals of latents, and :math:`\log |\partial r / \partial u|`. ``(*, d)`` and ``(*, F)``."""
         normal = torch.where(self.bounded, to_probit(u), u)
-        residual = normal - with_ones(features) @ self.weights
-        white = torch.linalg.solve_triangular(self.factor, residual[..., None], upper=False)[..., 0]
+        white, log_scale = self.whitened(normal, features)
         slope = torch.where(self.bounded, log_slope(u), torch.zeros_like(u)).sum(-1)
-        return white, slope - self.factor.diagonal().log().sum()
+        return white, slope + log_scale
+
+    def whitened(self, normal: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Residuals of points t, and :math:`-\log\det L`. ``(*, d)`` and ``(*, F)``."""
+        residual = normal - with_ones(features) @ self.weights
+        white = torch.linalg.solve_triangular(self.factor, residual.reshape(-1, residual.shape[-1]).T, upper=False).T
+        return white.reshape(residual.shape), -self.factor.diagonal().log().sum()
 
     def decode(self, residual: Tensor, features: Tensor) -> Tensor:
         """Latents of residuals. ``(*, d)`` and ``(*, F)`` to ``(*, d)``."""
-        normal = residual @ self.factor.T + with_ones(features) @ self.weights
+        normal = self.coloured(residual, features)
         return torch.where(self.bounded, from_probit(normal), normal)
+
+    def coloured(self, residual: Tensor, features: Tensor) -> Tensor:
+        """Points t of residuals: the inverse of `whitened`. ``(*, d)`` and ``(*, F)`` to ``(*, d)``."""
+        return residual @ self.factor.T + with_ones(features) @ self.weights
 
     def to(self, like: Tensor) -> "Residuals":
         """On another device, in another dtype."""

@@ -1,10 +1,6 @@
-"""Posterior p(theta | y) at one observation, or at a batch: draws, weighted draws, chains, and a guide.
-
-Weighted draws are those of self-normalised importance sampling, sum_i w_i f(theta_i) / sum_i w_i.
-"""
+"""Posterior p(theta | y) at one observation, or at a batch: draws, weighted draws, chains, and a guide."""
 
 import logging
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,125 +9,33 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_sb.bridges.base import Bridge
 from pyro_sb.checks import finite, flag, floats, whole
 from pyro_sb.infer.amortized.features import Features, Observation
+from pyro_sb.infer.amortized.importance import ImportanceDraws, weigh
 from pyro_sb.infer.amortized.latent_law import GuideLaw, LatentLaw, Residuals
 from pyro_sb.infer.amortized.paired import BatchJoint, paired_joint, refuse_split_events
+from pyro_sb.infer.amortized.prior import log_prior_ratio
 from pyro_sb.infer.amortized.refresh import BridgeRefresh
 from pyro_sb.infer.amortized.rows_guide import RowsGuide
 from pyro_sb.infer.amortized.simulator import Simulations, Simulator
+from pyro_sb.infer.amortized.surprise import Surprise, surprise
 from pyro_sb.infer.mcmc.mcmc import MCMC
 from pyro_sb.infer.model.log_joint import log_joint
-from pyro_sb.infer.model.run import Run, html_table
+from pyro_sb.infer.model.run import Run
 from pyro_sb.infer.population.tempering import NormalLaw, temper, weighted_factor
 from pyro_sb.threads import chosen_threads
 from pyro_sb.warn import warn
-from pyro_sb.weights import effective_sample_size, log_evidence, pareto_k
 
-__all__ = ["ImportanceDraws", "Posterior", "weigh"]
+__all__ = ["Posterior"]
 
 logger = logging.getLogger(__name__)
 Sites = dict[str, Tensor]
 WORST_K, LEAST_SHARE = 0.7, 0.02
 FAIR_SHARE = 0.5  # effective share above which a large k comes from a few tail draws, which a start does not feel
 MOST_NUMBERS = 2**26  # in the metrics of tempered particles
-
-
-@dataclass(frozen=True, repr=False)
-class ImportanceDraws:
-    r"""Weighted draws: :math:`\log w = \log p(\theta, y) - \log q(\theta | y)`.
-
-    For a batch of B observations every figure is a tensor ``(B,)``; for one it is a number.
-
-    Attributes:
-        sites: Draws in their own space. Shape ``(n, *site)`` or ``(n, B, *site)``.
-        log_weights: Not normalised. Shape ``(n,)`` or ``(n, B)``.
-        k_hat: Pareto k of the weights: above 0.7 they cannot be trusted.
-        ess_share: Effective sample size over n, in [0, 1].
-        log_evidence: Of the model, in nats: unbiased for the evidence itself.
-        log_evidence_error: Its standard error.
-    """
-
-    sites: dict[str, Tensor]
-    log_weights: Tensor
-    k_hat: Tensor | float
-    ess_share: Tensor | float
-    log_evidence: Tensor | float
-    log_evidence_error: Tensor | float
-
-    @property
-    def weights(self) -> Tensor:
-        """Weights that sum to one over the draws. Shape of ``log_weights``."""
-        if bool(torch.isneginf(self.log_weights).all(0).any()):
-            raise ValueError("some weight must be positive, but every weight is zero. Use mcmc(), or check the data.")
-        return torch.softmax(self.log_weights, 0)
-
-    def expectation(self, values: Tensor) -> Tensor:
-        """Self-normalised mean of ``values``, ``(n, *)`` or ``(n, B, *)``, over the draws."""
-        weights = self.weights
-        extra = values.dim() - weights.dim()
-        return (weights.reshape(*weights.shape, *[1] * extra) * values).sum(0)
-
-    def resample(self, num: int) -> dict[str, Tensor]:
-        """Equally weighted draws, with replacement. Shape ``(num, *site)`` or ``(num, B, *site)``."""
-        weights = self.weights
-        if weights.dim() == 1:
-            index = torch.multinomial(weights, num, replacement=True)
-            return {name: value[index] for name, value in self.sites.items()}
-        index = torch.multinomial(weights.T, num, replacement=True).T  # (num, B)
-        column = torch.arange(weights.shape[1], device=weights.device)
-        return {name: value[index, column] for name, value in self.sites.items()}
-
-    def as_run(self) -> Run:
-        """One chain of equally weighted draws, as many as the effective size: as exports and audits read them."""
-        num = max(1, round(float(torch.as_tensor(self.ess_share).min()) * len(self.log_weights)))
-        return Run(lambda: {name: value[None] for name, value in self.resample(num).items()})
-
-    def __repr__(self) -> str:
-        return "\n".join([self._title(), *(f"  {name}: {value}" for name, value in self._figures())])
-
-    def _repr_html_(self) -> str:
-        """Table of the weights' figures."""
-        return html_table(self._title(), self._figures())
-
-    def _title(self) -> str:
-        num, batch = len(self.log_weights), self.log_weights.shape[1:]
-        of = f" for each of {batch[0]} observations" if batch else ""
-        sites = ", ".join(f"{name} {tuple(value.shape[1 + len(batch) :])}" for name, value in self.sites.items())
-        return f"ImportanceDraws: {num} weighted draws of {sites}{of}"
-
-    def _figures(self) -> list[tuple[str, str]]:
-        return [
-            ("Pareto k", _range(self.k_hat, ".2f")),
-            ("effective share", _range(self.ess_share, ".3f")),
-            ("log evidence", _range(self.log_evidence, ".3f")),
-            ("its standard error", _range(self.log_evidence_error, ".3f")),
-        ]
-
-
-def weigh(sites: dict[str, Tensor], log_weights: Tensor, batched: bool) -> ImportanceDraws:
-    """Weighted draws with their figures. ``log_weights`` has the shape ``(n, B)``."""
-    columns = log_weights.unbind(1)
-    num = len(log_weights)
-    evidence = [log_evidence(column) for column in columns]
-    figures = [
-        [pareto_k(column) for column in columns],
-        [effective_sample_size(column) / num for column in columns],
-        [value for value, _ in evidence],
-        [error for _, error in evidence],
-    ]
-    if batched:
-        return ImportanceDraws(sites, log_weights, *(torch.tensor(column) for column in figures))
-    return ImportanceDraws(sites, log_weights[:, 0], *(column[0] for column in figures))
-
-
-def _range(value: Tensor | float, form: str) -> str:
-    """A figure; of a batch its smallest and largest."""
-    values = torch.as_tensor(value).reshape(-1)
-    low, high = float(values.min()), float(values.max())
-    return f"{low:{form}}" if len(values) == 1 else f"{low:{form}} to {high:{form}}"
 
 
 class Posterior:
@@ -142,6 +46,9 @@ class Posterior:
 
     It is a guide: ``Predictive(model, guide=posterior, num_samples=100)`` and
     ``pyro.infer.Importance(conditioned_model, guide=posterior)`` work, for one observation.
+
+    Attributes:
+        rounds: What each round of `AmortizedPosterior.sharpen` did; empty where there were none.
     """
 
     def __init__(
@@ -157,7 +64,9 @@ class Posterior:
         self.bridge, self.simulator, self.observation = bridge, simulator, observation
         values = observation.values
         self.law = LatentLaw(bridge, residuals, features.context(values), features.design(values))
+        self.features = features
         self._fitted_on = fitted_on
+        self.rounds: tuple[Any, ...] = ()
         self._target: Any = None
         self._cached: Sites | None = None
 
@@ -253,6 +162,64 @@ class Posterior:
                 f"observations (largest {float(k_hat.max()):.2f}, effective share there at least "
                 f"{float(share[flagged].min()):.3f}): means under those weights may rest on a few draws. Use mcmc(), "
                 "or fit on more simulations.",
+            )
+        return result
+
+    def with_prior(self, prior: Any, num_samples: int = 4000) -> ImportanceDraws:
+        r"""The posterior under another prior :math:`p'`, by weights :math:`p'(\theta) / p(\theta)`: nothing is fitted.
+
+        .. math:: p'(\theta | y) \propto p(\theta | y)\, \frac{p'(\theta)}{p(\theta)}
+
+        It is as right as the bridge is: for a model with a density, condition the model with the new prior instead.
+        The other prior can be narrower, or elsewhere within the first, not wider than it.
+
+        Args:
+            prior: Pyro model of the same latents, with its ``pyro.sample`` sites alone; called with the model's
+                arguments.
+            num_samples: Draws an observation, at least 25.
+
+        Returns:
+            Weighted draws; ``log_evidence`` is that of the data under the new prior less that under the old one.
+
+        Raises:
+            ValueError: Other latents, or latents of other shapes.
+
+        Warns:
+            RuntimeWarning: The new prior lies too far from where the posterior is: Pareto's k above 0.7, or under 2 %
+                of the draws left.
+
+        Example:
+            >>> import torch, pyro, pyro.distributions as dist
+            >>> from pyro_sb.infer import AmortizedPosterior
+            >>> def model():
+            ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            ...     pyro.sample("y", dist.Normal(mu, 1.0))
+            >>> def sceptic():
+            ...     pyro.sample("mu", dist.Normal(0.0, 0.5))
+            >>> amortized = AmortizedPosterior(model, bridge="light")
+            >>> history = amortized.fit(num_simulations=500, num_updates=200, progress=False)
+            >>> weighted = amortized.condition(torch.tensor(1.0)).with_prior(sceptic)
+            >>> bool((weighted.expectation(weighted.sites["mu"]) - 0.2).abs() < 0.1)
+            True
+        """
+        if not callable(prior) or isinstance(prior, Distribution):
+            raise TypeError(
+                f"prior must be a Pyro model of the latents, got {type(prior).__name__}. Write a function with a "
+                "pyro.sample site for each."
+            )
+        u = self.law.sample(whole("num_samples", num_samples, 25))
+        free = self.simulator.prototype.packing.unpack(u.flatten(0, 1))
+        rows = {name: t.inv(free[name]) for name, t in self.simulator.prototype.transforms.items()}
+        log_weights = log_prior_ratio(self.simulator, prior, rows).reshape(u.shape[:2])
+        result = weigh(self._constrained(u), log_weights, self.observation.batched)
+        k_hat, share = torch.as_tensor(result.k_hat).reshape(-1), torch.as_tensor(result.ess_share).reshape(-1)
+        poor = ~(k_hat <= WORST_K) & ~(share >= FAIR_SHARE) | ~(share >= LEAST_SHARE)
+        if bool(poor.any()):
+            warn(
+                f"the new prior lies far from the posterior under the old one, at {int(poor.sum())} of {len(share)} "
+                f"observations (Pareto k up to {float(k_hat.max()):.2f}, {float(share.min()):.1%} of the draws left): "
+                "means under those weights may rest on a few draws. Fit with the new prior, or an AmortizedLikelihood, "
+                "which knows no prior.",
             )
         return result
 
@@ -437,6 +404,15 @@ class Posterior:
         return RowsGuide(
             self.law, prototype.packing, dict(prototype.transforms), name, len(self.observation.values), dim
         )
+
+    @property
+    def num_fitted(self) -> int:
+        """How many simulations of the fit it keeps: at most 256."""
+        return len(self._fitted_on.latents)
+
+    def surprise(self) -> Surprise:
+        """Place of the observation among some simulations of the fit; among all of them: `AmortizedPosterior`'s."""
+        return surprise(self.observation, self._fitted_on.observations, self.features)
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> Sites:
         """Uncorrected draws, made once: four chains of 1000, for `to_arviz` and ``Predictive``; more are fresh."""

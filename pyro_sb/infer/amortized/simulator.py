@@ -111,6 +111,14 @@ class Simulator:
             raise
         return self.finite(joined(parts), keep_finite)
 
+    def simulate_at(self, latents: Tensor, *, keep_finite: bool = False, progress: bool = False) -> Simulations:
+        """Observations at unconstrained latents ``(N, dim)``, one each; options as of `simulate`."""
+        free, transforms = self.prototype.packing.unpack(latents), self.prototype.transforms
+        rows = Row({name: t.inv(free[name]) for name, t in transforms.items()})
+        routes = ["loop"] if self.returned else ["plate", "vmap", "loop"]
+        found = self.runs.batches(rows, len(latents), self._wanted, routes=routes, checked=["plate"], progress=progress)
+        return self.finite(joined([self._pairs(part) for part in found]), keep_finite)
+
     @property
     def has_density(self) -> bool:
         """Whether the log joint of latents and observations can be evaluated."""

@@ -14,7 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_sb.infer.amortized.posterior import ImportanceDraws, weigh
+from pyro_sb.infer.amortized.importance import ImportanceDraws, weigh
 from pyro_sb.infer.autoguide.fit import BAD_K, EVEN
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
 from pyro_sb.infer.model.run import Run

@@ -1,5 +1,6 @@
 """Laws of a mixture bridge: densities of points, plans and paths, their gradients, conditioning, the SDE."""
 
+import copy
 import math
 
 import pyro
@@ -316,6 +317,17 @@ def test_log_prob_has_its_first_and_second_derivatives(name, context_dim):
     x = (0.7 * torch.randn(3, 2, **F64)).requires_grad_()
     assert torch.autograd.gradcheck(law.log_prob, (x,))
     assert torch.autograd.gradgradcheck(law.log_prob, (x,))
+
+
+@pytest.mark.parametrize("name", ["light", "bass", "full"])
+def test_log_prob_has_its_derivatives_in_the_context(name):
+    # p(x given theta) as a likelihood: chains on theta move by this gradient
+    bridge = copy.deepcopy(on_contexts()[0] if name == "full" else named(name, 1))
+    torch.nn.init.normal_(bridge.parameters_of.net.head.weight, std=0.1)
+    x, context = 0.7 * torch.randn(3, 2, **F64), torch.randn(3, bridge.context_dim, **F64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda c: bridge(c).log_prob(x), (context,))
+    bridge(context).log_prob(x).sum().backward()
+    assert bool((context.grad != 0).all()) and all(p.grad is None for p in bridge.parameters())
 
 
 @pytest.mark.parametrize("name", ["light", "bass"])

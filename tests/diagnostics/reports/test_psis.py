@@ -8,7 +8,7 @@ import torch
 from pyro_sb.bridges import LightSB
 from pyro_sb.diagnostics import psis
 from pyro_sb.distributions import Draws
-from pyro_sb.infer.amortized.posterior import weigh
+from pyro_sb.infer.amortized.importance import weigh
 
 az = pytest.importorskip("arviz")
 F64 = torch.float64

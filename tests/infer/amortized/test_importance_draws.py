@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyro_sb.infer.amortized.posterior import weigh
+from pyro_sb.infer.amortized.importance import weigh
 from pyro_sb.weights import effective_sample_size, log_evidence, pareto_k
 
 
