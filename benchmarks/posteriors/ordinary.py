@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,7 +87,8 @@ def child(row: Row, sampler: str, seed: int, limit: float, threads: bool) -> Out
             return Outcome([], nothing, {}, told)
         if done.returncode:
             print(done.stderr[-3000:], file=sys.stderr)
-            return Outcome([], nothing, {}, "error: " + done.stderr.strip().splitlines()[-1][:160])
+            lines = [text for text in done.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", text)]
+            return Outcome([], nothing, {}, (lines or ["error"])[-1][:120])
         with np.load(outputs) as file:
             return Outcome(file["names"].tolist(), file["draws"], json.loads(str(file["facts"])))
 

@@ -55,20 +55,16 @@ def chees(model: Callable[..., None], args: list[Any], key: Any, clock: Clock) -
     from blackjax.adaptation.base import get_filter_adapt_info_fn
 
     start, warm, walk = jax.random.split(key, 3)
-    info = initialize_model(
-        jax.random.split(start, MANY), model, model_args=tuple(args), init_strategy=init_to_uniform(), dynamic_args=False
-    )
+    info = initialize_model(key, model, model_args=tuple(args), init_strategy=init_to_uniform(), dynamic_args=False)
+    flat, unravel = ravel_pytree(info.param_info.z)
+    starts = jax.random.uniform(start, (MANY, len(flat)), flat.dtype, -2.0, 2.0)
 
-    def log_density(z: Any) -> Any:
-        return -info.potential_fn(z)
+    def log_density(v: Any) -> Any:  # of a vector: its adaptation fails on sites of matrices
+        return -info.potential_fn(unravel(v))
 
-    adaptation = blackjax.chees_adaptation(
-        log_density, num_chains=MANY, adaptation_info_fn=get_filter_adapt_info_fn()
-    )
+    adaptation = blackjax.chees_adaptation(log_density, num_chains=MANY, adaptation_info_fn=get_filter_adapt_info_fn())
     optim = optax.adam(0.5, b1=0.0, b2=0.95)
-    (states, parameters), _ = jax.block_until_ready(
-        adaptation.run(warm, info.param_info.z, 0.1, optim, WARMUP)
-    )
+    (states, parameters), _ = jax.block_until_ready(adaptation.run(warm, starts, 0.1, optim, WARMUP))
     clock.warmed()
     step = blackjax.dynamic_hmc(log_density, **parameters).step
 
@@ -78,7 +74,7 @@ def chees(model: Callable[..., None], args: list[Any], key: Any, clock: Clock) -
 
     keys = jax.random.split(walk, DRAWS // 2)
     _, (z, diverging, steps) = jax.jit(lambda states: jax.lax.scan(transition, states, keys))(states)
-    z = jax.tree.map(lambda value: jnp.swapaxes(value, 0, 1), z)
+    z = jax.vmap(jax.vmap(unravel))(jnp.swapaxes(z, 0, 1))
     return constrained(info, z), {"divergences": int(diverging.sum()), "gradients": int(steps.sum())}
 
 
