@@ -18,7 +18,7 @@ def names_of(site: str, size: int) -> list[str]:
 
 
 def columns(samples: dict[str, np.ndarray], sites: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Names and draws ``(chain, draw, p)`` out of sites ``(chain, draw, *shape)``; a site without shape has no index."""
+    """Names and draws ``(chain, draw, p)`` of sites ``(chain, draw, *shape)``; a site without shape has no index."""
     names: list[str] = []
     parts: list[np.ndarray] = []
     for site in sites:

@@ -15,7 +15,6 @@ from sklearn.datasets import load_breast_cancer
 from benchmarks.lib.ordinary.quantities import names_of
 from pyro_sb.datasets.originals import Reference, read_posterior
 
-RHO = 0.9
 Arrays = dict[str, np.ndarray]
 Moments = dict[str, tuple[float, float, float]]
 
@@ -28,7 +27,7 @@ class Row:
         name: Of it.
         model: Its key in both tables of models.
         data: The models' arguments, in order.
-        sites: Sites whose numbers are looked at; of more than `quantities.MOST` numbers of a site as many, evenly spread.
+        sites: Sites whose numbers are looked at; of more than `quantities.MOST` numbers as many, evenly spread.
         float64: Whether all samplers run in double precision; else in single.
         dim: Unconstrained numbers.
         exact: Moments in closed form, by quantity: mean, sd, standard error of the mean. None: by a long run.
@@ -51,8 +50,8 @@ class Row:
 
 def autoregression(dim: int) -> Row:
     """x of a stationary series: rho .9, sds 1."""
-    exact = {name: (0.0, 1.0, 0.0) for name in names_of("x", dim)}
-    return Row(f"AR(1), d {dim}", dim, "autoregression", lambda: zeros(dim), ("x",), exact=lambda: exact, small=dim <= 20)
+    exact, name = {name: (0.0, 1.0, 0.0) for name in names_of("x", dim)}, f"AR(1), d {dim}"
+    return Row(name, dim, "autoregression", lambda: zeros(dim), ("x",), exact=lambda: exact, small=dim <= 20)
 
 
 def zeros(dim: int) -> Arrays:
@@ -74,7 +73,7 @@ def logistic(num: int, dim: int = 100, seed: int = 1) -> Arrays:
 
 
 def groups(seed: int = 2) -> Arrays:
-    """100 groups of 5 rows: effects N(1, .5^2), noise 1, so that neither parametrisation is the right one throughout."""
+    """100 groups of 5 rows, effects N(1, .5^2), noise 1: neither parametrisation is the right one throughout."""
     draw = np.random.default_rng(seed)
     return {"y": 1.0 + 0.5 * draw.normal(size=100) + draw.normal(size=(5, 100))}
 
