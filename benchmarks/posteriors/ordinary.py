@@ -327,7 +327,7 @@ def written(board: Board) -> str:
     return "\n".join(lines)
 
 
-NOTES = """KernelLangevin: 64 chains of 500, defaults; "before": the same at the commit where this benchmark began. NumPyro
+NOTES = """KernelLangevin: 64 chains of 500, defaults; "before": the same where this benchmark began. NumPyro
 NUTS: 4 vectorised chains, 500 + 1,000. BlackJAX ChEES: 64 chains, 500 + 500, no metric, Adam at rate .5. nutpie: 4
 chains, its own warm-up + 1,000, on JAX's gradient, in double precision. Pyro NUTS: one chain, 300 + 500, small rows.
 Single precision, but for the process and posteriordb's rows. One core a process; seconds are its CPU seconds,
