@@ -59,15 +59,15 @@ format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# NumPyro, JAX and sbi live apart: the package does not need them, the benchmarks compare with them. Of sbibm only the
-# files are read.
+# NumPyro, BlackJAX, nutpie and sbi live apart: the package does not need them, the benchmarks compare with them. Of sbibm
+# only the files are read.
 bench-env: $(BENCH)
 
 $(BENCH): constraints-bench.txt
 	@python=$(FIND); test -n "$$python" || { echo "No python3 >= 3.10, < 3.14 with venv found."; exit 1; }; \
 	test -x .venv-bench/bin/python || $$python -m venv .venv-bench
 	.venv-bench/bin/python -m pip install -q torch -c constraints-bench.txt
-	.venv-bench/bin/python -m pip install -q numpyro jax 'arviz<1' sbi pyro-ppl scikit-learn -c constraints-bench.txt
+	.venv-bench/bin/python -m pip install -q numpyro jax blackjax nutpie 'arviz<1' sbi pyro-ppl scikit-learn -c constraints-bench.txt
 	.venv-bench/bin/python -m pip install -q --no-deps sbibm -c constraints-bench.txt
 	@rm -f .venv-bench/.stamp-*
 	@touch $@

@@ -44,6 +44,10 @@ class Claim(NamedTuple):
 CLAIMS = (
     # the model's posterior, exactly
     Claim("posteriors", "Far more effective draws a second than NUTS", "posteriors.posteriordb", 15, "1", "posteriors"),
+    Claim(
+        "ordinary", "Ordinary models faster than the best NUTS", "posteriors.ordinary", 240, "1",
+        "ordinary ordinary_reference",
+    ),
     Claim("trust", "A run is right, or it says that it is not", "posteriors.trust", 60, "3 of 20", "trust"),
     Claim("guides", "Guides cover modes that SVI misses, at equal time", "guides.elbo", 60, "1", "guides"),
     Claim("modes", "Separated modes get their shares", "posteriors.modes", 3, "3", "modes"),

@@ -13,9 +13,10 @@ import os
 import re
 import time
 
-os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-if hasattr(os, "sched_setaffinity"):  # the one way that holds XLA to one core
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+if __name__ == "__main__":  # others take the models alone
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    if hasattr(os, "sched_setaffinity"):  # the one way that holds XLA to one core
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 import jax
 import jax.numpy as jnp
