@@ -50,7 +50,7 @@ class Row:
 
 def autoregression(dim: int) -> Row:
     """x of a stationary series: rho .9, sds 1."""
-    exact, name = {name: (0.0, 1.0, 0.0) for name in names_of("x", dim)}, f"AR(1), d {dim}"
+    exact, name = dict.fromkeys(names_of("x", dim), (0.0, 1.0, 0.0)), f"AR(1), d {dim}"
     return Row(name, dim, "autoregression", lambda: zeros(dim), ("x",), exact=lambda: exact, small=dim <= 20)
 
 

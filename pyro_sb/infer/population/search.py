@@ -305,7 +305,7 @@ def derivatives(log_joint: LogJoint, x: Tensor, units: Tensor | None = None) -> 
         shift = torch.diag_embed(move)
         rows = torch.cat([point[:, None], point[:, None] + shift, point[:, None] - shift], 1)
         value, grad = log_joint.value_and_grad(rows.flatten(0, 1))
-        parts.append((value.view(len(point), -1)[:, 0], grad.view(len(point), -1, dim)))
+        parts.append((value.view(len(point), 1 + 2 * dim)[:, 0], grad.view(len(point), 1 + 2 * dim, dim)))
     values, grads = (torch.cat(column) for column in zip(*parts))
     hessian = (grads[:, 1 : 1 + dim] - grads[:, 1 + dim :]) / (2 * step[..., None])
     return values, grads[:, 0], -0.5 * (hessian + hessian.mT)

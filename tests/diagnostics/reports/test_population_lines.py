@@ -1,6 +1,7 @@
 """Lines on a run's population: what a source missed, the evidence, warm-up; the verdict in words."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pyro
@@ -113,7 +114,7 @@ def test_a_run_with_a_population_makes_no_other(run, monkeypatch):
 
 def test_a_mode_that_all_chains_lost_is_bad_by_the_runs_own_population(run, monkeypatch):
     draws = run.get_samples(group_by_chain=True)["mu"].abs()
-    monkeypatch.setattr(run, "_samples", {"mu": draws})
+    monkeypatch.setattr(run, "_drawn", replace(run._drawn, samples={"mu": draws}))
     found = report(run)
     assert found.verdict == "bad" and found["modes: draws"].verdict == "bad" and found["R-hat"].verdict == "ok"
     assert "the population sees" in found["modes: draws"].note and found.reason.startswith("wrong (modes: draws")
