@@ -44,6 +44,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 FEWEST, MOST = 128, 4096  # particles
+MOST_SCOUTS = 1024
 SCOUTS = 32  # particles where a run of the model runs over much data
 AFFORDABLE = 2**13  # particles of a model of no size
 NUM_CLIMBERS, CLIMBERS_A_ROW = 128, 2**13  # particles of the largest residuals, and as many of all; fewer in long runs
@@ -75,9 +76,9 @@ def affordable(joint: LogJoint, least: bool, num_particles: int = 1024) -> Effor
     num = 2 ** round(math.log2(scale * AFFORDABLE / (1 + joint.run_size / NUMBERS)))
     most = round(scale * MOST)
     num = min(most, max(thrifty(joint, FEWEST, SCOUTS), num))
-    if least and joint.dim > MANY_DIMENSIONS:
-        num = min(num, 2 * FEWEST)
-    return Effort(num, 0.3, 2, 2) if least and num < most else Effort(num, 0.5, 3, 4)
+    if not least:
+        return Effort(num, 0.5, 3, 4)
+    return Effort(min(num, 2 * FEWEST if joint.dim > MANY_DIMENSIONS else MOST_SCOUTS), 0.3, 2, 2)
 
 
 class PriorLaw:
