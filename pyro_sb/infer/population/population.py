@@ -42,6 +42,7 @@ from pyro_sb.infer.population.sources import (
     laplace_mixture,
     law_of_points,
     pooled,
+    scouted,
     screened,
     temper_and_climb,
     wide_mixture,
@@ -356,7 +357,8 @@ def _improved_along(
     elif _bent_mixtures(archive, settled, num, stages) < good_share:
         settled = walked(archive.log_joint, settled, archive.proposals[_serving(archive, settled)[0]])
         _bent_mixtures(archive, settled, num, stages)
-    return settled, jump, archive.excess(settled.points, settled.log_density)
+    best = _chosen(archive, settled)[0]
+    return settled, jump, archive.excess(settled.points, settled.log_density, best)
 
 
 def _between_regions(joint: LogJoint, settled: Settled, stages: list[str]) -> tuple[Settled, ModeJump | None]:
@@ -442,7 +444,7 @@ def _from_both(
         optima, done = screened(joint, optima)
         rare = f"; {optima.rare:.1%} of the evidence in maxima met three times or less" if optima.rare > UNMET else ""
         stages.append(f"screened {done} points: {len(optima.points) - search.maxima} more maxima{rare}")
-    found = temper_and_climb(joint, optima, affordable(joint, True, num))
+    found = scouted(joint, optima, num)
     core, share = _laplace(archive, found.optima, num, stages)
     settled = None
     if core is not None and share < (NORMAL if joint.dim > MANY_DIMENSIONS else fair_share):

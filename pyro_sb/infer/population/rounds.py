@@ -142,12 +142,12 @@ class Archive:
         evidence = log_evidence(self.log_density[rows] - self.log_proposals[index][rows])[0]
         return log_density - self.proposals[index].log_prob(points) - evidence
 
-    def excess(self, points: Tensor, log_density: Tensor) -> float:
-        """By how many nats the upper weights of given states exceed those of all draws, under the best proposal.
+    def excess(self, points: Tensor, log_density: Tensor, index: int | None = None) -> float:
+        """By how many nats the upper weights of given states exceed those of draws, under a proposal or the best one.
 
         The 99.9 % quantile against the largest draw, or the evidence and a nat more if that is larger.
         """
-        best = self.best
+        best = self.best if index is None else index
         theirs = torch.quantile((log_density - self.proposals[best].log_prob(points))[: 2**24], 0.999)
         log_weights = self.log_density[self.rows(best)] - self.log_proposals[best][self.rows(best)]
         return float(theirs - torch.maximum(log_weights.max(), log_evidence(log_weights)[0] + 1.0 + 0 * theirs))

@@ -37,6 +37,7 @@ __all__ = [
     "laplace_mixture",
     "law_of_points",
     "pooled",
+    "scouted",
     "screened",
     "temper_and_climb",
     "wide_mixture",
@@ -44,7 +45,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 FEWEST, MOST = 128, 4096  # particles
-MOST_SCOUTS = 1024
+FIRST_SCOUTS, NEAR = 256, 30  # in many dimensions, and temperatures up to which more of them are worth while
 SCOUTS = 32  # particles where a run of the model runs over much data
 AFFORDABLE = 2**13  # particles of a model of no size
 NUM_CLIMBERS, CLIMBERS_A_ROW = 128, 2**13  # particles of the largest residuals, and as many of all; fewer in long runs
@@ -76,9 +77,7 @@ def affordable(joint: LogJoint, least: bool, num_particles: int = 1024) -> Effor
     num = 2 ** round(math.log2(scale * AFFORDABLE / (1 + joint.run_size / NUMBERS)))
     most = round(scale * MOST)
     num = min(most, max(thrifty(joint, FEWEST, SCOUTS), num))
-    if not least:
-        return Effort(num, 0.5, 3, 4)
-    return Effort(min(num, 2 * FEWEST if joint.dim > MANY_DIMENSIONS else MOST_SCOUTS), 0.3, 2, 2)
+    return Effort(num, 0.3, 2, 2) if least and num < most else Effort(num, 0.5, 3, 4)
 
 
 class PriorLaw:
@@ -192,6 +191,15 @@ class Tempered(NamedTuple):
     law: PointLaw
     effort: Effort
     source: Source
+
+
+def scouted(joint: LogJoint, optima: Optima, num_particles: int) -> Tempered:
+    """A scout of particles; in many dimensions a small one first, and all of it where the prior is not far."""
+    effort = affordable(joint, True, num_particles)
+    if joint.dim <= MANY_DIMENSIONS or effort.num <= FIRST_SCOUTS:
+        return temper_and_climb(joint, optima, effort)
+    first = temper_and_climb(joint, optima, Effort(FIRST_SCOUTS, 0.3, 2, 2))
+    return temper_and_climb(joint, first.optima, effort) if 0 < first.source.num_levels <= NEAR else first
 
 
 def temper_and_climb(joint: LogJoint, optima: Optima | None, effort: Effort) -> Tempered:
