@@ -78,6 +78,9 @@ class KernelLangevin(ModelKernel):
         max_plate_nesting: As in Pyro's HMC; found by tracing if omitted.
         transforms: As in Pyro's HMC: site to the transform from its support to the reals.
         jit_compile: Refused by name if True: the log joint runs eagerly.
+        warmup_budget: Rows of the log joint, a gradient counting 2.5, after which warm-up begins nothing more that may
+            be left out: tempering of all particles, refits, walks. A warning says what was, and what follows. None: no
+            bound. The search, a scout and the tuning of moves are always made.
 
     References:
         Stable generative modeling using Schrödinger bridges (Gottwald, Li, Marzouk and Reich, 2024),
@@ -113,6 +116,7 @@ class KernelLangevin(ModelKernel):
         max_plate_nesting: int | None = None,
         transforms: dict[str, Any] | None = None,
         jit_compile: bool = False,
+        warmup_budget: float | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -125,6 +129,7 @@ class KernelLangevin(ModelKernel):
             max_plate_nesting=max_plate_nesting,
             transforms=transforms,
             jit_compile=jit_compile,
+            warmup_budget=warmup_budget,
         )
         number("min_bridge_probability", min_bridge_probability, "[0, 1)", "Omit it for the default.")
         self.options: dict[str, Any] = {

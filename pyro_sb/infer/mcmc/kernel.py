@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_sb.checks import number
 from pyro_sb.fingerprint import fingerprint, named
 from pyro_sb.infer.mcmc.walking import Sites, WalkingKernel, Words
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
@@ -31,6 +32,7 @@ class ModelKernel(WalkingKernel):
         max_plate_nesting: As in Pyro's HMC; found by tracing if omitted.
         transforms: As in Pyro's HMC: site to the transform from its support to the reals.
         jit_compile: Refused by name if True: the log joint runs eagerly.
+        warmup_budget: Rows after which warm-up begins nothing more that may be left out. None: no bound.
 
     Attributes:
         population: The population that warm-up made, if it made one.
@@ -52,6 +54,7 @@ class ModelKernel(WalkingKernel):
         max_plate_nesting: int | None,
         transforms: dict[str, Any] | None,
         jit_compile: bool,
+        warmup_budget: float | None = None,
     ) -> None:
         super().__init__()
         if (model is None) == (potential_fn is None):
@@ -81,12 +84,14 @@ class ModelKernel(WalkingKernel):
             raise ValueError(f'start must be "search", "prior" or a tensor of points (M, dim), got {start!r}.')
         self.num_particles = check_count("num_particles", num_particles, least=50)
         self.local, self.start, self.reparam = local, start, reparam
+        cure = "Omit it for no bound."
+        self.warmup_budget = None if warmup_budget is None else number("warmup_budget", warmup_budget, "(0, inf)", cure)
         self.population: Population | None = None
         self.coordinates: NonCentred | None = None
 
     def _options(self) -> dict[str, Any]:
         """The constructor's options but for the model."""
-        own = {"local": self.local, "num_particles": self.num_particles, "start": self.start, "reparam": self.reparam}
+        own = {name: getattr(self, name) for name in ("local", "num_particles", "start", "reparam", "warmup_budget")}
         return self._joint_options | own
 
     def config(self) -> dict[str, Any] | None:
@@ -174,7 +179,7 @@ class ModelKernel(WalkingKernel):
             return self.population
         reparam = self.reparam if self._joint_options["transforms"] is None else None
         self.coordinates, self.population = choose_coordinates(
-            self.log_joint, self._build, self.num_particles, self.start, reparam, self._hints()
+            self.log_joint, self._build, self.num_particles, self.start, reparam, self._hints(), self.warmup_budget
         )
         return self.population
 

@@ -178,6 +178,7 @@ def choose_coordinates(
     start: str | Tensor,
     reparam: str | None,
     hints: Tensor | None = None,
+    budget: float | None = None,
 ) -> tuple[NonCentred | None, Population]:
     """The population of a target, in the coordinates in which it is most like a normal law.
 
@@ -192,19 +193,22 @@ def choose_coordinates(
         start: As in :func:`~pyro_sb.infer.population.population.populate`; points are in the model's coordinates.
         reparam: ``"auto"``, or None for the model's own coordinates only.
         hints: Points for the search, in the model's coordinates.
+        budget: As in :func:`~pyro_sb.infer.population.population.populate`.
 
     Returns:
         The coordinates, or None for the model's own, and the population in them.
     """
     free = non_centred(log_joint, build) if reparam else None
     if free is None:
-        return None, populate(log_joint, num_particles, start=start, hints=hints)
+        return None, populate(log_joint, num_particles, start=start, hints=hints, budget=budget)
     coordinates, near = learnt_coordinates(free, build)
     if coordinates is None:
-        return None, populate(log_joint, num_particles, start=start, hints=hints, near=near)
+        return None, populate(log_joint, num_particles, start=start, hints=hints, near=near, budget=budget)
     moved = coordinates.inverse(start) if isinstance(start, Tensor) else start
     hints = None if hints is None else coordinates.inverse(hints)
-    return coordinates, populate(coordinates.log_joint, num_particles, start=moved, hints=hints, near=near)
+    return coordinates, populate(
+        coordinates.log_joint, num_particles, start=moved, hints=hints, near=near, budget=budget
+    )
 
 
 class Candidate(NamedTuple):

@@ -18,8 +18,15 @@ from pyro_sb.bridges.base import check_format
 from pyro_sb.files import read_file, write_file
 from pyro_sb.infer.model.log_joint import Evaluations, LogJoint
 from pyro_sb.infer.model.run import html_table
-from pyro_sb.infer.moves.mode_jumps import ModeJump, fit_jump
+from pyro_sb.infer.moves.mode_jumps import ModeJump
 from pyro_sb.infer.population.mixture_fit import fit_mixture
+from pyro_sb.infer.population.regions import (
+    HOPELESS,
+    chosen_proposal,
+    improved_regions,
+    settled_chains,
+    without_maxima,
+)
 from pyro_sb.infer.population.ridges import follow_ridges
 from pyro_sb.infer.population.rounds import (
     BRIEF,
@@ -34,10 +41,9 @@ from pyro_sb.infer.population.rounds import (
     temper_weights,
 )
 from pyro_sb.infer.population.search import MANY_DIMENSIONS, UNMET, Optima, find_optima
-from pyro_sb.infer.population.settle import Settled, joined, settle, walked, widened
+from pyro_sb.infer.population.settle import Settled
 from pyro_sb.infer.population.sources import (
     Source,
-    Tempered,
     affordable,
     laplace_mixture,
     law_of_points,
@@ -47,11 +53,10 @@ from pyro_sb.infer.population.sources import (
     temper_and_climb,
     wide_mixture,
 )
-from pyro_sb.infer.population.subspace import bent, mixture_along
 from pyro_sb.infer.population.tempering import MixtureLaw, temper, within_factor
+from pyro_sb.infer.population.thrift import Budget
 from pyro_sb.ops.student_mixture import StudentMixture
 from pyro_sb.plain import from_plain, to_plain
-from pyro_sb.stages import announce
 from pyro_sb.threads import run_by_arguments
 from pyro_sb.warn import warn
 from pyro_sb.weights import log_evidence, normalise, pareto_k, systematic_resample
@@ -63,14 +68,7 @@ logger = logging.getLogger(__name__)
 POOR_SHARE = 0.1
 """Effective share of the population under which it is called poor."""
 
-HOPELESS = 0.02
-"""Effective share of a mixture in more dimensions under which refits are not tried."""
-
 NORMAL = 0.95  # effective share in many dimensions above which Laplace's law is as good as that of chains
-OUTSIDE, MAX_REGIONS = 6.0, 4  # nats of weight by which a particle lies outside, and regions that are looked for so
-
-LONG_WINDOW = 120  # steps that chains walk before shapes of regions are fitted once more
-
 FORMAT = 1  # of a saved population
 CUT = 4.0
 """Nats by which the weights of walking chains exceed those of the draws where tails may be cut."""
@@ -240,6 +238,7 @@ def populate(
     exploring: bool = True,
     hints: Tensor | None = None,
     near: StudentMixture | None = None,
+    budget: float | None = None,
 ) -> Population:
     r"""Weighted population of an unnormalised target, unattended.
 
@@ -265,6 +264,8 @@ def populate(
             the brief one.
         hints: Points from which the search starts besides its own. Shape ``(M, dim)``.
         near: Normal laws where the target is known to lie, where chains start if the search meets no maximum.
+        budget: Rows of the log joint, a gradient counting 2.5, after which nothing more is begun that may be left out:
+            tempering of all particles, ridges, refits, walks. None: no bound. What was left out is said.
 
     Returns:
         The population. A poor one (share under 0.1), and one whose walk still met what its draws miss, comes with a
@@ -278,14 +279,14 @@ def populate(
             f"num_particles must be at least 50 to fit a proposal, got {num_particles}. Write num_particles=1024."
         )
     before = replace(log_joint.evaluations)
-    archive, stages = Archive(log_joint), list[str]()
+    archive, stages, purse = Archive(log_joint), list[str](), Budget(log_joint, budget)
     if isinstance(start, Tensor):
         beginning = _from_points(archive, num_particles, start, check_share, stages)
     elif start == "prior":
         beginning = _from_prior(archive, num_particles, stages)
     elif start == "search":
         beginning = _from_both(
-            archive, num_particles, hints, near, fair_share if exploring else 0.0, fair_share, stages
+            archive, num_particles, hints, near, fair_share if exploring else 0.0, fair_share, stages, purse
         )
     else:
         raise ValueError(f'start must be "search", "prior" or a tensor of points (M, {log_joint.dim}), got {start!r}.')
@@ -293,10 +294,12 @@ def populate(
     settled = beginning.settled if log_joint.dim > MANY_DIMENSIONS else None
     jump = None
     if settled is None:
-        excess = _improved(archive, beginning.core, good_share, fair_share, max_rounds, exploring, funnel, stages)
+        excess = _improved(
+            archive, beginning.core, good_share, fair_share, max_rounds, exploring, funnel, stages, purse
+        )
     else:
-        settled, jump, excess = _improved_along(archive, settled, good_share, num_particles, stages)
-    best, share = _chosen(archive, settled)
+        settled, jump, excess = improved_regions(archive, settled, good_share, num_particles, stages, purse)
+    best, share = chosen_proposal(archive, settled)
     points, log_weights, log_density = _frozen(archive, best, num_particles)
     value, error = honest_evidence(log_weights)
     result = Population(
@@ -310,7 +313,7 @@ def populate(
         ess_share=share,
         num_modes=beginning.num_modes,
         funnel=funnel,
-        stages=tuple(stages),
+        stages=(*stages, *purse.describe()),
         evaluations=log_joint.evaluations.since(before),
         sources=beginning.sources,
         excess=excess,
@@ -319,6 +322,7 @@ def populate(
         jump=jump,
     )
     logger.info("population: %s", "; ".join(stages))
+    purse.say(result.ess_share)
     _warn(result, num_particles, flat=log_joint.prototype is None or bool(log_joint.prototype.improper))
     return result
 
@@ -332,85 +336,19 @@ def _improved(
     exploring: bool,
     funnel: bool,
     stages: list[str],
+    purse: Budget,
 ) -> float:
     """Refits and walks, until the mixture serves; by how many nats the weights of walking chains exceed its own."""
-    core = refit(archive, core, good_share, max_rounds, stages)
+    if purse.allows("refits"):
+        core = refit(archive, core, good_share, max_rounds, stages)
+    if not purse.allows("walks"):
+        return 0.0
     core, excess = explore(archive, core, fair_share, stages, BRIEF)
     poor = max(archive.shares()) < 0.5 * fair_share
-    if exploring and (poor or funnel or excess > UNCOVERED):
+    if exploring and (poor or funnel or excess > UNCOVERED) and purse.allows("longer walks"):
         walk = LONG if poor or funnel else LONG._replace(max_rounds=2)
         _, excess = explore(archive, core, fair_share, stages, walk)
     return excess
-
-
-def _improved_along(
-    archive: Archive, settled: Settled, good_share: float, num: int, stages: list[str]
-) -> tuple[Settled, ModeJump | None, float]:
-    """In many dimensions: mixtures along the directions in which a region is not normal, or jumps between regions.
-
-    The chains are the walk. Where they are in several regions, they are drawn by the regions' shares.
-    """
-    jump = None
-    if settled.core.num_components > 1:
-        settled, jump = _between_regions(archive.log_joint, settled, stages)
-        archive.add(settled.core, num, LIGHT_GUARD)
-    elif _bent_mixtures(archive, settled, num, stages) < good_share:
-        settled = walked(archive.log_joint, settled, archive.proposals[_serving(archive, settled)[0]])
-        _bent_mixtures(archive, settled, num, stages)
-    best = _chosen(archive, settled)[0]
-    return settled, jump, archive.excess(settled.points, settled.log_density, best)
-
-
-def _between_regions(joint: LogJoint, settled: Settled, stages: list[str]) -> tuple[Settled, ModeJump | None]:
-    """Shares of the regions and the jump between them, from the chains' states; the states, drawn by these shares."""
-    for last in (False, True):
-        label = settled.core.log_responsibilities(settled.points).argmax(-1)
-        if len(label.unique()) < 2:
-            return settled, None
-        jump = fit_jump(joint, settled.points, label, gradients=settled.grad, log_density=settled.log_density)
-        if last or not jump.lengthen:
-            break
-        settled = walked(joint, settled, None, LONG_WINDOW)
-    shares = ", ".join(f"{share:.3f}" for share in jump.shares.log_shares.exp().tolist()[:8])
-    stages.append(f"jumps between {jump.mixture.num_components} regions: accept {jump.acceptance:.2f}, shares {shares}")
-    index = torch.multinomial(jump.weights, len(settled.points), replacement=True)
-    points, log_density, grad = settled.points[index], settled.log_density[index], settled.grad[index]
-    return settled._replace(core=jump.mixture, points=points, log_density=log_density, grad=grad), jump
-
-
-def _bent_mixtures(archive: Archive, settled: Settled, num: int, stages: list[str]) -> float:
-    """Mixtures along one and two directions, fitted to the chains' states; the largest effective share."""
-    done = 0
-    for most in (1, 2):
-        shape = bent(settled.core, settled.points, settled.grad, most)
-        if shape is None or shape.directions.shape[1] == done:
-            break
-        done = shape.directions.shape[1]
-        core, proposal = mixture_along(shape, settled.points, torch.zeros_like(settled.log_density))
-        archive.add(core, num, proposal=proposal)
-    best, share = _serving(archive, settled)
-    if done:
-        stages.append(
-            f"mixtures along {done} direction{'s' * (done > 1)}: the best has {archive.cores[best].num_components} "
-            f"component{'s' * (archive.cores[best].num_components > 1)}, effective share {share:.3f}"
-        )
-    return share
-
-
-def _chosen(archive: Archive, settled: Settled | None) -> tuple[int, float]:
-    """The proposal that the population is drawn from, and its effective share; that of the chains if none serves."""
-    if settled is None:
-        return archive.best, max(archive.shares())
-    best, share = _serving(archive, settled)
-    if share < HOPELESS:
-        best = next(i for i, core in enumerate(archive.cores) if core.locs is settled.core.locs)
-    return best, share
-
-
-def _serving(archive: Archive, settled: Settled) -> tuple[int, float]:
-    """The proposal that serves chains best, and its effective share."""
-    shares = [archive.served(i, settled.points, settled.log_density) for i in range(len(archive.cores))]
-    return max(enumerate(shares), key=lambda item: item[1])
 
 
 class Beginning(NamedTuple):
@@ -431,6 +369,7 @@ def _from_both(
     bent_share: float,
     fair_share: float,
     stages: list[str],
+    purse: Budget,
 ) -> Beginning:
     """The search, a scout of tempered particles, and where one normal law does not fit, as many as it takes.
 
@@ -440,29 +379,29 @@ def _from_both(
     optima = find_optima(joint, hints=hints)
     search = Source("search", optima.num_starts, maxima=len(optima.points))
     stages.append(search.describe())
-    if search.maxima > 1:
+    if search.maxima > 1 and purse.allows("screening"):
         optima, done = screened(joint, optima)
         rare = f"; {optima.rare:.1%} of the evidence in maxima met three times or less" if optima.rare > UNMET else ""
         stages.append(f"screened {done} points: {len(optima.points) - search.maxima} more maxima{rare}")
-    found = scouted(joint, optima, num)
+    found = scouted(joint, optima, num, purse.left)
     core, share = _laplace(archive, found.optima, num, stages)
     settled = None
     if core is not None and share < (NORMAL if joint.dim > MANY_DIMENSIONS else fair_share):
-        settled, share = _settled(archive, laplace_mixture(found.optima, df=math.inf, inflation=1.0), num, stages)
+        settled, share = settled_chains(archive, laplace_mixture(found.optima, df=math.inf, inflation=1.0), num, stages)
     elif core is None and joint.dim > MANY_DIMENSIONS:
         law = law_of_points(found.particles.points[:, 0]) if near is None and found.particles is not None else near
         if law is not None:
-            settled, share = _settled(archive, law, num, stages)
+            settled, share = settled_chains(archive, law, num, stages)
     if settled is not None:
         core = settled.core
     if core is not None and joint.dim > MANY_DIMENSIONS:
-        settled = _without_maxima(archive, settled, found, num, stages)
+        settled = without_maxima(archive, settled, found, num, stages)
     many = settled is not None and joint.dim > MANY_DIMENSIONS
-    if core is not None and not many and share < bent_share:
+    if core is not None and not many and share < bent_share and purse.allows("ridges"):
         core, share = _ridges(archive, laplace_mixture(found.optima, inflation=1.0), num, stages)
     full = affordable(joint, False, num)
     several = len(found.optima.points) > 1 and full.num > found.effort.num
-    if found.effort != full and (several or (share < fair_share and not many)):
+    if found.effort != full and (several or (share < fair_share and not many)) and purse.allows("all particles"):
         stages.append(found.source.describe())
         found = temper_and_climb(joint, found.optima, full)
         if found.source.new:
@@ -479,67 +418,6 @@ def _from_both(
         core = wide_mixture(joint)
         archive.add(core, num, HEAVY_GUARD)
     return Beginning(core, len(found.optima.points), (search, found.source), found.optima.rare, settled)
-
-
-def _without_maxima(
-    archive: Archive, settled: Settled | None, found: Tempered, num: int, stages: list[str]
-) -> Settled | None:
-    """The chains, with more in regions that have no maximum of their own.
-
-    Such a region is wide, with a narrow one inside or beside it that every ascent ends in. What reaches it, particles
-    or chains from wide starts, has larger weights than the proposal's draws, and chains that start there keep those.
-    """
-    joint = archive.log_joint
-    for name in ("particles", "chains from wide starts"):
-        best = _best_for(archive, settled)
-        if name == "particles" and found.particles is not None:
-            points, log_density = found.particles.points[:, 0], found.particles.log_density[:, 0]
-        else:
-            wide = settle(joint, widened(archive.cores[best]), max_windows=1)
-            points, log_density = wide.points, wide.log_density
-        for _ in range(MAX_REGIONS):
-            other = _elsewhere(archive, settled, points, log_density)
-            if other is None:
-                break
-            if settled is None:
-                settled = settle(joint, laplace_mixture(found.optima, df=math.inf, inflation=1.0))
-            settled = joined(settled, other)
-            share = archive.add(settled.core, num, LIGHT_GUARD)
-            stages.append(
-                f"{name} settled in a region without a maximum of its own: normal laws of "
-                f"{settled.core.num_components} regions, effective share {share:.3f}"
-            )
-    return settled
-
-
-def _elsewhere(archive: Archive, settled: Settled | None, points: Tensor, log_density: Tensor) -> Settled | None:
-    """Chains that settle where points lie outside, if they stay there; None if there are few, or they come home.
-
-    Outside is where weights are larger than those of the known chains by far.
-    """
-    best, usual = _best_for(archive, settled), 0.0
-    if settled is not None:
-        own = archive.weights_beyond(best, settled.points, settled.log_density)
-        usual = max(0.0, float(torch.quantile(own, 0.9)))
-    out = archive.weights_beyond(best, points, log_density) > usual + OUTSIDE
-    if float(out.double().mean()) < 0.01 or int(out.sum()) < 4:
-        return None
-    other = settle(archive.log_joint, law_of_points(points[out]), points[out])
-    excess = float(archive.weights_beyond(best, other.points, other.log_density).median())
-    return None if excess < usual + 0.5 * OUTSIDE else other
-
-
-def _best_for(archive: Archive, settled: Settled | None) -> int:
-    return archive.best if settled is None else _serving(archive, settled)[0]
-
-
-def _settled(archive: Archive, start: StudentMixture, num: int, stages: list[str]) -> tuple[Settled, float]:
-    """Chains that settle in the regions of these laws, and the effective share of the normal laws fitted to them."""
-    announce("chains")
-    settled = settle(archive.log_joint, start)
-    share = archive.add(settled.core, num, LIGHT_GUARD)
-    stages += [settled.describe(), f"normal laws of draws and gradients: effective share {share:.3f}"]
-    return settled, share
 
 
 def _at_maxima(
@@ -651,7 +529,9 @@ def honest_evidence(log_weights: Tensor) -> tuple[float, float]:
 
 def _warn(result: Population, num: int, flat: bool) -> None:
     """What follows for the result where a population is poor or a walk left it; ``flat``: the prior may be improper."""
-    if result.ess_share < POOR_SHARE:
+    if result.ess_share < POOR_SHARE and result.settled is not None and result.settled.core.num_components == 1:
+        logger.info("no mixture serves as a proposal: draws are exact, slower, and the log evidence is poor")
+    elif result.ess_share < POOR_SHARE:
         infinite = " A flat prior without data has no normaliser at all." if flat else ""
         warn(
             f"The population is poor: its effective share is {result.ess_share:.3f} < {POOR_SHARE} of {num} draws. "

@@ -193,9 +193,14 @@ class Tempered(NamedTuple):
     source: Source
 
 
-def scouted(joint: LogJoint, optima: Optima, num_particles: int) -> Tempered:
-    """A scout of particles; in many dimensions a small one first, and all of it where the prior is not far."""
+def scouted(joint: LogJoint, optima: Optima, num_particles: int, rows: float | None = None) -> Tempered:
+    """A scout of particles; in many dimensions a small one first, and all of it where the prior is not far.
+
+    Where no more than so many rows may be spent, it is smaller: a particle takes about 300.
+    """
     effort = affordable(joint, True, num_particles)
+    if rows is not None and rows < 300 * effort.num:
+        effort = Effort(max(FEWEST, round(rows / 300)), 0.3, 2, 2)
     if joint.dim <= MANY_DIMENSIONS or effort.num <= FIRST_SCOUTS:
         return temper_and_climb(joint, optima, effort)
     first = temper_and_climb(joint, optima, Effort(FIRST_SCOUTS, 0.3, 2, 2))

@@ -378,3 +378,20 @@ def test_an_ordinary_model_of_forty_unknowns_is_right_and_warmed_up_in_less_than
     ).log_prob(y)
     assert abs(population.log_evidence - float(log_evidence)) < 4 * population.log_evidence_error + 1e-6
     assert population.evaluations.gradient < 64 * 1000
+
+
+def test_a_budget_that_is_spent_leaves_out_what_may_be_and_says_so() -> None:
+    pyro.set_rng_seed(0)
+    model = two_plateaus(4)
+    free = KernelLangevin(model)
+    MCMC(free, num_samples=4, num_chains=8, disable_progbar=True).run()
+    bound = KernelLangevin(model, warmup_budget=2000)
+    with pytest.warns(
+        RuntimeWarning, match=r"ended by its budget of 2,000 rows, without .* may be missed. Raise warmup"
+    ):
+        MCMC(bound, num_samples=4, num_chains=8, disable_progbar=True).run()
+    assert "budget of 2,000 rows was spent: left out" in bound.describe()
+    assert "budget" not in free.describe()
+    assert bound.population.evaluations.gradient < 0.7 * free.population.evaluations.gradient
+    with pytest.raises(ValueError, match="warmup_budget must lie in"):
+        KernelLangevin(model, warmup_budget=0)
