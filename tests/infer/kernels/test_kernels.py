@@ -393,5 +393,5 @@ def test_a_budget_that_is_spent_leaves_out_what_may_be_and_says_so() -> None:
     assert "budget of 2,000 rows was spent: left out" in bound.describe()
     assert "budget" not in free.describe()
     assert bound.population.evaluations.gradient < 0.7 * free.population.evaluations.gradient
-    with pytest.raises(ValueError, match="warmup_budget must lie in"):
+    with pytest.raises(ValueError, match="warmup_budget must be positive"):
         KernelLangevin(model, warmup_budget=0)
