@@ -36,6 +36,8 @@ class OneDevice(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in FACTORIES and kwargs.get("device") is None and not self._of_tensors(args, kwargs):
             frame = sys._getframe(1)
+            while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+                frame = frame.f_back  # of another mode, which passes on what somebody calls
             if frame.f_code.co_filename.startswith(PACKAGE) and frame.f_code.co_name != "__init__":
                 name = Path(frame.f_code.co_filename).relative_to(PACKAGE)
                 self.found.add(f"{name}:{frame.f_lineno}: torch.{func.__name__}")

@@ -253,10 +253,12 @@ def learnt_coordinates(
     best = min(candidates, key=lambda candidate: candidate.misfit)
     best = candidates[0] if candidates[0].misfit < best.misfit + SIMPLER else best
     finite = torch.isfinite(best.x).all(-1) & torch.isfinite(best.grad).all(-1)
-    if not bool(finite.all()):
+    known = share.exp().sum(0) > best.x.shape[1] + 1  # regions of few draws are left out
+    if not bool(finite.all()) or not bool(known.any()):
         return best.coordinates, None
-    mean, scale = fisher_fit(best.x, best.grad, share.exp())
-    return best.coordinates, settled.core._replace(locs=mean, scale_trils=scale)
+    mean, scale = fisher_fit(best.x, best.grad, share.exp()[:, known])
+    log_weights = torch.log_softmax(settled.core.log_weights[known], 0)
+    return best.coordinates, StudentMixture(log_weights, mean, scale, settled.core.df[known])
 
 
 def _regions(joint: LogJoint) -> StudentMixture:

@@ -11,7 +11,7 @@ from pyro_sb.infer.moves.moves import HamiltonianMove, IndexMove, Move, Rows, ad
 from pyro_sb.ops.sampling.fisher import fisher_fit
 from pyro_sb.ops.student_mixture import StudentMixture
 
-__all__ = ["Settled", "joined", "settle", "steps_of", "walked", "widened"]
+__all__ = ["Settled", "fitted_laws", "joined", "settle", "steps_of", "walked", "widened"]
 
 CHAINS = 64
 WINDOW, MAX_WINDOWS = 20, 8
@@ -89,7 +89,7 @@ def settle(
     for window in range(1, max_windows + 1):
         longer = min(LONGER, 2 ** ((window - 1) // 2))
         rows, kept, step_size = _window(joint, laws, label, rows, size, step_size, longer)
-        laws = _fitted(laws, kept)
+        laws = fitted_laws(laws, kept.x, kept.grad)
         scale = laws.scale_trils.square().sum(-1).sqrt()
         drift = float(((laws.locs - before) / scale).abs().max())
         before = laws.locs
@@ -123,10 +123,23 @@ def _window(
     return rows, Rows(*(torch.cat(parts) for parts in zip(*last, strict=True))), step_size
 
 
-def _fitted(laws: StudentMixture, kept: Rows) -> StudentMixture:
-    """The laws fitted to the draws of their regions and the gradients there."""
-    mean, factor = fisher_fit(kept.x, kept.grad, laws.log_responsibilities(kept.x).exp())
-    return laws._replace(locs=mean, scale_trils=factor)
+def fitted_laws(laws: StudentMixture, x: Tensor, grad: Tensor) -> StudentMixture:
+    """The laws fitted to the draws of their regions and the gradients there; a law of few draws stays as it is.
+
+    Args:
+        laws: Normal laws that say whose a draw is.
+        x: Draws. Shape ``(M, d)``.
+        grad: Gradients of the target's log density there. Shape ``(M, d)``.
+    """
+    share = laws.log_responsibilities(x).exp()
+    share = torch.where(torch.isfinite(grad).all(-1, keepdim=True), share, 0.0)
+    known = (share.sum(0) > x.shape[1] + 1).nonzero().squeeze(-1)
+    if not len(known):
+        return laws
+    mean, factor = fisher_fit(x, grad, share[:, known])
+    locs, trils = laws.locs.clone(), laws.scale_trils.clone()
+    locs[known], trils[known] = mean, factor
+    return laws._replace(locs=locs, scale_trils=trils)
 
 
 def walked(joint: LogJoint, settled: Settled, proposal: StudentMixture | None, num_steps: int = 24) -> Settled:

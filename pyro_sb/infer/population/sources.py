@@ -45,7 +45,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 FEWEST, MOST = 128, 4096  # particles
-FIRST_SCOUTS, NEAR = 256, 30  # in many dimensions, and temperatures up to which more of them are worth while
+FIRST_SCOUTS, NEAR = 256, 16  # in many dimensions, and temperatures up to which more of them are worth while
 SCOUTS = 32  # particles where a run of the model runs over much data
 AFFORDABLE = 2**13  # particles of a model of no size
 NUM_CLIMBERS, CLIMBERS_A_ROW = 128, 2**13  # particles of the largest residuals, and as many of all; fewer in long runs

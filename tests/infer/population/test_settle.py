@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.population.ascent import quasi_newton_ascent
 from pyro_sb.infer.population.population import populate
-from pyro_sb.infer.population.settle import joined, settle, walked
+from pyro_sb.infer.population.settle import fitted_laws, joined, settle, walked
 from pyro_sb.infer.population.sources import law_of_points
 from pyro_sb.infer.population.subspace import bent, mixture_along
 from pyro_sb.ops.student_mixture import StudentMixture
@@ -158,3 +158,19 @@ def test_chains_of_two_regions_joined_go_on_in_both() -> None:
     torch.testing.assert_close(both.core.log_weights.exp(), torch.full((2,), 0.5, dtype=F64))
     points = walked(joint, both, None, 8).points
     assert abs(float((points[:, 0] > 0).to(F64).mean()) - 0.5) < 1e-9  # local moves cross no barrier
+
+
+def test_a_region_that_no_draw_is_of_keeps_its_law() -> None:
+    pyro.set_rng_seed(0)
+    eye = torch.eye(22, dtype=F64)
+    laws = StudentMixture(
+        torch.full((2,), math.log(0.5), dtype=F64),
+        torch.stack([0 * eye[0], 1e3 * eye[0]]),
+        torch.stack([2 * eye, 3 * eye]),
+        torch.full((2,), math.inf, dtype=F64),
+    )
+    x = torch.randn(100, 22, dtype=F64)
+    fitted = fitted_laws(laws, x, -x)
+    torch.testing.assert_close(fitted.scale_trils, torch.stack([eye, 3 * eye]), rtol=0, atol=1e-8)
+    torch.testing.assert_close(fitted.locs[1], laws.locs[1])
+    assert torch.equal(fitted_laws(laws, x + 5e5 * eye[1], torch.full_like(x, torch.nan)).locs, laws.locs)
