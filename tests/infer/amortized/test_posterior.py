@@ -308,6 +308,7 @@ def test_the_guide_serves_predictive_and_the_elbo():
     assert draws["theta"].shape == (20, 3) and draws["y"].shape == (20, 3)
 
 
+@pytest.mark.slow
 def test_rows_of_a_plate_get_the_amortised_posterior_inside_a_larger_guide():
     y = torch.tensor([0.4, 2.0, -0.7])
 

@@ -119,6 +119,7 @@ def test_both_modes_get_their_weight():
     assert guide.fitted.k_hat < 0.7 or guide.fitted.ess_share > 0.99
 
 
+@pytest.mark.slow
 def test_independent_pairs_of_modes_get_a_mixture_each():
     def model():
         x = pyro.sample("x", dist.ImproperUniform(dist.constraints.real_vector, (), (5,)))
@@ -152,6 +153,7 @@ def test_a_narrow_region_where_coordinates_depend_keeps_them_together():
     assert float(inside.double().mean()) == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.slow
 def test_the_bridge_is_at_least_as_good_as_its_base():
     def funnel():
         v = pyro.sample("v", dist.Normal(torch.zeros((), dtype=F), 2.0))
@@ -192,6 +194,7 @@ def test_path_weights_are_unbiased_for_the_evidence(annealed):
 # ---- Pyro ----
 
 
+@pytest.mark.slow
 def test_svi_trains_the_mixture_from_the_fit():
     pyro.set_rng_seed(1)
     pyro.clear_param_store()

@@ -121,6 +121,7 @@ def test_a_run_that_was_killed_while_it_learnt_its_moves_keeps_the_population(na
     same_run(resumed, whole)
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_at_any_line_loses_nothing_but_steps(tmp_path):
     script = Path(__file__).with_name("killed.py")
 

@@ -58,6 +58,7 @@ def banana(x: Tensor) -> Tensor:
     return -0.5 * (first.square() + (second - 0.4 * (first.square() - 1)).square() + rest.square().sum(-1)) + tail
 
 
+@pytest.mark.slow
 def test_mixtures_along_bent_directions_fit_what_a_normal_law_cannot() -> None:
     pyro.set_rng_seed(0)
     dim, num = 25, 4000

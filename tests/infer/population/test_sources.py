@@ -115,6 +115,7 @@ def test_modes_of_many_widths_are_all_met(seed):
     assert abs(result.log_evidence) < 4 * result.log_evidence_error
 
 
+@pytest.mark.slow
 def test_more_modes_than_any_cap_are_all_met():
     locs = 8.0 * torch.cartesian_prod(*[torch.arange(7.0, **F64) - 3] * 2)
 
