@@ -95,6 +95,7 @@ class BridgeMH(ModelKernel):
         max_plate_nesting: As in Pyro's HMC; found by tracing if omitted.
         transforms: As in Pyro's HMC: site to the transform from its support to the reals.
         jit_compile: Refused by name if True: the log joint runs eagerly.
+        warmup_budget: As in `KernelLangevin`, for the population that a bridge is fitted to.
 
     Attributes:
         proposals: After warm-up, what is proposed from; ``proposals.bridge`` is the bridge that was used.
@@ -142,6 +143,7 @@ class BridgeMH(ModelKernel):
         max_plate_nesting: int | None = None,
         transforms: dict[str, Any] | None = None,
         jit_compile: bool = False,
+        warmup_budget: float | None = None,
     ) -> None:
         check_model(model, bridge, potential_fn)
         check_bridge(bridge, context)
@@ -158,6 +160,7 @@ class BridgeMH(ModelKernel):
             max_plate_nesting=max_plate_nesting,
             transforms=transforms,
             jit_compile=jit_compile,
+            warmup_budget=warmup_budget,
         )
         check_bridge_probability(bridge_probability, local)
         self.num_proposals = check_count("num_proposals", num_proposals, least=1)

@@ -42,8 +42,8 @@ class KernelLangevin(ModelKernel):
 
     - ``bridge``: the calibrated local move :math:`N(x + c(m(x) - x), (1 - A_\tau^2) K)` of the bridge, without
       gradients;
-    - ``index``: jumps between the components of a normalised mixture with heavy-tailed guard, in the limit of a long
-      time independence proposals, which cross between separated modes;
+    - ``index``: jumps between the components of a normalised mixture, in the limit of a long time independence
+      proposals, which cross between separated modes; up to 20 dimensions its guard has heavy tails;
     - ``local``: Hamiltonian Monte Carlo in the population's metric.
 
     Where chains of the warm-up settled in several regions of more than 20 dimensions, a fourth, ``jump``, follows each:
@@ -71,16 +71,17 @@ class KernelLangevin(ModelKernel):
             limit of infinitely many: independence.
         min_bridge_probability: Smallest probability of the bridge's local move, in [0, 1).
         probabilities: The moves' probabilities by role (``"bridge"``, ``"index"``, ``"local"``), instead of tuning
-            them.
-        reparam: ``"auto"``: where the population fits poorly (a funnel), chains walk in the model's non-centred
-            coordinates if the population fits better there; draws are the model's own sites either way. None: never.
+            them; the jump is then left out.
+        reparam: ``"auto"``: chains walk in coordinates in which hierarchies are centred to a degree that each entry of
+            each site learns from short chains; draws are the model's own sites either way. None: never.
         init_strategy: Pyro's per-site strategy for the starts of the search.
         max_plate_nesting: As in Pyro's HMC; found by tracing if omitted.
         transforms: As in Pyro's HMC: site to the transform from its support to the reals.
         jit_compile: Refused by name if True: the log joint runs eagerly.
         warmup_budget: Rows of the log joint, a gradient counting 2.5, after which warm-up begins nothing more that may
             be left out: tempering of all particles, refits, walks. A warning says what was, and what follows. None: no
-            bound. The search, a scout and the tuning of moves are always made.
+            bound. The choice of coordinates, the search, a scout, one round of chains and the tuning of moves are
+            always made, and the choice of coordinates does not count.
 
     References:
         Stable generative modeling using Schrödinger bridges (Gottwald, Li, Marzouk and Reich, 2024),
@@ -179,10 +180,12 @@ class KernelLangevin(ModelKernel):
         population = self._populate()  # which also chooses the coordinates of the target
         self.frozen = freeze(self._target, population, **self.options)
         logger.info("moves: %s", self.frozen.describe())
-        index = self.frozen.acceptance.get("index", 1.0)
-        if index < 0.05 and population.num_modes != 1 and population.jump is None:
+        crossing = max(self.frozen.acceptance.get("index", 1.0), self.frozen.acceptance.get("jump", 0.0))
+        settled = population.settled
+        several = population.num_modes != 1 if settled is None else settled.core.num_components > 1
+        if crossing < 0.05 and several:
             warn(
-                f"The index move accepts {index:.3f} < 0.05: chains hardly cross between modes, and shares of modes "
+                f"The index move accepts {crossing:.3f} < 0.05: chains hardly cross between modes, and shares of modes "
                 f"may be off, as the start decides them. Raise num_particles (now {self.num_particles}).",
             )
 
@@ -192,7 +195,8 @@ class KernelLangevin(ModelKernel):
         if self.population.states is not None:
             states = self.population.states
             return states[torch.randint(len(states), (num,), device=states.device)]
-        weights = normalise(temper_weights(self.population.log_weights, 50.0))
+        enough = min(50.0, 0.5 * len(self.population.points))
+        weights = normalise(temper_weights(self.population.log_weights, enough))
         return self.population.points[torch.multinomial(weights, num, replacement=True)]
 
 

@@ -1,5 +1,6 @@
 r"""Kernels of a model or of a ``potential_fn``, which learn from a weighted population, in coordinates that serve."""
 
+import warnings
 from collections.abc import Callable
 from inspect import Parameter, signature
 from typing import Any
@@ -11,8 +12,8 @@ from pyro_sb.checks import number
 from pyro_sb.fingerprint import fingerprint, named
 from pyro_sb.infer.mcmc.walking import Sites, WalkingKernel, Words
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
-from pyro_sb.infer.population.coordinates import NonCentred, choose_coordinates, non_centred
-from pyro_sb.infer.population.population import Population
+from pyro_sb.infer.population.coordinates import NonCentred, choose_coordinates, known_coordinates
+from pyro_sb.infer.population.population import NO_PROPOSAL, Population
 from pyro_sb.plain import is_plain
 
 __all__ = ["ModelKernel", "check_count"]
@@ -27,7 +28,7 @@ class ModelKernel(WalkingKernel):
         local: The local move: ``"hmc"``, ``"mala"``, or None.
         num_particles: Size of the population, at least 50.
         start: Where the population starts: ``"search"``, ``"prior"`` or unconstrained points of shape ``(M, dim)``.
-        reparam: ``"auto"``: non-centred coordinates where the population fits poorly in the model's. None: never.
+        reparam: ``"auto"``: hierarchies centred to a degree learnt from short chains. None: never.
         init_strategy: Pyro's per-site strategy for starts.
         max_plate_nesting: As in Pyro's HMC; found by tracing if omitted.
         transforms: As in Pyro's HMC: site to the transform from its support to the reals.
@@ -36,7 +37,7 @@ class ModelKernel(WalkingKernel):
 
     Attributes:
         population: The population that warm-up made, if it made one.
-        coordinates: The non-centred coordinates that the chains walk in; None for the model's own.
+        coordinates: The partly centred coordinates that the chains walk in; None for the model's own.
     """
 
     learns: tuple[str, ...] = ("population", "frozen")
@@ -117,7 +118,7 @@ class ModelKernel(WalkingKernel):
 
     def _found_coordinates(self, degrees: dict[str, Tensor]) -> NonCentred:
         """The coordinates of these degrees of centring, of the log joint that is bound now."""
-        found = non_centred(self.log_joint, self._build, degrees)
+        found = known_coordinates(self.log_joint, self._build, degrees)
         if found is None:
             raise ValueError(
                 "the chains walked in the model's non-centred coordinates, but it has none now. Let warm-up learn "
@@ -178,9 +179,11 @@ class ModelKernel(WalkingKernel):
         if self.population is not None:
             return self.population
         reparam = self.reparam if self._joint_options["transforms"] is None else None
-        self.coordinates, self.population = choose_coordinates(
-            self.log_joint, self._build, self.num_particles, self.start, reparam, self._hints(), self.warmup_budget
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=NO_PROPOSAL)  # chains need none
+            self.coordinates, self.population = choose_coordinates(
+                self.log_joint, self._build, self.num_particles, self.start, reparam, self._hints(), self.warmup_budget
+            )
         return self.population
 
     @property

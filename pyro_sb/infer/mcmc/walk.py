@@ -22,7 +22,7 @@ ROWS_AHEAD = 256
 
 @dataclass(frozen=True)
 class Frozen:
-    """Moves that warm-up learnt, by role: ``"bridge"``, ``"index"``, ``"local"``.
+    """Moves that warm-up learnt, by role: ``"bridge"``, ``"index"``, ``"local"``, ``"jump"``.
 
     Attributes:
         moves: The moves.

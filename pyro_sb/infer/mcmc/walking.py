@@ -23,6 +23,8 @@ from pyro_sb.warn import warn
 
 __all__ = ["Sites", "WalkingKernel", "Words"]
 
+RECHECKS = 3  # of a target that was refuted where its chains stand
+
 logger = logging.getLogger(__name__)
 Sites = dict[str, Tensor]
 Words = dict[str, str]
@@ -309,10 +311,13 @@ class WalkingKernel(MCMCKernel):
             f"wrong ({objection}). It learns again, and the draws are right but slower, by {self._target.route}. Write "
             "the model so that chains can be a leading dimension: dim=-1 in means and sums.",
         )
-        self._forget()
-        self._prepare()
+        for _ in range(RECHECKS):  # what is built anew may take the same route again, at other points
+            self._forget()
+            self._prepare()
+            x = self._starts(1 if self.num_chains is None else self.num_chains)
+            if self._target.recheck(x) is None:
+                break
         assert self.frozen is not None
-        x = self._starts(1 if self.num_chains is None else self.num_chains)
         return self.walk_kind(self._target, self.frozen, x, self._target.log_prob(x))
 
     @property

@@ -19,7 +19,7 @@ from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.population.population import Population, populate
 from pyro_sb.infer.population.search import climb, dispersed_starts, empty_optima, relevant
 from pyro_sb.infer.population.settle import settle
-from pyro_sb.infer.population.sources import laplace_mixture
+from pyro_sb.infer.population.sources import laplace_mixture, law_of_points
 from pyro_sb.ops.sampling.fisher import fisher_fit
 from pyro_sb.ops.student_mixture import StudentMixture
 from pyro_sb.stages import announce
@@ -171,6 +171,14 @@ def non_centred(
         return None
 
 
+def known_coordinates(
+    centred: LogJoint, build: Callable[[Callable[..., Any]], LogJoint], degrees: dict[str, Tensor]
+) -> NonCentred | None:
+    """Coordinates of degrees that were learnt before; None where the model has other sites."""
+    found = NonCentred(centred, build(NonCentre(degrees)(centred.model)), degrees) if centred.model else None
+    return found if found is not None and found.sites and set(degrees) <= set(found.sites) else None
+
+
 def choose_coordinates(
     log_joint: LogJoint,
     build: Callable[[Callable[..., Any]], LogJoint],
@@ -201,7 +209,7 @@ def choose_coordinates(
     free = non_centred(log_joint, build) if reparam else None
     if free is None:
         return None, populate(log_joint, num_particles, start=start, hints=hints, budget=budget)
-    coordinates, near = learnt_coordinates(free, build)
+    coordinates, near = learnt_coordinates(free, build, start if isinstance(start, Tensor) else None)
     if coordinates is None:
         return None, populate(log_joint, num_particles, start=start, hints=hints, near=near, budget=budget)
     moved = coordinates.inverse(start) if isinstance(start, Tensor) else start
@@ -221,7 +229,7 @@ class Candidate(NamedTuple):
 
 
 def learnt_coordinates(
-    free: NonCentred, build: Callable[[Callable[..., Any]], LogJoint]
+    free: NonCentred, build: Callable[[Callable[..., Any]], LogJoint], points: Tensor | None = None
 ) -> tuple[NonCentred | None, StudentMixture | None]:
     r"""The best of the non-centred coordinates, partly centred ones, and the model's own, which are None.
 
@@ -231,12 +239,14 @@ def learnt_coordinates(
     Args:
         free: The non-centred coordinates.
         build: Makes the log joint of another model with the same arguments.
+        points: Where chains start, in the model's coordinates; else from a few ascents. Shape ``(M, d)``.
 
     Returns:
         The coordinates, and normal laws of the regions in them that short chains settled in.
     """
     announce("coordinates")
-    settled = settle(free.log_joint, _regions(free.log_joint))
+    u = None if points is None else free.inverse(points.to(torch.float64))
+    settled = settle(free.log_joint, _regions(free.log_joint) if u is None else law_of_points(u), u)
     share = settled.core.log_responsibilities(settled.points)
     label, z = share.argmax(-1), free.forward(settled.points)
     grad = free.centred.value_and_grad(z)[1]
@@ -252,7 +262,7 @@ def learnt_coordinates(
     logger.info("misfit of the model's, non-centred, partly centred coordinates: %s", [c.misfit for c in candidates])
     best = min(candidates, key=lambda candidate: candidate.misfit)
     best = candidates[0] if candidates[0].misfit < best.misfit + SIMPLER else best
-    finite = torch.isfinite(best.x).all(-1) & torch.isfinite(best.grad).all(-1)
+    finite = torch.isfinite(best.x).all(-1)
     known = share.exp().sum(0) > best.x.shape[1] + 1  # regions of few draws are left out
     if not bool(finite.all()) or not bool(known.any()):
         return best.coordinates, None
@@ -305,13 +315,15 @@ def learnt_degrees(free: NonCentred, u: Tensor, z: Tensor, grad: Tensor, label: 
 
 def misfit(x: Tensor, grad: Tensor, label: Tensor) -> float:
     """How far a law is from normal within its regions, from draws and gradients ``(M, d)``; 0 at best."""
-    finite = torch.isfinite(x).all(-1) & torch.isfinite(grad).all(-1)
+    finite = torch.isfinite(x).all(-1)
     if int(finite.sum()) < 0.9 * len(x):
         return math.inf
     x, grad = (_within(part[finite].to(torch.float64), label[finite]) for part in (x, grad))
-    if len(x) < 2 * x.shape[1]:
-        return float((x.square().mean(0) * grad.square().mean(0)).log().sum())
-    return float(sum(torch.linalg.slogdet(part.T @ part / len(part))[1] for part in (x, grad)))
+    if len(x.unique(dim=0)) < 2 * x.shape[1]:
+        score = float((x.square().mean(0) * grad.square().mean(0)).log().sum())
+    else:
+        score = float(sum(torch.linalg.slogdet(part.T @ part / len(part))[1] for part in (x, grad)))
+    return score if math.isfinite(score) else math.inf
 
 
 def _within(x: Tensor, label: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ from pyro_sb.threads import run_by_arguments
 from pyro_sb.warn import warn
 from pyro_sb.weights import log_evidence, normalise, pareto_k, systematic_resample
 
-__all__ = ["FAIR_SHARE", "POOR_SHARE", "Population", "honest_evidence", "populate"]
+__all__ = ["FAIR_SHARE", "POOR_SHARE", "NO_PROPOSAL", "Population", "honest_evidence", "populate"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,9 @@ POOR_SHARE = 0.1
 
 NORMAL = 0.95  # effective share in many dimensions above which Laplace's law is as good as that of chains
 FORMAT = 1  # of a saved population
+KNOWN = 0.05  # standard error of the shares of regions, below which they are known
+NO_PROPOSAL = "No mixture serves as a proposal in all dimensions"
+
 CUT = 4.0
 """Nats by which the weights of walking chains exceed those of the draws where tails may be cut."""
 
@@ -87,7 +90,7 @@ class Population:
         log_evidence: Estimate of :math:`\log \int p` from these draws, in nats.
         log_evidence_error: Its standard error, in nats.
         ess_share: Effective sample size over N of importance weights against the proposal, in [0, 1], judged on the
-            draws of all rounds.
+            draws of all rounds; above 20 dimensions on its own draws and on states of chains, by the smaller.
         num_modes: Distinct maxima met by all sources; 0 if there was none or no search.
         funnel: Whether the search ended without a maximum.
         stages: What was done, in order: readable claims with their figures.
@@ -250,6 +253,9 @@ def populate(
        draws (adaptive multiple importance sampling), until the effective share is good or stops rising.
     3. A walk of Metropolis-corrected chains. Where their states have larger weights than the draws of the mixture, they
        have entered regions that no draw hits, which its share cannot see: a refit, and longer walks.
+       Above 20 dimensions, instead of 2 and 3: chains that settle in each region, normal laws fitted to their draws and
+       gradients, mixtures along the one or two directions in which a region is not normal, jumps between regions, and
+       chains from wide starts, which find regions without a maximum.
     4. Fresh draws of the best mixture, which is frozen by then: evidence and its error rest on them alone.
 
     Args:
@@ -394,8 +400,6 @@ def _from_both(
             settled, share = settled_chains(archive, law, num, stages)
     if settled is not None:
         core = settled.core
-    if core is not None and joint.dim > MANY_DIMENSIONS:
-        settled = without_maxima(archive, settled, found, num, stages)
     many = settled is not None and joint.dim > MANY_DIMENSIONS
     if core is not None and not many and share < bent_share and purse.allows("ridges"):
         core, share = _ridges(archive, laplace_mixture(found.optima, inflation=1.0), num, stages)
@@ -405,8 +409,14 @@ def _from_both(
         stages.append(found.source.describe())
         found = temper_and_climb(joint, found.optima, full)
         if found.source.new:
-            core, share = _at_maxima(archive, found.optima, num, bent_share, stages)
+            core, share = _at_maxima(archive, found.optima, num, 0.0 if many else bent_share, stages)
+        if found.source.new and many:
+            laws = laplace_mixture(found.optima, df=math.inf, inflation=1.0)
+            settled, share = settled_chains(archive, laws, num, stages)
     stages.append(found.source.describe())
+    if core is not None and joint.dim > MANY_DIMENSIONS and purse.allows("chains from wide starts"):
+        settled = without_maxima(archive, settled, found, num, stages)
+        many = settled is not None
     if found.particles is not None and share < fair_share and not many:
         pool = pooled(joint, found.law, found.particles, core, num)
         core = fit_mixture(*pool, num_components=max(1, len(found.optima.points)), previous=core)
@@ -529,8 +539,13 @@ def honest_evidence(log_weights: Tensor) -> tuple[float, float]:
 
 def _warn(result: Population, num: int, flat: bool) -> None:
     """What follows for the result where a population is poor or a walk left it; ``flat``: the prior may be improper."""
-    if result.ess_share < POOR_SHARE and result.settled is not None and result.settled.core.num_components == 1:
-        logger.info("no mixture serves as a proposal: draws are exact, slower, and the log evidence is poor")
+    shares_known = result.jump is not None and float(result.jump.shares.error.max()) < KNOWN
+    one = result.settled is not None and result.settled.core.num_components == 1
+    if result.ess_share < POOR_SHARE and (one or shares_known):
+        warn(
+            f"{NO_PROPOSAL}: its effective share is {result.ess_share:.3f} < {POOR_SHARE} of {num} draws. Its weights "
+            f"and log evidence are poor; chains that start here are exact, only slower. Raise num_particles ({num})."
+        )
     elif result.ess_share < POOR_SHARE:
         infinite = " A flat prior without data has no normaliser at all." if flat else ""
         warn(

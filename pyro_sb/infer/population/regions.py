@@ -44,7 +44,9 @@ def without_maxima(
     joint = archive.log_joint
     for name in ("particles", "chains from wide starts"):
         best = _best_for(archive, settled)
-        if name == "particles" and found.particles is not None:
+        if name == "particles":
+            if found.particles is None:
+                continue
             points, log_density = found.particles.points[:, 0], found.particles.log_density[:, 0]
         else:
             wide = settle(joint, widened(archive.cores[best]), max_windows=1)
@@ -128,7 +130,7 @@ def _bent_mixtures(archive: Archive, settled: Settled, num: int, stages: list[st
         if shape is None or shape.directions.shape[1] == done:
             break
         done = shape.directions.shape[1]
-        core, proposal = mixture_along(shape, settled.points, torch.zeros_like(settled.log_density))
+        core, proposal = mixture_along(shape, settled.points)
         archive.add(core, num, proposal=proposal)
     best, share = _serving(archive, settled)
     if done:

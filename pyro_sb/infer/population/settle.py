@@ -51,8 +51,9 @@ class Settled(NamedTuple):
 
     def describe(self) -> str:
         """A stage: what was done, with its figures."""
+        windows = f"{self.num_windows} window{'s' * (self.num_windows > 1)}"
         return (
-            f"chains of {self.num_windows} windows: {len(self.points)} draws and gradients in the last, "
+            f"chains of {windows}: {len(self.points)} draws and gradients in the last, "
             f"step {self.step_size:.2f} in units of their metric, means moved by {self.drift:.2f} sd"
         )
 
@@ -104,8 +105,17 @@ def _start(joint: LogJoint, laws: StudentMixture, label: Tensor, points: Tensor 
         x = laws.sample_components(label)
     else:
         x = points[torch.randint(len(points), label.shape, device=points.device)]
-    x = torch.where(torch.isfinite(joint.log_prob(x))[:, None], x, laws.locs[label])
-    return Rows(x, *joint.value_and_grad(x))
+    finite = torch.isfinite(joint.log_prob(x))
+    x = torch.where(finite[:, None], x, laws.locs[label])
+    value, grad = joint.value_and_grad(x)
+    finite = torch.isfinite(value)
+    if bool(finite.any()) and not bool(finite.all()):  # nor at the centre: from where another chain starts
+        rows = finite.nonzero().squeeze(-1)
+        index = torch.where(
+            finite, torch.arange(len(x), device=x.device), rows[torch.randint(len(rows), finite.shape, device=x.device)]
+        )
+        x, value, grad = x[index], value[index], grad[index]
+    return Rows(x, value, grad)
 
 
 def _window(
@@ -132,7 +142,6 @@ def fitted_laws(laws: StudentMixture, x: Tensor, grad: Tensor) -> StudentMixture
         grad: Gradients of the target's log density there. Shape ``(M, d)``.
     """
     share = laws.log_responsibilities(x).exp()
-    share = torch.where(torch.isfinite(grad).all(-1, keepdim=True), share, 0.0)
     known = (share.sum(0) > x.shape[1] + 1).nonzero().squeeze(-1)
     if not len(known):
         return laws

@@ -7,7 +7,7 @@ evidence, whose error is that of a few ancestors: draws of a mixture fitted to b
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -200,11 +200,15 @@ def scouted(joint: LogJoint, optima: Optima, num_particles: int, rows: float | N
     """
     effort = affordable(joint, True, num_particles)
     if rows is not None and rows < 300 * effort.num:
-        effort = Effort(max(FEWEST, round(rows / 300)), 0.3, 2, 2)
+        effort = Effort(min(effort.num, max(FEWEST, round(rows / 300))), 0.3, 2, 2)
     if joint.dim <= MANY_DIMENSIONS or effort.num <= FIRST_SCOUTS:
         return temper_and_climb(joint, optima, effort)
     first = temper_and_climb(joint, optima, Effort(FIRST_SCOUTS, 0.3, 2, 2))
-    return temper_and_climb(joint, first.optima, effort) if 0 < first.source.num_levels <= NEAR else first
+    if not 0 < first.source.num_levels <= NEAR:
+        return first
+    found = temper_and_climb(joint, first.optima, effort)
+    new = max(0, len(found.optima.points) - len(optima.points))  # of both
+    return found._replace(source=replace(found.source, new=new))
 
 
 def temper_and_climb(joint: LogJoint, optima: Optima | None, effort: Effort) -> Tempered:

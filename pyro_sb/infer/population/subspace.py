@@ -132,21 +132,19 @@ def _quartic(a: Tensor) -> Tensor:
     return torch.stack([x**i * y**j for i in range(5) for j in range(5 - i) if i + j], 1)
 
 
-def mixture_along(shape: Bent, points: Tensor, log_weights: Tensor) -> tuple[StudentMixture, StudentMixture]:
+def mixture_along(shape: Bent, points: Tensor) -> tuple[StudentMixture, StudentMixture]:
     """The mixture whose weights fit given draws along the directions, without and with a share for all nodes.
 
     Args:
         shape: The region.
-        points: Draws. Shape ``(M, d)``.
-        log_weights: Their log weights, up to a constant. Shape ``(M,)``.
+        points: Draws of the target. Shape ``(M, d)``.
     """
-    weights = torch.softmax(log_weights, 0)
     a = shape.law.whiten(points)[:, 0] @ shape.directions
     log_kernel = -0.5 * ((a[:, None] - shape.nodes) / shape.spread).square().sum(-1)
     prior = torch.softmax(shape.log_mass, 0)
     share = prior
     for _ in range(UPDATES):
-        share = weights @ torch.softmax(share.log() + log_kernel, -1)
+        share = torch.softmax(share.log() + log_kernel, -1).mean(0)
         share = (share + PRIOR * prior) / (1.0 + PRIOR)
     even = (1.0 - GUARD) * share + GUARD / len(share)
     return _lifted(shape, share), _lifted(shape, even)

@@ -72,7 +72,7 @@ def test_mixtures_along_bent_directions_fit_what_a_normal_law_cannot() -> None:
     assert shape is not None and shape.directions.shape == (dim, 2)
     white = shape.directions.square().sum(1)
     assert float(white[:3].sum()) > 0.95  # nothing is bent along the others
-    _, proposal = mixture_along(shape, x, torch.zeros(num, dtype=F64))
+    _, proposal = mixture_along(shape, x)
 
     def share(mixture: StudentMixture) -> float:
         y = mixture.sample(20_000)
@@ -174,4 +174,4 @@ def test_a_region_that_no_draw_is_of_keeps_its_law() -> None:
     fitted = fitted_laws(laws, x, -x)
     torch.testing.assert_close(fitted.scale_trils, torch.stack([eye, 3 * eye]), rtol=0, atol=1e-8)
     torch.testing.assert_close(fitted.locs[1], laws.locs[1])
-    assert torch.equal(fitted_laws(laws, x + 5e5 * eye[1], torch.full_like(x, torch.nan)).locs, laws.locs)
+    assert torch.equal(fitted_laws(laws, x[:20], -x[:20]).locs, laws.locs)  # too few for 22 dimensions
