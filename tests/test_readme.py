@@ -16,6 +16,7 @@ def test_the_first_example_has_fifteen_lines():
     assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 15
 
 
+@pytest.mark.filterwarnings("ignore:The guide does not cover its target")  # its k-hat is .1 to 1 from seed to seed
 def test_code_blocks_run_one_after_the_other(capsys):
     names: dict[str, Any] = {}
     pyro.set_rng_seed(1)  # of ten seeds one or two give the amortised posterior a k-hat just above .7, and a warning

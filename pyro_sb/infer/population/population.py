@@ -391,15 +391,16 @@ def _from_both(
         stages.append(f"screened {done} points: {len(optima.points) - search.maxima} more maxima{rare}")
     found = scouted(joint, optima, num, purse.left)
     core, share = _laplace(archive, found.optima, num, stages)
-    settled = None
+    settled, before = None, share
     if core is not None and share < (NORMAL if joint.dim > MANY_DIMENSIONS else fair_share):
         settled, share = settled_chains(archive, laplace_mixture(found.optima, df=math.inf, inflation=1.0), num, stages)
     elif core is None and joint.dim > MANY_DIMENSIONS:
         law = law_of_points(found.particles.points[:, 0]) if near is None and found.particles is not None else near
         if law is not None:
             settled, share = settled_chains(archive, law, num, stages)
-    if settled is not None:
+    if settled is not None and (joint.dim > MANY_DIMENSIONS or share > before):
         core = settled.core
+    share = max(share, before)
     many = settled is not None and joint.dim > MANY_DIMENSIONS
     if core is not None and not many and share < bent_share and purse.allows("ridges"):
         core, share = _ridges(archive, laplace_mixture(found.optima, inflation=1.0), num, stages)
