@@ -33,7 +33,7 @@ from pyro_sb.infer.kernels.bridge_mh import BridgeMH
 from pyro_sb.infer.kernels.langevin import KernelLangevin
 from pyro_sb.infer.mcmc.mcmc import MCMC
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
-from pyro_sb.infer.population.population import populate
+from pyro_sb.infer.population.build import populate
 from pyro_sb.threads import Pace, Trial, chosen_threads
 
 
@@ -289,7 +289,7 @@ def test_doors_see_the_device_of_a_log_joint(monkeypatch):
     def seen(*args, **kwargs):
         raise LookupError(counts() == before)
 
-    monkeypatch.setattr("pyro_sb.infer.population.population.find_optima", seen)
+    monkeypatch.setattr("pyro_sb.infer.population.build.find_optima", seen)
     monkeypatch.setattr("pyro_sb.diagnostics.modes.mode_audit.populate", seen)
     monkeypatch.setattr(kernel, "_prepare", seen)
     doors = (

@@ -21,7 +21,7 @@ def proper():
 
 
 def test_populate_and_a_run_point_at_the_users_line(monkeypatch):
-    monkeypatch.setattr("pyro_sb.infer.population.population.POOR_SHARE", 2.0)
+    monkeypatch.setattr("pyro_sb.infer.population.build.POOR_SHARE", 2.0)
     with pytest.warns(
         RuntimeWarning, match=r"is poor.*may be off. Raise num_particles \(now 100\).*flat prior"
     ) as caught:

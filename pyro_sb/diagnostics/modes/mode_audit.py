@@ -18,7 +18,8 @@ from pyro_sb.diagnostics.modes.clusters import Modes, find_modes
 from pyro_sb.diagnostics.reports.lines import Line
 from pyro_sb.infer.mcmc.figures import site_diagnostics
 from pyro_sb.infer.model.log_joint import LogJoint
-from pyro_sb.infer.population.population import Population, populate
+from pyro_sb.infer.population.build import populate
+from pyro_sb.infer.population.population import Population
 from pyro_sb.ops.student_mixture import StudentMixture
 from pyro_sb.threads import chosen_threads
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_sb.diagnostics.reports.lines import Line
 from pyro_sb.infer.mcmc.figures import site_diagnostics
-from pyro_sb.infer.population.population import CUT
+from pyro_sb.infer.population.build import CUT
 from pyro_sb.weights import normalise, pareto_k
 
 __all__ = ["TailAudit", "audit_tails"]

@@ -14,8 +14,9 @@ from torch import Tensor
 from pyro_sb.infer.autoguide.blocks import differentiable
 from pyro_sb.infer.autoguide.law import BlockMixture, MixtureBlock
 from pyro_sb.infer.model.log_joint import LogJoint
+from pyro_sb.infer.population.build import populate
 from pyro_sb.infer.population.mixture_fit import thinned
-from pyro_sb.infer.population.population import Population, honest_evidence, populate
+from pyro_sb.infer.population.population import Population, honest_evidence
 from pyro_sb.infer.population.rounds import LIGHT_GUARD, Archive, temper_weights
 from pyro_sb.ops.student_mixture import StudentMixture, em_fit
 from pyro_sb.weights import effective_sample_size, normalise, pareto_k

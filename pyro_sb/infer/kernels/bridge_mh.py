@@ -29,7 +29,8 @@ from pyro_sb.infer.kernels.checks import (
 from pyro_sb.infer.kernels.warmup import ChainStart, Pilot, freeze_bridge, judge, start_of_pilot, start_of_population
 from pyro_sb.infer.mcmc.kernel import ModelKernel, check_count
 from pyro_sb.infer.moves.proposals import BridgeProposals, Proposals
-from pyro_sb.infer.population.population import POOR_SHARE, populate
+from pyro_sb.infer.population.build import populate
+from pyro_sb.infer.population.population import POOR_SHARE
 from pyro_sb.stages import announce
 from pyro_sb.warn import warn
 

@@ -12,8 +12,9 @@ from pyro_sb.checks import number
 from pyro_sb.fingerprint import fingerprint, named
 from pyro_sb.infer.mcmc.walking import Sites, WalkingKernel, Words
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
+from pyro_sb.infer.population.build import NO_PROPOSAL
 from pyro_sb.infer.population.coordinates import NonCentred, choose_coordinates, known_coordinates
-from pyro_sb.infer.population.population import NO_PROPOSAL, Population
+from pyro_sb.infer.population.population import Population
 from pyro_sb.plain import is_plain
 
 __all__ = ["ModelKernel", "check_count"]

@@ -13,13 +13,12 @@ from pyro_sb.ops.sampling.bridge_sampling import Shares, bridge_shares
 from pyro_sb.ops.sampling.fisher import fisher_diagonal, fisher_fit
 from pyro_sb.ops.student_mixture import StudentMixture
 
-__all__ = ["ModeJump", "component_modes", "fit_jump", "mode_mixture"]
+__all__ = ["ModeJump", "fit_jump", "mode_mixture"]
 
 logger = logging.getLogger(__name__)
 
 ANNEALED_STEPS = 16
 BRIDGE_DRAWS, ANNEALED_DRAWS = 512, 128  # a mode, for shares
-BARRIER, INNER_POINTS = 3.0, 9  # nats between centres that part two modes, and where they are looked for
 LEAST_HELD = 16  # points of a mode that the fit has not seen
 PILOT, ANNEALED_PILOT = 512, 128  # jumps that acceptance is measured on
 
@@ -136,41 +135,6 @@ def mode_mixture(points: Tensor, gradients: Tensor, modes: Tensor) -> StudentMix
             trils.append(torch.diag(diagonal.variance.sqrt()))
     log_weights = torch.full((num,), -math.log(num), dtype=torch.float64, device=points.device)
     return StudentMixture(log_weights, torch.stack(locs), torch.stack(trils), torch.full_like(log_weights, math.inf))
-
-
-def component_modes(log_joint: LogJoint, mixture: StudentMixture) -> Tensor:
-    r"""The mode that each component of a mixture belongs to: components join where no barrier parts their centres.
-
-    Two centres are joined where the target's log density, at nine points of the segment between them, falls nowhere by
-    more than 3 nats below the lower end; modes are what chains of joined components make up. A chord of a bent mode may
-    look like a barrier: to part what is one mode costs draws, but no exactness.
-
-    Args:
-        log_joint: Target: 9 K (K - 1) / 2 + K evaluations.
-        mixture: K components.
-
-    Returns:
-        Modes 0, 1, ... of the components, ``(K,)``: points get theirs by ``modes[log_responsibilities(x).argmax(-1)]``.
-
-    Example:
-        >>> locs = torch.tensor([[-9.0], [9.0], [-8.0]])
-        >>> mixture = StudentMixture(torch.zeros(3), locs, torch.ones(3, 1, 1), torch.full((3,), torch.inf))
-        >>> component_modes(LogJoint.from_batched(mixture.log_prob, 1, dtype=torch.float32), mixture)
-        tensor([0, 1, 0])
-    """
-    locs, num = mixture.locs, mixture.num_components
-    if num == 1:
-        return torch.zeros(1, dtype=torch.long, device=locs.device)
-    first, second = torch.triu_indices(num, num, 1, device=locs.device)
-    part = torch.linspace(0, 1, INNER_POINTS + 2, dtype=locs.dtype, device=locs.device)[1:-1, None, None]
-    inner = log_joint.log_prob(torch.lerp(locs[first], locs[second], part).flatten(0, 1)).view(INNER_POINTS, -1)
-    ends = log_joint.log_prob(locs)
-    joined = torch.minimum(ends[first], ends[second]) - inner.nan_to_num(nan=-torch.inf).amin(0) <= BARRIER
-    reach = torch.eye(num, dtype=locs.dtype, device=locs.device)
-    reach[first, second] = reach[second, first] = joined.to(locs)
-    for _ in range(num.bit_length()):  # paths of 2, 4, 8, ... joins
-        reach = (reach @ reach > 0).to(locs)
-    return reach.argmax(1).unique(return_inverse=True)[1]
 
 
 class _States(NamedTuple):

@@ -1,6 +1,7 @@
 """Weighted populations of an unnormalised target, with its log evidence."""
 
-from pyro_sb.infer.population.population import Population, populate
+from pyro_sb.infer.population.build import populate
+from pyro_sb.infer.population.population import Population
 
 __all__ = ["Population", "populate"]
 

@@ -16,7 +16,8 @@ from torch.distributions import constraints
 
 from pyro_sb.infer.model.imputation import MISSING
 from pyro_sb.infer.model.log_joint import LogJoint
-from pyro_sb.infer.population.population import Population, populate
+from pyro_sb.infer.population.build import populate
+from pyro_sb.infer.population.population import Population
 from pyro_sb.infer.population.search import climb, dispersed_starts, empty_optima, relevant
 from pyro_sb.infer.population.settle import settle
 from pyro_sb.infer.population.sources import laplace_mixture, law_of_points
@@ -198,10 +199,10 @@ def choose_coordinates(
         log_joint: Log joint of the model.
         build: Makes the log joint of another model with the same arguments.
         num_particles: Size of the population.
-        start: As in :func:`~pyro_sb.infer.population.population.populate`; points are in the model's coordinates.
+        start: As in :func:`~pyro_sb.infer.population.build.populate`; points are in the model's coordinates.
         reparam: ``"auto"``, or None for the model's own coordinates only.
         hints: Points for the search, in the model's coordinates.
-        budget: As in :func:`~pyro_sb.infer.population.population.populate`.
+        budget: As in :func:`~pyro_sb.infer.population.build.populate`.
 
     Returns:
         The coordinates, or None for the model's own, and the population in them.

@@ -154,7 +154,7 @@ def test_non_centred_walks_are_compared_in_the_models_own_coordinates():
 
 def kinds(monkeypatch, **options):
     starts = []
-    from pyro_sb.infer.population.population import populate
+    from pyro_sb.infer.population.build import populate
 
     def seen(joint, num, **given):
         starts.append(given.get("start", "search"))

@@ -359,7 +359,7 @@ def correlated_regression(X: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Normal((X @ b[..., None])[..., 0], 0.5), obs=y)
 
 
-def test_an_ordinary_model_of_forty_unknowns_is_right_and_warmed_up_in_less_than_it_costs_to_draw() -> None:
+def test_an_ordinary_model_of_forty_unknowns_is_right_after_a_warm_up_of_few_gradients() -> None:
     pyro.set_rng_seed(0)
     X = torch.randn(200, 40, dtype=torch.float64).cumsum(1)
     y = X @ torch.randn(40, dtype=torch.float64) + 0.5 * torch.randn(200, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_sb.infer.model.log_joint import LogJoint
-from pyro_sb.infer.moves.mode_jumps import ModeJump, component_modes, fit_jump, mode_mixture
+from pyro_sb.infer.moves.mode_jumps import ModeJump, fit_jump, mode_mixture
 from pyro_sb.infer.moves.moves import HamiltonianMove, adapted
 from pyro_sb.ops.student_mixture import StudentMixture
 
@@ -186,19 +186,3 @@ def test_few_draws_make_a_diagonal_fit() -> None:
     x, g = torch.randn(30, 20, **F64), torch.randn(30, 20, **F64)
     rho = mode_mixture(x, g, torch.arange(30) // 25)  # 25 and 5 draws
     assert (rho.scale_trils[0].tril(-1) != 0).any() and (rho.scale_trils[1].tril(-1) == 0).all()
-
-
-def test_components_of_one_mode_join_and_those_behind_a_barrier_do_not() -> None:
-    # an arc of three components, each seen from the next but not from the last; and a mode far from all
-    arc = lambda x: -0.5 * ((x.norm(dim=1) - 5) / 0.2) ** 2 - 0.5 * (x[:, 0].clamp_max(0.0) / 0.2) ** 2  # noqa: E731
-    log_density = lambda x: torch.logaddexp(arc(x), -0.5 * (x + 12).square().sum(1))  # noqa: E731
-    angles = torch.linspace(-1.4, 1.4, 9, **F64)
-    locs = torch.stack([5 * angles.cos(), 5 * angles.sin()], 1)
-    locs = torch.cat([torch.full((1, 2), -12.0, **F64), locs, torch.full((1, 2), -11.5, **F64)])
-    trils = 0.3 * torch.eye(2, **F64).repeat(11, 1, 1)
-    rho = StudentMixture(torch.zeros(11, **F64), locs, trils, torch.full((11,), math.inf, **F64))
-    log_joint = LogJoint.from_batched(log_density, 2)
-    assert component_modes(log_joint, rho).tolist() == [0, *[1] * 9, 0]
-    ends = rho._replace(locs=locs[[1, 9]], log_weights=rho.log_weights[:2], scale_trils=trils[:2], df=rho.df[:2])
-    assert component_modes(log_joint, ends).tolist() == [0, 1]
-    assert component_modes(log_joint, ends._replace(locs=locs[:1], log_weights=rho.log_weights[:1])).tolist() == [0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyro_sb.infer.model.log_joint import LogJoint
-from pyro_sb.infer.population.population import Archive
+from pyro_sb.infer.population.rounds import Archive
 from pyro_sb.ops.student_mixture import StudentMixture
 from pyro_sb.weights import log_evidence, normalise
 

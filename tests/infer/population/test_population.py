@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
-from pyro_sb.infer.population.population import laplace_mixture, populate, temper_weights
+from pyro_sb.infer.population.build import populate
+from pyro_sb.infer.population.rounds import temper_weights
 from pyro_sb.infer.population.search import find_optima
+from pyro_sb.infer.population.sources import laplace_mixture
 from pyro_sb.weights import effective_sample_size
 
 F64 = {"dtype": torch.float64}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_sb.infer.model.log_joint import LogJoint
 from pyro_sb.infer.population.ascent import quasi_newton_ascent
-from pyro_sb.infer.population.population import populate
+from pyro_sb.infer.population.build import populate
 from pyro_sb.infer.population.settle import fitted_laws, joined, settle, walked
 from pyro_sb.infer.population.sources import law_of_points
 from pyro_sb.infer.population.subspace import bent, mixture_along

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pyro_sb.infer.model.log_joint import LogJoint, log_joint
+from pyro_sb.infer.population.build import populate
 from pyro_sb.infer.population.mixture_fit import fit_mixture, thinned
-from pyro_sb.infer.population.population import honest_evidence, populate
+from pyro_sb.infer.population.population import honest_evidence
 from pyro_sb.infer.population.search import find_optima
 from pyro_sb.infer.population.sources import (
     Effort,
