@@ -121,6 +121,8 @@ class Population:
 
         Example:
             >>> import tempfile
+            >>> from pyro_sb.infer.model.log_joint import LogJoint
+            >>> from pyro_sb.infer.population import populate
             >>> joint = LogJoint.from_batched(lambda z: -z.square().sum(-1) / 2, dim=2)
             >>> path = tempfile.mkdtemp() + "/population.pt"
             >>> population = populate(joint, 100)
